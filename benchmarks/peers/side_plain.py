@@ -1,0 +1,32 @@
+"""Side `plain`: the loop-over-experts decoder of plain.py, alone or under DistributedDataParallel."""
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from case import CASE, read_weights
+from plain import Decoder
+from protocol import Job, Step, serve
+from training import Master, Plain, next_token_loss
+
+
+def build(job: Job) -> Step:
+    model = Decoder(CASE)
+    model.load_state_dict(read_weights(job.folder))
+    autocast = job.bf16 and "--autocast" in job.options
+    updater = Master(model) if job.bf16 and not autocast else Plain(model)
+    network = DistributedDataParallel(model) if job.ranks > 1 else model
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = network(inputs)
+        loss = next_token_loss(logits, targets)
+        loss.backward()
+        updater.update()
+        return loss.detach()
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(build)

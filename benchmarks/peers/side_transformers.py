@@ -1,0 +1,70 @@
+"""Side `transformers-*`: Mixtral of Hugging Face transformers with one of its experts implementations.
+
+    --experts eager|grouped_mm|batched_mm    the implementation
+    --layout ep|ddp|fsdp                     on several ranks: FSDP2 + expert parallel, or a reference
+    --half autocast|master                   BF16 on one rank or under DDP: which form
+
+Expert parallelism and FSDP2 are transformers' own (`from_pretrained(distributed_config=...)`), with
+their BF16 policy (parameters BF16, reduction FP32, FP32 sharded weights and optimizer state).
+"""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import MixtralForCausalLM
+from transformers.distributed import DistributedConfig
+
+from protocol import Job, Step, serve
+from training import Master, Plain, next_token_loss
+
+
+def read_options(job: Job) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--experts", default="grouped_mm")
+    parser.add_argument("--layout", choices=("ep", "ddp", "fsdp"), default="ep")
+    parser.add_argument("--half", choices=("autocast", "master"), default="master")
+    return parser.parse_args(job.options)
+
+
+def sharding(job: Job, layout: str) -> dict[str, DistributedConfig]:
+    """What from_pretrained needs to shard the model itself; nothing for one rank or DDP."""
+    if job.ranks == 1 or layout == "ddp":
+        return {}
+    expert_ranks = job.ranks if layout == "ep" else 1
+    config = DistributedConfig(fsdp_size=job.ranks, ep_size=expert_ranks, fsdp_mixed_precision=job.bf16)
+    return {"distributed_config": config}
+
+
+def load(job: Job, options: argparse.Namespace) -> nn.Module:
+    return MixtralForCausalLM.from_pretrained(
+        job.folder,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        experts_implementation=options.experts,
+        **sharding(job, options.layout),
+    ).train()
+
+
+def build(job: Job) -> Step:
+    options = read_options(job)
+    model = load(job, options)
+    policy = bool(sharding(job, options.layout))
+    autocast = job.bf16 and not policy and options.half == "autocast"
+    updater = Master(model) if job.bf16 and not policy and not autocast else Plain(model)
+    network = DistributedDataParallel(model) if job.ranks > 1 and not policy else model
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = network(input_ids=inputs, use_cache=False).logits
+        loss = next_token_loss(logits, targets)
+        loss.backward()
+        updater.update()
+        return loss.detach()
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,119 @@
+"""Collectives that start now and finish when their result is read.
+
+On gloo everything is built from one primitive, `exchange`: all receives are posted before any send, point to point.
+That uses both directions of a link at once, where gloo's own all-to-all is half-duplex, and a reduce-scatter becomes
+an exchange plus a local sum, where gloo's own is an all-reduce that moves twice the bytes. Each message carries a tag
+made from its operator's name, so two operators whose order differs between ranks still meet the right partner
+instead of adding wrong tensors silently. On NCCL the native collectives are used; they run on their own stream.
+
+Sums are taken in rank order, so results do not depend on arrival.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale_moe.comm.axis import Axis
+
+
+class Pending:
+    """A communication under way. `wait` gives its result; `wire_bytes` is what this rank sends to others."""
+
+    def __init__(self, works: Sequence[Any], finish: Callable[[], Any], wire_bytes: int, keep: object = None) -> None:
+        self._works = works
+        self._finish = finish
+        self._keep = keep  # buffers must outlive the transfer
+        self.wire_bytes = wire_bytes
+
+    def wait(self) -> Any:
+        """Block until the communication is done (on CUDA: order it before later kernels) and return its result."""
+        for work in self._works:
+            work.wait()
+        return self._finish()
+
+    def then(self, finish: Callable[[Any], Any]) -> Pending:
+        """The same communication with one more local step at its end."""
+        return Pending([], lambda: finish(self.wait()), self.wire_bytes)
+
+
+def tag_of(name: str) -> int:
+    """A message tag for an operator's name."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag: int) -> Pending:
+    """Send `send[i]` to rank i of the axis and fill `receive[i]` from it; finishes with `receive`.
+
+    Tensors are contiguous, of any (also unequal, also empty) sizes that both sides agree on; the own part is copied.
+    """
+    me, group = axis.index, axis.group
+    receive[me].copy_(send[me])
+    peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
+    wire = sum(send[peer].nbytes for peer in peers)
+    if axis.native:
+        empty = receive[me].new_empty(0)
+        works = [
+            dist.all_to_all(
+                [empty if i == me else t for i, t in enumerate(receive)],
+                [empty if i == me else t for i, t in enumerate(send)],
+                group,
+                async_op=True,
+            )
+        ]
+    else:
+        works = [
+            dist.irecv(receive[p], group=group, group_src=p, tag=tag) for p in reversed(peers) if receive[p].numel()
+        ]
+        works += [dist.isend(send[p], group=group, group_dst=p, tag=tag) for p in peers if send[p].numel()]
+    return Pending(works, lambda: receive, wire, keep=(send, receive))
+
+
+def all_to_all(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], axis: Axis, tag: int) -> Pending:
+    """Rows of x [sum(send_rows), ...] to the ranks in order; finishes with [sum(receive_rows), ...]."""
+    out = x.new_empty(sum(receive_rows), *x.shape[1:])
+    parts = exchange(x.contiguous().split(list(send_rows)), out.split(list(receive_rows)), axis, tag)
+    return parts.then(lambda _: out)
+
+
+def all_gather(x: Tensor, axis: Axis, tag: int) -> Pending:
+    """x [T, ...] of every rank, finishes with [size * T, ...] in rank order."""
+    x = x.contiguous()
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    if axis.native:
+        work = dist.all_gather_into_tensor(out, x, axis.group, async_op=True)
+        return Pending([work], lambda: out, x.nbytes * (axis.size - 1), keep=x)
+    return exchange([x] * axis.size, out.chunk(axis.size), axis, tag).then(lambda _: out)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
+    """Sum of x [size * T, ...] over the ranks, finishes with this rank's [T, ...]; sums in float32, in rank order."""
+    x = x.contiguous()
+    if axis.native:
+        out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+        work = dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True)
+        return Pending([work], lambda: out, x.nbytes // axis.size * (axis.size - 1), keep=x)
+    parts = x.new_empty(x.shape).chunk(axis.size)
+    return exchange(x.chunk(axis.size), parts, axis, tag).then(sum_in_order)
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of equal tensors, accumulated in float32 where they are narrower."""
+    if parts[0].dtype.itemsize >= 4:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.add_(part)
+        return total
+    return torch.stack(list(parts)).sum(0, dtype=torch.float32).to(parts[0].dtype)
+
+
+def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of a small tensor over the axis, in place, at once; the same bits on every rank."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x

@@ -1,0 +1,118 @@
+"""Runs a list of operators.
+
+There is nothing else in the runtime: no hooks, no modes. Communication overlaps because an operator that returns a
+`Pending` is only waited for when something reads its result; memory is bounded because each value is dropped right
+after its last reader. Both follow from the order of the list, so passes control them by reordering it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale_moe.comm.collectives import Pending
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.op import Op, Stream, check
+from megascale_moe.engine.trace import Event, Trace, now
+
+
+class Program:
+    """A checked list of operators with the place where each value dies.
+
+    Args:
+        given: names present before the first operator.
+        keep: names that must survive the list, beside everything in `given`.
+
+    Raises:
+        ProgramError: see `check`.
+    """
+
+    def __init__(self, ops: Sequence[Op], given: Iterable[str], keep: Iterable[str] = ()) -> None:
+        self.ops = tuple(ops)
+        self.given = frozenset(given)
+        check(self.ops, self.given)
+        self.release = _releases(self.ops, self.given | set(keep))
+
+    def run(
+        self,
+        values: dict[str, Any],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Gradient] | None = None,
+        trace: Trace | None = None,
+    ) -> dict[str, Any]:
+        """Execute the list on `values` (changed in place and returned: what is still alive)."""
+        gradients = gradients or {}
+        with torch.no_grad():
+            for op, dead in zip(self.ops, self.release, strict=True):
+                _step(op, values, weights, gradients, trace)
+                for name in dead:
+                    values.pop(name, None)
+        return values
+
+
+def _releases(ops: Sequence[Op], keep: Iterable[str]) -> list[tuple[str, ...]]:
+    """For each operator, the names that nothing after it reads."""
+    alive = set(keep)
+    releases: list[tuple[str, ...]] = []
+    for op in reversed(ops):
+        dead = dict.fromkeys(name for name in (*op.reads, *op.writes) if name and name not in alive)
+        alive.update(dead)
+        releases.append(tuple(dead))
+    return releases[::-1]
+
+
+class _InFlight:
+    """A Pending under all the names it will fill, with its trace event."""
+
+    def __init__(self, pending: Pending, names: tuple[str, ...], event: Event | None) -> None:
+        self.pending = pending
+        self.names = names
+        self.event = event
+
+
+def resolve(values: dict[str, Any], name: str) -> Any:
+    """The value of a name; waits for it if it is still travelling."""
+    value = values[name] if name else None
+    if isinstance(value, _InFlight):
+        start = now()
+        result = value.pending.wait()
+        if value.event is not None:
+            value.event.end = now()
+            value.event.exposed = value.event.end - start
+        _store(values, value.names, result)
+        value = values[name]
+    return value
+
+
+def _store(values: dict[str, Any], names: tuple[str, ...], result: Any) -> None:
+    if len(names) == 1 and not isinstance(result, tuple):
+        values[names[0]] = result
+    elif names:
+        values.update(zip(names, result, strict=True))
+
+
+def _step(
+    op: Op,
+    values: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Gradient],
+    trace: Trace | None,
+) -> None:
+    inputs = [resolve(values, name) for name in op.reads]
+    event = None
+    if trace is not None:
+        start = now()
+        event = Event(op.name, op.phase, op.stream, start, start)
+        trace.events.append(event)
+    result = op.run(*inputs, *(weights[w] for w in op.weights), *(gradients[g] for g in op.gradients))
+    if isinstance(result, Pending):
+        if event is not None:
+            event.wire_bytes = result.wire_bytes
+        values.update(dict.fromkeys(op.writes, _InFlight(result, op.writes, event)))
+    else:
+        _store(values, op.writes, result)
+        if event is not None:
+            event.end = now()

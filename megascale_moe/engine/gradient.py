@@ -1,0 +1,67 @@
+"""Where weight gradients go: a buffer per weight that W operators add to, without a copy between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Gradient:
+    """The gradient of one weight, summed over micro-batches in the buffer's dtype (float32 in training).
+
+    The first addition after `reset` overwrites, so buffers are never cleared.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.fresh = True
+
+    def reset(self) -> None:
+        """Forget what was summed."""
+        self.fresh = True
+
+    def value(self) -> Tensor:
+        """The sum so far, zero if nothing was added."""
+        if self.fresh:
+            self.buffer.zero_()
+            self.fresh = False
+        return self.buffer
+
+    def add(self, value: Tensor) -> None:
+        """Add a tensor of the weight's shape."""
+        if self.fresh:
+            self.buffer.copy_(value)
+        else:
+            self.buffer.add_(value)
+        self.fresh = False
+
+    def add_mm(self, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, inside the matrix product itself where the dtypes agree."""
+        self._add_mm(self.buffer, a, b)
+        self.fresh = False
+
+    def add_grouped_mm(self, a: Tensor, b: Tensor, counts: list[int]) -> None:
+        """Add, for each group g of consecutive rows, a[rows of g].T @ b[rows of g] to buffer[g].
+
+        a [R, N], b [R, D], buffer [groups, N, D]; groups without rows get zero.
+        """
+        start = 0
+        for part, count in zip(self.buffer.unbind(), counts, strict=True):
+            if count:
+                self._add_mm(part, a[start : start + count].t(), b[start : start + count])
+            elif self.fresh:
+                part.zero_()
+            start += count
+        self.fresh = False
+
+    def _add_mm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if out.dtype != a.dtype:
+            product = a @ b
+            if self.fresh:
+                out.copy_(product)
+            else:
+                out.add_(product)
+        elif self.fresh:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)

@@ -1,0 +1,138 @@
+"""Operators over named tensors, and the check that a list of them makes sense.
+
+A layer, and by concatenation a whole training step, is a list of `Op`. Everything else reads that one list: the
+executor runs it, passes rewrite it, the planner prices it, the trace draws it. Backward is not a mode of the executor:
+each forward operator carries the operators of its own backward (phases B and W), and `backward()` strings them
+together into another plain list. Whatever moves, drops, splits or recomputes operators is then a function from
+list to list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stream(StrEnum):
+    """Where an operator runs; operators of different streams may overlap."""
+
+    COMPUTE = "compute"
+    INTRA = "intra"  # links inside a node
+    INTER = "inter"  # links between nodes
+
+
+class Phase(StrEnum):
+    """Forward, input gradient, weight gradient, recompute."""
+
+    F = "F"
+    B = "B"
+    W = "W"
+    R = "R"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operator takes, with balanced routing: FLOPs, bytes of memory traffic, bytes this rank sends."""
+
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    wire_bytes: float = 0.0
+    axis: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One operator.
+
+    `run(*reads, *weights, *gradients)` returns the values of `writes`: a tuple, a lone value for one write, None for
+    none, or a `Pending` that finishes with one of these. Reads named "" arrive as None. `gradients` are weights
+    whose gradient the operator adds to; it receives their `Gradient`. Operators never change what they read.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Callable[..., Any]
+    weights: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    phase: Phase = Phase.F
+    stream: Stream = Stream.COMPUTE
+    cost: Cost = Cost()
+    backward: tuple[Op, ...] = ()
+
+
+class ProgramError(RuntimeError):
+    """A list of operators contradicts itself; a defect of the program, not of the user's input."""
+
+
+def grad(name: str) -> str:
+    """The name of a tensor's gradient."""
+    return f"d:{name}"
+
+
+def check(ops: Iterable[Op], given: Iterable[str]) -> None:
+    """Refuse a list before it runs.
+
+    Raises:
+        ProgramError: a name is read before it is written, or written twice.
+    """
+    known = {"", *given}
+    for op in ops:
+        for name in op.reads:
+            if name not in known:
+                raise ProgramError(f"{op.phase} {op.name} reads {name!r}, which nothing before it writes")
+        for name in op.writes:
+            if name in known:
+                raise ProgramError(f"{op.phase} {op.name} writes {name!r} a second time")
+            known.add(name)
+
+
+def backward(ops: Sequence[Op], seeds: Iterable[str] = ()) -> list[Op]:
+    """The backward list of a forward list.
+
+    Gradients that nothing produces are pruned: an operator none of whose gradients exist disappears, others read
+    None in their place. A tensor used by several operators gets its gradients summed by an explicit operator.
+
+    Args:
+        seeds: gradients that are given from outside, as "d:name".
+    """
+    known = set(seeds)
+    kept: list[Op] = []
+    for op in (b for forward in reversed(ops) for b in forward.backward):
+        wanted = [name for name in op.reads if name.startswith("d:")]
+        if wanted and not any(name in known for name in wanted):
+            continue
+        reads = tuple("" if name.startswith("d:") and name not in known else name for name in op.reads)
+        kept.append(replace(op, reads=reads))
+        known.update(op.writes)
+    return _sum_shared(kept)
+
+
+def _sum_shared(ops: list[Op]) -> list[Op]:
+    total = Counter(name for op in ops for name in op.writes)
+    seen: Counter[str] = Counter()
+    out: list[Op] = []
+    for op in ops:
+        shared = [name for name in op.writes if total[name] > 1]
+        seen.update(shared)
+        out.append(replace(op, writes=tuple(f"{n}#{seen[n]}" if n in shared else n for n in op.writes)))
+        out += [_sum_op(name, total[name]) for name in shared if seen[name] == total[name]]
+    return out
+
+
+def _sum_op(name: str, count: int) -> Op:
+    reads = tuple(f"{name}#{i + 1}" for i in range(count))
+    return Op(name=f"sum {name}", reads=reads, writes=(name,), run=_add_all, phase=Phase.B)
+
+
+def _add_all(*parts: Tensor) -> Tensor:
+    total = torch.add(parts[0], parts[1])
+    for part in parts[2:]:
+        total += part
+    return total

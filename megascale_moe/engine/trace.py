@@ -1,0 +1,74 @@
+"""What happened when: one event per executed operator, exportable as a Chrome trace.
+
+Compute operators have a start and an end. A communication has a start, and, when its first reader arrives, a wait:
+the wait is what was exposed, the rest was hidden under computation. gloo tells no completion time, so a transfer
+that nobody waited for is drawn until its reader came.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megascale_moe.engine.op import Phase, Stream
+
+
+@dataclass
+class Event:
+    """One operator's run; times in seconds of the monotonic clock."""
+
+    name: str
+    phase: Phase
+    stream: Stream
+    start: float
+    end: float
+    wire_bytes: int = 0
+    exposed: float = 0.0  # seconds the computation stood still for it
+
+
+@dataclass
+class Trace:
+    """Events in the order of their start."""
+
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds that computation waited for communication."""
+        return sum(event.exposed for event in self.events)
+
+    @property
+    def communication(self) -> float:
+        """Seconds with communication under way, each operator counted on its own."""
+        return sum(event.end - event.start for event in self.events if event.stream != Stream.COMPUTE)
+
+    def wire_bytes(self) -> dict[tuple[str, Phase], int]:
+        """Bytes this rank sent, by operator and phase."""
+        totals: dict[tuple[str, Phase], int] = {}
+        for event in self.events:
+            if event.stream != Stream.COMPUTE:
+                key = (event.name, event.phase)
+                totals[key] = totals.get(key, 0) + event.wire_bytes
+        return totals
+
+    def write_chrome(self, path: Path, rank: int) -> None:
+        """Write the JSON that chrome://tracing and Perfetto open: a process per rank, a track per stream."""
+        lanes = {stream: lane for lane, stream in enumerate(Stream)}
+        rows: list[dict[str, object]] = [
+            {"ph": "M", "name": "thread_name", "pid": rank, "tid": lane, "args": {"name": str(stream)}}
+            for stream, lane in lanes.items()
+        ]
+        for event in self.events:
+            rows.append(
+                {
+                    "ph": "X", "pid": rank, "tid": lanes[event.stream], "name": f"{event.phase} {event.name}",
+                    "ts": event.start * 1e6, "dur": (event.end - event.start) * 1e6,
+                    "args": {"wire_bytes": event.wire_bytes, "exposed_us": event.exposed * 1e6},
+                }
+            )
+        path.write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+now = time.perf_counter

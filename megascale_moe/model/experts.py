@@ -1,0 +1,77 @@
+"""Feed-forward parts: the SwiGLU experts, written as the plainest possible loop, and the MoE layer around them.
+
+This is the semantics that the grouped, distributed forms are compared with; it is not meant to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale_moe.config import ModelConfig
+from megascale_moe.model.router import Router, balance_sum, balance_weights, within_capacity, z_sum
+from megascale_moe.model.segments import Segments
+
+
+class DenseFFN(nn.Module):
+    """A SwiGLU every token passes: the FFN of dense layers, and the shared experts (which may have a sigmoid gate)."""
+
+    def __init__(self, hidden: int, width: int, gated: bool) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(hidden, 2 * width, bias=False)
+        self.w2 = nn.Linear(width, hidden, bias=False)
+        self.gate = nn.Linear(hidden, 1, bias=False) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        a, b = self.w13(x).chunk(2, dim=-1)
+        out: Tensor = self.w2(F.silu(a) * b)
+        return out if self.gate is None else out * self.gate(x).sigmoid()
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts: w13 [E, 2 * ffn_hidden, hidden] (gate rows first, then up rows), w2 [E, hidden, ffn_hidden]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.w13 = nn.Parameter(torch.empty(c.experts, 2 * c.ffn_hidden, c.hidden))
+        self.w2 = nn.Parameter(torch.empty(c.experts, c.hidden, c.ffn_hidden))
+
+    def forward(self, x: Tensor, choice: Tensor, gate: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Weighted sum of each token's experts: x [T, hidden], choice and gate [T, k], kept bool [T, k]."""
+        out = torch.zeros_like(x)
+        for e in range(len(self.w13)):
+            hit = choice == e if kept is None else (choice == e) & kept
+            token, slot = hit.nonzero(as_tuple=True)
+            a, b = (x[token] @ self.w13[e].T).chunk(2, dim=-1)
+            # The gating weight goes in before FC2: linear, so equal, and FC2's output need not be kept.
+            hidden = F.silu(a) * b * gate[token, slot, None].to(x.dtype)
+            out = out.index_add(0, token, hidden @ self.w2[e].T)
+        return out
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config)
+        self.experts = Experts(config)
+        c = config
+        self.shared = DenseFFN(c.hidden, c.shared_hidden, c.shared_gate) if c.shared_hidden else None
+
+    def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> ([T, hidden], auxiliary loss summed over tokens, a scalar)."""
+        c = self.config
+        gate, choice, probabilities, logits = self.router(x)
+        kept = within_capacity(choice, gate, segments.rows, c) if c.capacity_factor else None
+        out = self.experts(x, choice, gate, kept)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        documents = segments.documents().to(x.device)
+        weights = balance_weights(choice, documents, segments.lengths, c)
+        auxiliary = c.balance_loss * balance_sum(probabilities, documents, weights) + c.z_loss * z_sum(logits)
+        return out, auxiliary

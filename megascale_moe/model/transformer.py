@@ -1,0 +1,112 @@
+"""The decoder: embedding, blocks, norm, head. `Block.forward` is the reference semantics of a layer.
+
+Parameters are initialised from (seed, parameter name, expert index) alone, so any rank can create its own part of
+any layout and two layouts start from identical weights without sending them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale_moe.config import ModelConfig
+from megascale_moe.model.attention import Attention, LatentAttention, RMSNorm
+from megascale_moe.model.experts import DenseFFN, MoE
+from megascale_moe.model.rotary import rotary_table
+from megascale_moe.model.segments import Segments
+
+
+class Block(nn.Module):
+    """One layer: attention and FFN, each behind a norm and a residual connection."""
+
+    def __init__(self, config: ModelConfig, dense: bool = False) -> None:
+        super().__init__()
+        c = config
+        self.attention_norm = RMSNorm(c.hidden, c.norm_eps)
+        self.attention = LatentAttention(c) if c.attention == "mla" else Attention(c)
+        self.ffn_norm = RMSNorm(c.hidden, c.norm_eps)
+        self.ffn = DenseFFN(c.hidden, c.dense_ffn_hidden, gated=False) if dense else MoE(c)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Tensor]:
+        """hidden [T, hidden] -> (hidden, auxiliary loss summed over tokens)."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), rope, segments)
+        x = self.ffn_norm(hidden)
+        if isinstance(self.ffn, DenseFFN):
+            return hidden + self.ffn(x), hidden.new_zeros((), dtype=torch.float32)
+        out, auxiliary = self.ffn(x, segments)
+        return hidden + out, auxiliary
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.config = config
+        self.embedding = nn.Embedding(c.vocab, c.hidden)
+        self.layers = nn.ModuleList(Block(c, dense=index < c.dense_layers) for index in range(c.layers))
+        self.norm = RMSNorm(c.hidden, c.norm_eps)
+        self.head = None if c.tied_embeddings else nn.Linear(c.hidden, c.vocab, bias=False)
+
+    def hidden(self, tokens: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """tokens int64 [T] -> (last hidden state after the norm [T, hidden], auxiliary loss summed over tokens)."""
+        rope = rotary_table(self.config, segments.positions().to(tokens.device))
+        x = self.embedding(tokens)
+        auxiliary = x.new_zeros((), dtype=torch.float32)
+        for layer in self.layers:
+            x, more = layer(x, rope, segments)
+            auxiliary = auxiliary + more
+        return self.norm(x), auxiliary
+
+    def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
+        """tokens int64 [rows, length] -> logits [rows, length, vocab]."""
+        segments = segments or Segments.whole_rows(*tokens.shape)
+        x, _ = self.hidden(tokens.flatten(), segments)
+        return self.logits(x).view(*tokens.shape, -1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, vocab]."""
+        return F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
+
+    def losses(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+        """Sums over tokens of (cross-entropy, auxiliary losses); targets of -100 do not count."""
+        segments = segments or Segments.whole_rows(*tokens.shape)
+        x, auxiliary = self.hidden(tokens.flatten(), segments)
+        loss = F.cross_entropy(self.logits(x).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss, auxiliary
+
+
+def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
+    """Fill one parameter in place from (seed, name); stacked experts row by row from their global index.
+
+    Norms start at one; matrices at normal(0, init_std), those that write into the residual stream scaled down by
+    sqrt(2 * layers) as in GPT-2.
+    """
+    if name.endswith("norm.weight"):
+        parameter.fill_(1.0)
+        return
+    writes_residual = name.endswith(("attention.out.weight", ".w2", ".w2.weight"))
+    std = config.init_std / (math.sqrt(2 * config.layers) if writes_residual else 1.0)
+    stacked = ".experts." in name
+    for index, part in enumerate(parameter.unbind() if stacked else (parameter,)):
+        key = f"{seed}/{name}/{first_expert + index if stacked else ''}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        part.copy_(torch.empty(part.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model with its initial weights, float32, on the CPU."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            initialise(name, parameter, config, seed)
+        for buffer in model.buffers():
+            buffer.zero_()
+    return model

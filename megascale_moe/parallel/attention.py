@@ -1,0 +1,257 @@
+"""Sequence-parallel attention (Ulysses; paper, section 3.1).
+
+Projections, norms and rotary embedding run on this rank's slice of the sequence with all heads; an all-to-all turns
+that into all tokens of its share of the heads, attention runs there, and a second all-to-all turns back. Per rank
+(2 + 2/m) bsh (n-1)/n^2 elements travel, where tensor parallelism moves 2 bsh (n-1)/n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megascale_moe.comm.axis import Axis
+from megascale_moe.comm.collectives import Pending, exchange, tag_of
+from megascale_moe.config import ModelConfig
+from megascale_moe.engine.autograd import autograd_op
+from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
+from megascale_moe.kernels.attention import causal_attention
+from megascale_moe.kernels.rotary import apply_rotary
+from megascale_moe.model.attention import latent_heads
+from megascale_moe.model.counts import attention_flops_per_token
+from megascale_moe.model.rotary import rotate, softmax_scale
+from megascale_moe.model.segments import Segments
+from megascale_moe.parallel.dense import linear, norm
+from megascale_moe.parallel.layout import Layout
+
+
+def attention_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
+    """From `prefix`ln1_out to `prefix`attn_out, both [tokens, hidden]; reads "rope" and "segments"."""
+    p, c = prefix, config
+    ops = _latent_head_ops(p, c, layout) if c.attention == "mla" else _head_ops(p, c, layout)
+    heads = (f"{p}q", f"{p}k", f"{p}v")
+    if layout.node.size > 1:
+        gathered = (f"{p}q_a2a", f"{p}k_a2a", f"{p}v_a2a")
+        ops.append(_scatter_heads(f"{p}scatter_heads", heads, gathered, c, layout))
+        ops.append(_core(f"{p}attention", gathered, f"{p}attn", c, layout))
+        ops.append(_gather_heads(f"{p}gather_heads", f"{p}attn", f"{p}attn_a2a", c, layout))
+    else:
+        ops.append(_core(f"{p}attention", heads, f"{p}attn_a2a", c, layout))
+    sizes = (c.heads * c.value_dim, c.hidden)
+    ops.append(linear(f"{p}out", f"{p}attn_a2a", f"{p}attn_out", f"{p}attention.out.weight", sizes, layout))
+    return ops
+
+
+def _head_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+    width = (c.heads + c.kv_heads) * c.query_dim + c.kv_heads * c.value_dim
+    qkv = linear(f"{p}qkv", f"{p}ln1_out", f"{p}qkv", f"{p}attention.qkv.weight", (c.hidden, width), layout)
+    return [qkv, _rope(p, c, layout) if c.qk_norm == "none" else _norm_rope(p, c, layout)]
+
+
+def _split_heads(qkv: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, ...] -> views q [T, H, w], k [T, G, w], v [T, G, u]."""
+    T = qkv.shape[0]
+    q, k, v = qkv.split([c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim], dim=-1)
+    return q.view(T, c.heads, -1), k.view(T, c.kv_heads, -1), v.view(T, c.kv_heads, -1)
+
+
+def _rope(p: str, c: ModelConfig, layout: Layout) -> Op:
+    def run(qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _split_heads(qkv, c)
+        q, k = (apply_rotary(x, *rope, c.rope_interleaved, x.new_empty(x.shape)) for x in (q, k))
+        return q, k, v
+
+    def run_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        width = (c.heads + c.kv_heads) * c.query_dim + c.kv_heads * c.value_dim
+        dqkv = dq.new_empty(dq.shape[0], width)
+        q, k, v = _split_heads(dqkv, c)
+        apply_rotary(dq, *rope, c.rope_interleaved, q, inverse=True)
+        apply_rotary(dk, *rope, c.rope_interleaved, k, inverse=True)
+        v.copy_(dv)
+        return dqkv
+
+    heads = (f"{p}q", f"{p}k", f"{p}v")
+    elements = layout.tokens * (c.heads + c.kv_heads) * c.query_dim
+    cost = Cost(3.0 * elements, layout.bytes(2 * elements))
+    backward = Op(
+        name=f"{p}rope", phase=Phase.B, reads=(*map(grad, heads), "rope"), writes=(grad(f"{p}qkv"),),
+        run=run_backward, cost=cost,
+    )
+    return Op(name=f"{p}rope", reads=(f"{p}qkv", "rope"), writes=heads, run=run, cost=cost, backward=(backward,))
+
+
+def _norm_rope(p: str, c: ModelConfig, layout: Layout) -> Op:
+    def run(qkv: Tensor, rope: tuple[Tensor, Tensor], wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _split_heads(qkv, c)
+        q, k = _head_norm(q, wq, c), _head_norm(k, wk, c)
+        return rotate(q, *rope, c.rope_interleaved), rotate(k, *rope, c.rope_interleaved), v
+
+    elements = layout.tokens * (c.heads + c.kv_heads) * c.query_dim
+    return autograd_op(
+        f"{p}rope", run, reads=(f"{p}qkv", "rope"), differentiable=(f"{p}qkv",), writes=(f"{p}q", f"{p}k", f"{p}v"),
+        weights=(f"{p}attention.q_norm.weight", f"{p}attention.k_norm.weight"),
+        cost=Cost(7.0 * elements, layout.bytes(2 * elements)),
+    )
+
+
+def _head_norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
+    """RMSNorm over each head, or over all heads at once where the weight spans them."""
+    flat = x if c.qk_norm == "head" else x.flatten(1)
+    return F.rms_norm(flat, (flat.shape[-1],), weight, c.norm_eps).view(x.shape)
+
+
+def _latent_head_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+    a, x = f"{p}attention.", f"{p}ln1_out"
+    ops: list[Op] = []
+    if c.q_lora_rank:
+        ops = [
+            linear(f"{p}q_down", x, f"{p}q_low", f"{a}q_down.weight", (c.hidden, c.q_lora_rank), layout),
+            norm(f"{p}q_norm", f"{p}q_low", f"{p}q_low_norm", f"{a}q_norm.weight", 1e-6, layout, width=c.q_lora_rank),
+        ]
+    low, rank = (f"{p}q_low_norm", c.q_lora_rank) if c.q_lora_rank else (x, c.hidden)
+    latent, shared = f"{p}kv_latent", f"{p}k_shared"
+    sizes_kv = (c.kv_lora_rank, c.heads * (c.qk_nope_head_dim + c.value_dim))
+    return [
+        *ops,
+        linear(f"{p}q_up", low, f"{p}q_flat", f"{a}q_up.weight", (rank, c.heads * c.query_dim), layout),
+        linear(f"{p}kv_down", x, f"{p}kv_low", f"{a}kv_down.weight",
+               (c.hidden, c.kv_lora_rank + c.qk_rope_head_dim), layout),
+        autograd_op(
+            f"{p}kv_norm", lambda kv, w: _latent(kv, w, c), reads=(f"{p}kv_low",), differentiable=(f"{p}kv_low",),
+            writes=(latent, shared), weights=(f"{a}kv_norm.weight",),
+            cost=Cost(4.0 * layout.tokens * c.kv_lora_rank, layout.bytes(2 * layout.tokens * c.kv_lora_rank)),
+        ),
+        linear(f"{p}kv_up", latent, f"{p}kv_flat", f"{a}kv_up.weight", sizes_kv, layout),
+        autograd_op(
+            f"{p}rope", lambda q, kv, k, rope: latent_heads(q, kv, k, rope, c),
+            reads=(f"{p}q_flat", f"{p}kv_flat", shared, "rope"), differentiable=(f"{p}q_flat", f"{p}kv_flat", shared),
+            writes=(f"{p}q", f"{p}k", f"{p}v"),
+            cost=Cost(0.0, layout.bytes(4 * layout.tokens * c.heads * c.query_dim)),
+        ),
+    ]
+
+
+def _latent(kv: Tensor, weight: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
+    latent, shared = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+    return F.rms_norm(latent, (c.kv_lora_rank,), weight, 1e-6), shared
+
+
+def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout: Layout) -> Op:
+    scale = softmax_scale(c)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        q, k, v = (x.reshape(layout.rows, layout.length, *x.shape[-2:]) for x in (q, k, v))
+        spans = () if segments.is_whole_rows else segments.spans
+        return causal_attention(q, k, v, spans, scale, c.sliding_window).reshape(layout.rows * layout.length, -1)
+
+    n, T = layout.node.size, layout.rows * layout.length
+    key_heads = len(heads_of_rank(0, n, c)[1])
+    elements = T * (c.heads // n * (c.query_dim + c.value_dim) + key_heads * (c.query_dim + c.value_dim))
+    cost = Cost(T * attention_flops_per_token(c) / n, layout.bytes(elements))
+    return autograd_op(name, run, reads=(*heads, "segments"), differentiable=heads, writes=(y,), cost=cost)
+
+
+def heads_of_rank(rank: int, size: int, c: ModelConfig) -> tuple[range, Sequence[int]]:
+    """Query heads and key heads a rank attends with.
+
+    Where ranks outnumber key heads several ranks get the same one. Where the shares do not align with the groups of
+    query heads, each query head brings its own copy.
+    """
+    mine = range(rank * c.heads // size, (rank + 1) * c.heads // size)
+    per_key = c.heads // c.key_heads
+    if len(mine) % per_key == 0 or per_key % len(mine) == 0:
+        return mine, range(mine[0] // per_key, mine[-1] // per_key + 1)
+    return mine, [head // per_key for head in mine]
+
+
+def _select(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of x [T, heads, w], flattened to [T, len(heads) * w]."""
+    part = x[:, heads.start : heads.stop] if isinstance(heads, range) else x[:, list(heads)]
+    return part.reshape(x.shape[0], -1)
+
+
+def _scatter_heads(name: str, heads: tuple[str, str, str], gathered: tuple[str, str, str], c: ModelConfig,
+                   layout: Layout) -> Op:
+    """All heads of a slice of the sequence -> a share of the heads of the whole sequence."""
+    axis, n = layout.node, layout.node.size
+    shares = [heads_of_rank(rank, n, c) for rank in range(n)]
+    mine, keys = shares[axis.index]
+    widths = [len(mine) * c.query_dim, len(keys) * c.query_dim, len(keys) * c.value_dim]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Pending:
+        send = [torch.cat((_select(q, qh), _select(k, kh), _select(v, kh)), dim=1) for qh, kh in shares]
+        return _to_sequence(send, layout.rows, axis, tag_of(name)).then(unpack)
+
+    def unpack(x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = x.split(widths, dim=-1)
+        return q.unflatten(1, (len(mine), -1)), k.unflatten(1, (len(keys), -1)), v.unflatten(1, (len(keys), -1))
+
+    def run_backward(dq: Tensor, dk: Tensor, dv: Tensor) -> Pending:
+        packed = torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), dim=1)
+        return _to_heads(packed, layout.rows, axis, tag_of(name + " B")).then(lambda parts: _sum_heads(parts, shares, c))
+
+    wire = layout.bytes(layout.tokens * sum(widths)) * (n - 1)
+    cost = Cost(wire_bytes=wire, axis="node")
+    backward = Op(
+        name=name, phase=Phase.B, reads=tuple(map(grad, gathered)), writes=tuple(map(grad, heads)), run=run_backward,
+        stream=Stream.INTRA, cost=cost,
+    )
+    return Op(
+        name=name, reads=heads, writes=gathered, run=run, stream=Stream.INTRA, cost=cost, backward=(backward,)
+    )
+
+
+def _sum_heads(parts: list[Tensor], shares: Sequence[tuple[range, Sequence[int]]], c: ModelConfig) -> Any:
+    """Gradients of q, k, v from every rank's share; key heads that went to several ranks sum up."""
+    T = parts[0].shape[0]
+    dq = parts[0].new_empty(T, c.heads, c.query_dim)
+    dk = parts[0].new_zeros(T, c.key_heads, c.query_dim)
+    dv = parts[0].new_zeros(T, c.key_heads, c.value_dim)
+    for part, (mine, keys) in zip(parts, shares, strict=True):
+        widths = [len(mine) * c.query_dim, len(keys) * c.query_dim, len(keys) * c.value_dim]
+        q, k, v = part.split(widths, dim=1)
+        dq[:, mine.start : mine.stop] = q.unflatten(1, (len(mine), -1))
+        index = torch.tensor(list(keys), device=part.device)
+        dk.index_add_(1, index, k.unflatten(1, (len(keys), -1)))
+        dv.index_add_(1, index, v.unflatten(1, (len(keys), -1)))
+    return dq, dk, dv
+
+
+def _gather_heads(name: str, x: str, y: str, c: ModelConfig, layout: Layout) -> Op:
+    """A share of the heads of the whole sequence -> all heads of a slice; the dual of `_scatter_heads`."""
+    axis, n = layout.node, layout.node.size
+
+    def run(x: Tensor) -> Pending:
+        return _to_heads(x, layout.rows, axis, tag_of(name)).then(lambda parts: torch.cat(parts, dim=1))
+
+    def run_backward(dy: Tensor) -> Pending:
+        send = [part.contiguous() for part in dy.chunk(n, dim=1)]
+        return _to_sequence(send, layout.rows, axis, tag_of(name + " B"))
+
+    wire = layout.bytes(layout.tokens * c.heads * c.value_dim) * (n - 1) / n
+    cost = Cost(wire_bytes=wire, axis="node")
+    backward = Op(
+        name=name, phase=Phase.B, reads=(grad(y),), writes=(grad(x),), run=run_backward, stream=Stream.INTRA, cost=cost
+    )
+    return Op(name=name, reads=(x,), writes=(y,), run=run, stream=Stream.INTRA, cost=cost, backward=(backward,))
+
+
+def _to_sequence(send: list[Tensor], rows: int, axis: Axis, tag: int) -> Pending:
+    """send[r] [rows * s/n, c] for rank r -> [rows * s, c], the slices of all ranks put together in order."""
+    out = send[0].new_empty(axis.size, *send[0].shape)
+
+    def finish(_: object) -> Tensor:
+        return out.unflatten(1, (rows, -1)).transpose(0, 1).reshape(axis.size * send[0].shape[0], -1)
+
+    return exchange(send, out.unbind(), axis, tag).then(finish)
+
+
+def _to_heads(x: Tensor, rows: int, axis: Axis, tag: int) -> Pending:
+    """x [rows * s, c], one slice of every row to each rank -> list of [rows * s/n, c], one per rank's heads."""
+    sliced = x.unflatten(0, (rows, axis.size, -1)).transpose(0, 1).contiguous().flatten(1, 2)
+    out = torch.empty_like(sliced)
+    return exchange(sliced.unbind(), out.unbind(), axis, tag).then(list)

@@ -1,0 +1,133 @@
+"""The whole model as one list: embedding, blocks, norm, head and loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from megascale_moe.config import ModelConfig
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_loss
+from megascale_moe.parallel.attention import attention_ops
+from megascale_moe.parallel.dense import add, add_norm, dense_ffn, norm
+from megascale_moe.parallel.experts import moe_ops
+from megascale_moe.parallel.layout import Layout
+
+Head = Literal["train", "loss", "logits"]
+INPUTS = ("tokens", "targets", "rope", "segments", "loss_scale", "auxiliary_scale")
+
+
+def block_ops(prefix: str, config: ModelConfig, layout: Layout, x: str, y: str, dense: bool = False) -> list[Op]:
+    """One layer: hidden state x -> y, both [tokens, hidden]. Reads "rope" and "segments"."""
+    p, c = prefix, config
+    attention_norm = norm(
+        f"{p}attention_norm", x, f"{p}ln1_out", f"{p}attention_norm.weight", c.norm_eps, layout, width=c.hidden,
+        skip=f"{p}hidden",
+    )
+    ffn_norm = add_norm(
+        f"{p}ffn_norm", (f"{p}hidden", f"{p}attn_out"), f"{p}ln2_in", f"{p}ln2_out", f"{p}ffn_norm.weight", c.norm_eps,
+        layout, c.hidden,
+    )
+    if dense:
+        ffn = dense_ffn(p, f"{p}ffn.", f"{p}ln2_out", f"{p}ffn_out", c.hidden, c.dense_ffn_hidden, False, layout)
+    else:
+        ffn = moe_ops(p, c, layout)
+    terms = [f"{p}ln2_in", f"{p}ffn_out"]
+    if not dense and c.shared_hidden:
+        terms.append(f"{p}shared_out")
+    residual = add(f"{p}residual", tuple(terms), y, layout, c.hidden)
+    return [attention_norm, *attention_ops(p, c, layout), ffn_norm, *ffn, residual]
+
+
+def model_ops(config: ModelConfig, layout: Layout, head: Head = "train") -> list[Op]:
+    """tokens int64 [tokens] -> "loss", a sum over this rank's targets ("logits" [tokens, vocab] for head "logits").
+
+    Reads the names in `INPUTS`; per MoE layer writes "layers.i.load" and, with auxiliary losses, "layers.i.auxiliary".
+    """
+    c = config
+    ops = [_embedding(c, layout)]
+    for index in range(c.layers):
+        names = (f"hidden_{index}", f"hidden_{index + 1}")
+        ops += block_ops(f"layers.{index}.", c, layout, *names, dense=index < c.dense_layers)
+    ops.append(norm("norm", f"hidden_{c.layers}", "final", "norm.weight", c.norm_eps, layout, width=c.hidden))
+    weight = "embedding.weight" if c.tied_embeddings else "head.weight"
+    return [*ops, {"train": _train_head, "loss": _loss_head, "logits": _logits_head}[head](weight, c, layout)]
+
+
+def auxiliary_names(config: ModelConfig) -> list[str]:
+    """The auxiliary losses of the list, one per MoE layer; none where the model has no such loss."""
+    if not (config.balance_loss or config.z_loss):
+        return []
+    return [f"layers.{index}.auxiliary" for index in range(config.dense_layers, config.layers)]
+
+
+def load_names(config: ModelConfig) -> list[str]:
+    """Tokens per expert of every MoE layer, int64 [E], of this rank's tokens."""
+    return [f"layers.{index}.load" for index in range(config.dense_layers, config.layers)]
+
+
+def _embedding(c: ModelConfig, layout: Layout) -> Op:
+    cost = Cost(memory_bytes=layout.bytes(2 * layout.tokens * c.hidden))
+
+    def weight_gradient(tokens: Tensor, d: Tensor, sink: Gradient) -> None:
+        sink.value().index_add_(0, tokens, d.to(sink.buffer.dtype))
+
+    backward = Op(
+        name="embedding", phase=Phase.W, reads=("tokens", grad("hidden_0")), writes=(), gradients=("embedding.weight",),
+        run=weight_gradient, cost=cost,
+    )
+    return Op(
+        name="embedding", reads=("tokens",), writes=("hidden_0",), weights=("embedding.weight",), cost=cost,
+        run=lambda tokens, w: w.index_select(0, tokens), backward=(backward,),
+    )
+
+
+def _head_cost(c: ModelConfig, layout: Layout, products: int) -> Cost:
+    T = layout.tokens
+    return Cost(2.0 * products * T * c.hidden * c.vocab, layout.bytes(products * c.vocab * c.hidden, 2 * T * c.hidden))
+
+
+def _train_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
+    """Loss with both gradients at once, because a block of logits is best used while it is in cache."""
+
+    def run(x: Tensor, targets: Tensor, scale: float, w: Tensor, sink: Gradient) -> tuple[Any, ...]:
+        return linear_cross_entropy(x, w, targets, scale, sink.add_mm)
+
+    backward = Op(
+        name="head", phase=Phase.B, reads=("final.slope",), writes=(grad("final"),), run=lambda slope: slope
+    )
+    return Op(
+        name="head", reads=("final", "targets", "loss_scale"), writes=("loss", "final.slope"), weights=(weight,),
+        gradients=(weight,), run=run, cost=_head_cost(c, layout, 3), backward=(backward,),
+    )
+
+
+def _loss_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
+    return Op(
+        name="head", reads=("final", "targets"), writes=("loss",), weights=(weight,), cost=_head_cost(c, layout, 1),
+        run=lambda x, targets, w: linear_cross_entropy_loss(x, w, targets),
+    )
+
+
+def _logits_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
+    return Op(
+        name="head", reads=("final",), writes=("logits",), weights=(weight,), cost=_head_cost(c, layout, 1),
+        run=lambda x, w: (x @ w.t()).float(),
+    )
+
+
+def local_inputs(
+    tokens: Tensor, targets: Tensor | None, layout: Layout, rope: tuple[Tensor, Tensor], segments: object
+) -> dict[str, Any]:
+    """This rank's slice of a micro-batch's inputs: tokens and targets int64 [rows, length]."""
+    node = layout.node
+    width = layout.length // node.size
+    part = slice(node.index * width, (node.index + 1) * width)
+    values: dict[str, Any] = {"tokens": tokens[:, part].reshape(-1), "rope": rope, "segments": segments}
+    if targets is not None:
+        values["targets"] = targets[:, part].reshape(-1)
+    return values
+
+
