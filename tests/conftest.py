@@ -1,7 +1,14 @@
-"""Shared test setup: one thread per process (timings and rounding alike everywhere), and `tests/` importable."""
+"""Shared test setup: one thread per process (rounding alike everywhere, no hang in forked ranks), a fixed seed."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test draws the same random numbers, alone or in the whole suite."""
+    torch.manual_seed(0)

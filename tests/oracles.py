@@ -146,7 +146,7 @@ def batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> tuple[T
 
 @torch.no_grad()
 def _randomise(model: nn.Module, seed: int) -> None:
-    """Weights that keep activations near one, norms away from one, and a correction bias large enough to change choices."""
+    """Weights that keep activations near one, norms away from one, and a correction bias that changes choices."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if tensor.ndim == 1:

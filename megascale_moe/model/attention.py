@@ -91,8 +91,8 @@ def latent_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assemble MLA's heads: q [T, H * qk], kv [T, H * (nope + v)], one rotary key [T, rope] shared by all heads."""
     T = q.shape[0]
-    q_nope, q_rope = q.view(T, c.heads, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-    k_nope, v = kv.view(T, c.heads, -1).split([c.qk_nope_head_dim, c.value_dim], dim=-1)
+    q_nope, q_rope = torch.split(q.view(T, c.heads, -1), [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+    k_nope, v = torch.split(kv.view(T, c.heads, -1), [c.qk_nope_head_dim, c.value_dim], dim=-1)
     q_rope = rotate(q_rope, *rope, c.rope_interleaved)
     k_shared = rotate(k_rope[:, None], *rope, c.rope_interleaved).expand(-1, c.heads, -1)
     return torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_shared), dim=-1), v.contiguous()

@@ -38,7 +38,7 @@ def _mscale(factor: float, scale: float) -> float:
 
 def softmax_scale(config: ModelConfig) -> float:
     """Factor on the attention scores: 1 / sqrt(width), corrected for YaRN as in DeepSeek."""
-    return config.query_dim**-0.5 * _mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
+    return 1 / math.sqrt(config.query_dim) * _mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
 
 
 def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""From gradients to new weights: synchronisation over replicas, sharded AdamW, learning-rate schedules."""

@@ -1,10 +1,9 @@
 """Hugging Face configs and weights to ours and back: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3.
 
-A family is data: which config key is which field, which values of the other keys we compute, and which of their
-tensors make up each of ours. One small interpreter per direction reads the tables, so a new family is a new table.
-Released checkpoints hold one tensor per expert and projection, the modules of transformers 5 hold fused ones; both are
-read, the released form is written. What our model does not compute is refused by name, never approximated: a silently
-different model costs more than an error.
+What the families are is data, in `huggingface_families`; here is one small interpreter per direction. Released
+checkpoints hold one tensor per expert and projection, the modules of transformers 5 hold fused ones; both are read, the
+released form is written. What our model does not compute is refused by name, never approximated: a silently different
+model costs more than an error.
 
 The coefficient of the balance loss is carried over as a number. Its meaning differs (transformers pools all documents
 and layers and does not divide by top_k), so no factor would make the two losses equal.
@@ -14,8 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,206 +22,7 @@ from torch import Tensor
 
 from megascale_moe.config import ConfigError, ModelConfig, from_dict, require
 from megascale_moe.model.transformer import Transformer
-
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Field:
-    """One of our config fields: their keys (the first is written, any is read) and what an absent or null key means."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    default: Any = REQUIRED
-    read: Callable[[Any], Any] = lambda value: value
-    write: Callable[[Any], Any] = lambda value: value
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of our tensors: the released tensors it concatenates along rows, `{expert}` stacked on a new first axis.
-
-    `whole` is the name of the same tensor inside a module of transformers 5, where that is another one.
-    """
-
-    ours: str
-    parts: tuple[str, ...]
-    whole: str = ""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: its class in transformers, config fields, implied fields, supported values, and tensors."""
-
-    architecture: str
-    fields: tuple[Field, ...]
-    implied: Mapping[str, Any]
-    supported: Mapping[str, tuple[Any, ...]]
-    rules: tuple[Rule, ...]
-
-
-def _leading(layers: list[int]) -> int:
-    """[0, 1, 2] -> 3: dense layers come first or not at all."""
-    require(sorted(layers) == list(range(len(layers))), f"mlp_only_layers = {layers}: only the first layers can be dense")
-    return len(layers)
-
-
-COMMON_FIELDS = (
-    Field("layers", ("num_hidden_layers",)),
-    Field("hidden", ("hidden_size",)),
-    Field("heads", ("num_attention_heads",)),
-    Field("kv_heads", ("num_key_value_heads",)),
-    Field("vocab", ("vocab_size",)),
-    Field("sequence_length", ("max_position_embeddings",)),
-    Field("norm_eps", ("rms_norm_eps",)),
-    Field("top_k", ("num_experts_per_tok",)),
-    Field("tied_embeddings", ("tie_word_embeddings",), False),
-    Field("init_std", ("initializer_range",), 0.02),
-    Field("rope_theta", ("rope_theta",), 10_000.0),
-    Field("rope_factor", ("factor",), 1.0),
-    Field("rope_original_length", ("original_max_position_embeddings",), 4096),
-    Field("rope_mscale_all_dim", ("mscale_all_dim",), 0.0),
-)
-HEAD_DIM = Field("head_dim", ("head_dim",), 0)
-WINDOW = Field("sliding_window", ("sliding_window",), 0, write=lambda window: window or None)
-BALANCE = Field("balance_loss", ("router_aux_loss_coef",), 0.0)
-NORM_TOP_K = Field("norm_top_k", ("norm_topk_prob",), False)
-
-# `None` stands for an absent or null key. Dropout and jitter act in training only; we train without.
-COMMON_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "attention_dropout": (0.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_type": ("default", "yarn"),
-    "beta_fast": (32, None),
-    "beta_slow": (1, None),
-    "truncate": (True, None),
-}
-
-LAYER = "model.layers.{layer}."
-ATTENTION = LAYER + "self_attn."
-COMMON_RULES = (
-    Rule("embedding.weight", ("model.embed_tokens.weight",)),
-    Rule("norm.weight", ("model.norm.weight",)),
-    Rule("head.weight", ("lm_head.weight",)),
-    Rule("layers.{layer}.attention_norm.weight", (LAYER + "input_layernorm.weight",)),
-    Rule("layers.{layer}.ffn_norm.weight", (LAYER + "post_attention_layernorm.weight",)),
-    Rule("layers.{layer}.attention.out.weight", (ATTENTION + "o_proj.weight",)),
-)
-GROUPED_QUERY_RULES = (
-    Rule(
-        "layers.{layer}.attention.qkv.weight",
-        (ATTENTION + "q_proj.weight", ATTENTION + "k_proj.weight", ATTENTION + "v_proj.weight"),
-    ),
-    Rule("layers.{layer}.attention.q_norm.weight", (ATTENTION + "q_norm.weight",)),
-    Rule("layers.{layer}.attention.k_norm.weight", (ATTENTION + "k_norm.weight",)),
-)
-LATENT_RULES = (
-    Rule("layers.{layer}.attention.q_down.weight", (ATTENTION + "q_a_proj.weight",)),
-    Rule("layers.{layer}.attention.q_norm.weight", (ATTENTION + "q_a_layernorm.weight",)),
-    Rule("layers.{layer}.attention.q_up.weight", (ATTENTION + "q_b_proj.weight",)),
-    Rule("layers.{layer}.attention.kv_down.weight", (ATTENTION + "kv_a_proj_with_mqa.weight",)),
-    Rule("layers.{layer}.attention.kv_norm.weight", (ATTENTION + "kv_a_layernorm.weight",)),
-    Rule("layers.{layer}.attention.kv_up.weight", (ATTENTION + "kv_b_proj.weight",)),
-)
-# Without a query latent their direct projection has the name that grouped-query attention gives it.
-DIRECT_QUERY_RULE = Rule("layers.{layer}.attention.q_up.weight", (ATTENTION + "q_proj.weight",))
-DENSE_RULES = (
-    Rule("layers.{layer}.ffn.w13.weight", (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight")),
-    Rule("layers.{layer}.ffn.w2.weight", (LAYER + "mlp.down_proj.weight",)),
-)
-SHARED_RULES = (
-    Rule(
-        "layers.{layer}.ffn.shared.w13.weight",
-        (LAYER + "mlp.shared_experts.gate_proj.weight", LAYER + "mlp.shared_experts.up_proj.weight"),
-    ),
-    Rule("layers.{layer}.ffn.shared.w2.weight", (LAYER + "mlp.shared_experts.down_proj.weight",)),
-)
-CORRECTION_RULE = Rule("layers.{layer}.ffn.router.bias", (LAYER + "mlp.gate.e_score_correction_bias",))
-
-
-def _expert_rules(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    expert = LAYER + block + ".experts.{expert}."
-    return (
-        Rule("layers.{layer}.ffn.router.weight", (LAYER + block + ".gate.weight",), LAYER + "mlp.gate.weight"),
-        Rule(
-            "layers.{layer}.ffn.experts.w13",
-            (expert + gate + ".weight", expert + up + ".weight"),
-            LAYER + "mlp.experts.gate_up_proj",
-        ),
-        Rule("layers.{layer}.ffn.experts.w2", (expert + down + ".weight",), LAYER + "mlp.experts.down_proj"),
-    )
-
-
-PROJECTED_EXPERTS = _expert_rules("mlp", "gate_proj", "up_proj", "down_proj")
-
-FAMILIES: dict[str, Family] = {
-    "mixtral": Family(
-        architecture="MixtralForCausalLM",
-        fields=(
-            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE,
-            Field("experts", ("num_local_experts", "num_experts")),
-            Field("ffn_hidden", ("intermediate_size",)),
-        ),
-        implied={},
-        supported={**COMMON_SUPPORTED, "router_jitter_noise": (0.0, None)},
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *_expert_rules("block_sparse_moe", "w1", "w3", "w2")),
-    ),
-    "qwen3_moe": Family(
-        architecture="Qwen3MoeForCausalLM",
-        fields=(
-            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE, NORM_TOP_K,
-            Field("experts", ("num_experts", "num_local_experts")),
-            Field("ffn_hidden", ("moe_intermediate_size",)),
-            Field("dense_layers", ("mlp_only_layers",), 0, read=_leading, write=lambda count: list(range(count))),
-            Field("dense_ffn_hidden", ("intermediate_size",), 0),
-        ),
-        implied={"qk_norm": "head"},
-        supported={**COMMON_SUPPORTED, "decoder_sparse_step": (1, None)},
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *PROJECTED_EXPERTS, *DENSE_RULES),
-    ),
-    "olmoe": Family(
-        architecture="OlmoeForCausalLM",
-        fields=(
-            *COMMON_FIELDS, BALANCE, NORM_TOP_K,
-            Field("experts", ("num_experts", "num_local_experts")),
-            Field("ffn_hidden", ("intermediate_size",)),
-        ),
-        implied={"qk_norm": "full"},
-        supported={**COMMON_SUPPORTED, "clip_qkv": (None,)},
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *PROJECTED_EXPERTS),
-    ),
-    "deepseek_v3": Family(
-        architecture="DeepseekV3ForCausalLM",
-        fields=(
-            *COMMON_FIELDS,
-            Field("norm_top_k", ("norm_topk_prob",), True),
-            Field("rope_interleaved", ("rope_interleave",), True),
-            Field("q_lora_rank", ("q_lora_rank",), 0, write=lambda rank: rank or None),
-            Field("kv_lora_rank", ("kv_lora_rank",)),
-            Field("qk_nope_head_dim", ("qk_nope_head_dim",)),
-            Field("qk_rope_head_dim", ("qk_rope_head_dim",)),
-            Field("v_head_dim", ("v_head_dim",)),
-            Field("experts", ("n_routed_experts", "num_local_experts")),
-            Field("routed_scaling", ("routed_scaling_factor",), 1.0),
-            Field("expert_groups", ("n_group",), 1),
-            Field("top_groups", ("topk_group",), 1),
-            Field("ffn_hidden", ("moe_intermediate_size",)),
-            Field("shared_experts", ("n_shared_experts",), 0),
-            Field("dense_layers", ("first_k_dense_replace",), 0),
-            Field("dense_ffn_hidden", ("intermediate_size",), 0),
-        ),
-        implied={"attention": "mla", "score": "sigmoid", "group_score": "top2", "correction_bias": True},
-        supported={
-            **COMMON_SUPPORTED,
-            "scoring_func": ("sigmoid", None),
-            "topk_method": ("noaux_tc", None),
-            "moe_layer_freq": (1, None),
-        },
-        rules=(*COMMON_RULES, *LATENT_RULES, CORRECTION_RULE, *PROJECTED_EXPERTS, *SHARED_RULES, *DENSE_RULES),
-    ),
-}
+from megascale_moe.train.huggingface_families import DIRECT_QUERY_RULE, FAMILIES, REQUIRED, Family, Field, Rule
 
 # Fields that train a model but do not change what it computes; capacity is one, because released models drop nothing.
 TRAINING_FIELDS = (
@@ -256,7 +56,7 @@ def _family(name: str) -> Family:
 
 
 def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One level without nulls: the rotary dictionary of either transformers version merged in, implied values filled."""
+    """One level without nulls: the rotary dictionary of either transformers version merged in, defaults filled."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     flat = {key: value for key, value in {**raw, **rope}.items() if value is not None}
@@ -288,7 +88,8 @@ def _check_yarn(flat: Mapping[str, Any], family: Family, name: str) -> None:
         )
     ours = 1.0 if all_dim or factor <= 1 else 0.1 * math.log(factor) + 1.0
     given = flat.get("attention_factor", ours)
-    require(math.isclose(given, ours, rel_tol=1e-6), f"{name}: attention_factor = {given!r} is not supported, only {ours:.6g}")
+    same = math.isclose(given, ours, rel_tol=1e-6)
+    require(same, f"{name}: attention_factor = {given!r} is not supported, only {ours:.6g}")
 
 
 def config_to_huggingface(config: ModelConfig, family: str = "") -> dict[str, Any]:
@@ -302,13 +103,14 @@ def config_to_huggingface(config: ModelConfig, family: str = "") -> dict[str, An
     config = _resolved(config)
     raw = {field.theirs[0]: field.write(getattr(config, field.ours)) for field in table.fields}
     stretch = {key: raw.pop(key) for key in ("factor", "original_max_position_embeddings", "mscale_all_dim")}
-    stretch |= {"rope_type": "yarn", "type": "yarn", "mscale": stretch["mscale_all_dim"], "beta_fast": 32, "beta_slow": 1}
+    stretch |= {"rope_type": "yarn", "type": "yarn", "beta_fast": 32, "beta_slow": 1}
+    stretch["mscale"] = stretch["mscale_all_dim"]
     raw |= {
         "model_type": name,
         "architectures": [table.architecture],
         "hidden_act": "silu",
         "rope_scaling": stretch if config.rope_factor > 1 else None,
-        # Ours are a matter of the tokenizer; the defaults of some families would freeze an embedding row.
+        # A matter of the tokenizer; left out, the defaults of some families would freeze an embedding row.
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }
     if raw.get("sliding_window"):
@@ -372,16 +174,19 @@ def parameters_from_huggingface(state: Mapping[str, Tensor], config: ModelConfig
         sources = _sources(rule, layer, config)
         tensor = _assemble(state, sources, _stacked(rule))
         used.update(source for group in sources for source in group)
-        require(tuple(tensor.shape) == shape, f"{sources[0][0]} makes {name} {tuple(tensor.shape)}, the config says {shape}")
+        found = tuple(tensor.shape)
+        require(found == shape, f"{sources[0][0]} makes {name} {found}, the config says {shape}")
         parameters[name] = tensor
     _check_nothing_left(set(state) - used, config)
     return parameters
 
 
-def parameters_to_huggingface(parameters: Mapping[str, Tensor], config: ModelConfig, family: str = "") -> dict[str, Tensor]:
+def parameters_to_huggingface(
+    parameters: Mapping[str, Tensor], config: ModelConfig, family: str = ""
+) -> dict[str, Tensor]:
     """The tensors of a released checkpoint: one per expert and projection, contiguous views of ours."""
     config_to_huggingface(config, family)  # refuses what the family cannot hold
-    rules, state = _rules(config, family), {}
+    rules, state = _rules(config, family), dict[str, Tensor]()
     for name, shape in tensor_shapes(config).items():
         require(name in parameters, f"parameter {name} is missing")
         tensor = parameters[name]
@@ -453,7 +258,7 @@ def _check_nothing_left(names: set[str], config: ModelConfig) -> None:
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:
-    """Cached rotary tables, the second copy of tied embeddings, and DeepSeek's extra layers for multi-token prediction."""
+    """Cached rotary tables, the copy of tied embeddings, and DeepSeek's extra layers for multi-token prediction."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = layer is not None and int(layer[1]) >= config.layers and config.attention == "mla"
     return extra or name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")

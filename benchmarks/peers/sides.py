@@ -1,0 +1,68 @@
+"""Who takes part: every side by name, with its environment, its script and the cases it can run."""
+
+from dataclasses import dataclass
+
+OURS = "megascale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One way of training the common case.
+
+    `environment` names a folder made by setup.sh, or is empty for the Python that runs the driver.
+    `optional` sides take part only when asked for by name: the slower of two forms that were compared.
+    `half` marks a side that computes partly in BF16 even in the FP32 case.
+    """
+
+    script: str
+    environment: str
+    options: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    ranks: tuple[int, ...] = (1, 2)
+    optional: bool = False
+    half: bool = False
+
+    def fits(self, dtype: str, ranks: int) -> bool:
+        return dtype in self.dtypes and ranks in self.ranks
+
+
+def transformers(*options: str, **fields: object) -> Side:
+    return Side(script="side_transformers.py", environment="transformers", options=options, **fields)  # type: ignore[arg-type]
+
+
+def torchtitan(*options: str, **fields: object) -> Side:
+    return Side(script="side_torchtitan.py", environment="torchtitan", options=options, **fields)  # type: ignore[arg-type]
+
+
+HALF: dict[str, object] = {"dtypes": ("bf16",)}
+PAIR: dict[str, object] = {"ranks": (2,)}
+
+SIDES = {
+    OURS: Side(script="side_megascale.py", environment=""),
+    "plain": Side(script="side_plain.py", environment=""),
+    "plain-autocast": Side(script="side_plain.py", environment="", options=("--autocast",), dtypes=("bf16",), optional=True),
+    "transformers-grouped_mm": transformers("--experts=grouped_mm"),
+    "transformers-eager": transformers("--experts=eager"),
+    "transformers-batched_mm": transformers("--experts=batched_mm", optional=True),
+    "transformers-grouped_mm-autocast": transformers("--experts=grouped_mm", "--half=autocast", **HALF, optional=True),
+    "transformers-eager-autocast": transformers("--experts=eager", "--half=autocast", **HALF, optional=True),
+    "transformers-ddp-grouped_mm": transformers("--experts=grouped_mm", "--layout=ddp", **PAIR),
+    "transformers-ddp-eager": transformers("--experts=eager", "--layout=ddp", **PAIR),
+    "transformers-fsdp-grouped_mm": transformers("--experts=grouped_mm", "--layout=fsdp", **PAIR, optional=True),
+    "torchtitan-full": torchtitan("--experts=full", dtypes=("fp32",)),
+    "torchtitan": torchtitan("--experts=shipped", half=True),
+    "torchtitan-compile": torchtitan("--experts=shipped", "--compile", **HALF),
+    "torchtitan-shard": torchtitan("--experts=shipped", "--half=shard", ranks=(1,), **HALF, optional=True),
+    "deepspeed-autoep": Side(script="side_deepspeed.py", environment="deepspeed"),
+}
+
+
+def choose(names: str | None, dtype: str, ranks: int) -> list[str]:
+    """The sides of one case: those named, or all that are not optional."""
+    if names:
+        wanted = names.split(",")
+        if unknown := [name for name in wanted if name not in SIDES]:
+            raise SystemExit(f"unknown sides: {', '.join(unknown)}; there are {', '.join(SIDES)}")
+    else:
+        wanted = [name for name, side in SIDES.items() if not side.optional]
+    return [name for name in wanted if SIDES[name].fits(dtype, ranks)]

@@ -1,0 +1,104 @@
+"""Ranks as forked processes of this machine: for `megascale train` without torchrun, and for tests.
+
+Forking takes 0.2 s where a fresh interpreter per rank takes 10. The rendezvous is a file, gloo is bound to the
+loopback interface, so nothing listens to the network. Children die with their parent (Linux: a death signal), and
+the first rank that fails takes the others down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PR_SET_PDEATHSIG = 1
+
+
+def fork_ranks(
+    world: int,
+    function: Callable[[int], object],
+    *,
+    threads: int = 1,
+    timeout: float = 600.0,
+    poll: Callable[[], None] | None = None,
+) -> int:
+    """Run `function(rank)` in `world` processes joined by a process group; returns the first bad exit status, or 0.
+
+    Args:
+        threads: torch threads of each rank.
+        timeout: seconds after which a collective whose peer is gone fails.
+        poll: called in this process again and again while the ranks run.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="megascale-") as folder:
+        arguments = (Path(folder) / "rendezvous", world, function, threads, timeout, os.getpid())
+        ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        try:
+            return _wait(ranks, poll)
+        finally:
+            _end(ranks)
+
+
+def _rank(
+    rank: int, store: Path, world: int, function: Callable[[int], object], threads: int, timeout: float, parent: int
+) -> None:
+    _die_with(parent)
+    torch.set_num_threads(threads)  # first of all: a forked child must not touch its parent's thread pool
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= world
+    if cuda:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    function(rank)
+    dist.barrier()  # nobody leaves while a peer still talks to it
+    dist.destroy_process_group()
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the signal was armed
+        os._exit(1)
+
+
+def _wait(ranks: list[BaseProcess], poll: Callable[[], None] | None) -> int:
+    """Until all ranks are done, or one has failed."""
+    while True:
+        if poll is not None:
+            poll()
+        failed = [process.exitcode for process in ranks if process.exitcode]
+        if failed:
+            time.sleep(0.2)  # the rank that knows the cause is often not the first to go
+            codes = [process.exitcode for process in ranks if process.exitcode]
+            return min(codes, key=lambda code: code != 2) if codes else 1
+        if all(process.exitcode == 0 for process in ranks):
+            return 0
+        time.sleep(0.02)
+
+
+def _end(ranks: list[BaseProcess]) -> None:
+    for process in ranks:
+        if process.is_alive():
+            process.terminate()
+    for process in ranks:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,111 @@
+"""AdamW whose state is split over the ranks that hold the same weights.
+
+A step is: gradients reduce-scattered in float32 over each weight's own axis, one global norm over all shards (they are
+disjoint, so each element counts once whatever the layout), AdamW on the shards by torch's fused kernel, weights
+all-gathered in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megascale_moe.comm.axis import Axes, Axis
+from megascale_moe.comm.collectives import Pending, all_reduce_sum, exchange, reduce_scatter, tag_of
+from megascale_moe.config import TrainConfig
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.optim.flat import FlatWeights
+
+
+def flat_groups(
+    shapes: Mapping[str, torch.Size], axes: Axes, dtype: torch.dtype, device: torch.device
+) -> list[FlatWeights]:
+    """Weights by (axis of replicas, with or without decay); vectors (norms) do not decay."""
+    groups: dict[tuple[str, bool], dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        axis = "expert_data" if ".experts." in name else "data"
+        groups.setdefault((axis, len(shape) > 1), {})[name] = shape
+    return [FlatWeights(members, axes[axis], decay, dtype, device) for (axis, decay), members in groups.items()]
+
+
+class ShardedAdamW:
+    """Holds the weights' buffers and updates them.
+
+    Attributes:
+        weights: name -> weight in the compute dtype. gradients: name -> `Gradient` in float32.
+    """
+
+    def __init__(self, groups: list[FlatWeights], world: Axis, config: TrainConfig) -> None:
+        self.groups, self.world, self.config = groups, world, config
+        self.weights: dict[str, Tensor] = {}
+        self.gradients: dict[str, Gradient] = {}
+        for group in groups:
+            for name, weight, gradient in group.views():
+                self.weights[name], self.gradients[name] = weight, gradient
+        decays = [
+            {"params": [group.master], "weight_decay": config.weight_decay if group.decay else 0.0} for group in groups
+        ]
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(decays, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+        self.wire_bytes = 0  # sent by the last step
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights from the summed gradients; returns the global gradient norm before clipping."""
+        for gradient in self.gradients.values():
+            gradient.value()  # a weight nothing flowed into counts as zero
+        pending = [(group, self._reduce(group)) for group in self.groups]
+        self.wire_bytes = sum(work.wire_bytes for _, work in pending if isinstance(work, Pending))
+        shards = [work.wait() if isinstance(work, Pending) else work for _, work in pending]
+        norm = self._norm(shards)
+        clip = self.config.clip_norm
+        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
+        for group, shard, options in zip(self.groups, shards, self.adamw.param_groups, strict=True):
+            group.master.grad = shard if factor == 1.0 else shard.mul_(factor)
+            options["lr"] = learning_rate
+        self.adamw.step()
+        for group in self.groups:
+            group.master.grad = None
+        self.publish()
+        for gradient in self.gradients.values():
+            gradient.reset()
+        return norm
+
+    def publish(self) -> None:
+        """Bring every rank's weights up to date with the masters."""
+        works = []
+        for index, group in enumerate(self.groups):
+            mine = group.weights[group.shard]
+            if mine.data_ptr() != group.master.data_ptr():
+                mine.copy_(group.master)
+            if group.axis.size > 1:
+                parts = group.weights.chunk(group.axis.size)
+                works.append(exchange([mine] * group.axis.size, parts, group.axis, tag_of(f"weights {index}")))
+        self.wire_bytes += sum(work.wire_bytes for work in works)
+        for work in works:
+            work.wait()
+
+    def _reduce(self, group: FlatWeights) -> Pending | Tensor:
+        if group.axis.size == 1:
+            return group.gradients
+        return reduce_scatter(group.gradients, group.axis, tag_of(f"gradients {self.groups.index(group)}"))
+
+    def _norm(self, shards: list[Tensor]) -> float:
+        squares = torch.stack([torch.linalg.vector_norm(shard).double().square() for shard in shards]).sum()
+        return float(all_reduce_sum(squares, self.world).sqrt())
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Optimizer tensors by name, one per group, shaped like its master shard; zero before the first step."""
+        names = ("exp_avg", "exp_avg_sq")
+        return {
+            name: [self.adamw.state[group.master].get(name, torch.zeros_like(group.master)) for group in self.groups]
+            for name in names
+        }
+
+    def restore(self, state: Mapping[str, list[Tensor]], step: int) -> None:
+        """Continue after `step` updates with the tensors of `state`."""
+        for index, group in enumerate(self.groups):
+            tensors = {name: values[index] for name, values in state.items()}
+            count = torch.tensor(float(step), device=group.master.device)
+            self.adamw.state[group.master] = {"step": count, **tensors}

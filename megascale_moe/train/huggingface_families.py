@@ -1,0 +1,214 @@
+"""The four Hugging Face families as data: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3.
+
+A family says which config key is which field, which values of the other keys we compute, and which of their tensors
+make up each of ours. `huggingface` interprets the tables; a new family is a new table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megascale_moe.config import require
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """One of our config fields: their keys (the first is written, any is read) and what an absent or null key means."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    default: Any = REQUIRED
+    read: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our tensors: the released tensors it concatenates along rows, `{expert}` stacked on a new first axis.
+
+    `whole` is the name of the same tensor inside a module of transformers 5, where that is another one.
+    """
+
+    ours: str
+    parts: tuple[str, ...]
+    whole: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its class in transformers, config fields, implied fields, supported values, and tensors."""
+
+    architecture: str
+    fields: tuple[Field, ...]
+    implied: Mapping[str, Any]
+    supported: Mapping[str, tuple[Any, ...]]
+    rules: tuple[Rule, ...]
+
+
+def _leading(layers: list[int]) -> int:
+    """[0, 1, 2] -> 3: dense layers come first or not at all."""
+    first = list(range(len(layers)))
+    require(sorted(layers) == first, f"mlp_only_layers = {layers}: only the first layers can be dense, as in {first}")
+    return len(layers)
+
+
+COMMON_FIELDS = (
+    Field("layers", ("num_hidden_layers",)),
+    Field("hidden", ("hidden_size",)),
+    Field("heads", ("num_attention_heads",)),
+    Field("kv_heads", ("num_key_value_heads",)),
+    Field("vocab", ("vocab_size",)),
+    Field("sequence_length", ("max_position_embeddings",)),
+    Field("norm_eps", ("rms_norm_eps",)),
+    Field("top_k", ("num_experts_per_tok",)),
+    Field("tied_embeddings", ("tie_word_embeddings",), False),
+    Field("init_std", ("initializer_range",), 0.02),
+    Field("rope_theta", ("rope_theta",), 10_000.0),
+    Field("rope_factor", ("factor",), 1.0),
+    Field("rope_original_length", ("original_max_position_embeddings",), 4096),
+    Field("rope_mscale_all_dim", ("mscale_all_dim",), 0.0),
+)
+HEAD_DIM = Field("head_dim", ("head_dim",), 0)
+WINDOW = Field("sliding_window", ("sliding_window",), 0, write=lambda window: window or None)
+BALANCE = Field("balance_loss", ("router_aux_loss_coef",), 0.0)
+NORM_TOP_K = Field("norm_top_k", ("norm_topk_prob",), False)
+
+# `None` stands for an absent or null key. Dropout and jitter act in training only; we train without.
+COMMON_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "partial_rotary_factor": (1.0, None),
+    "rope_type": ("default", "yarn"),
+    "beta_fast": (32, None),
+    "beta_slow": (1, None),
+    "truncate": (True, None),
+}
+
+LAYER = "model.layers.{layer}."
+ATTENTION = LAYER + "self_attn."
+COMMON_RULES = (
+    Rule("embedding.weight", ("model.embed_tokens.weight",)),
+    Rule("norm.weight", ("model.norm.weight",)),
+    Rule("head.weight", ("lm_head.weight",)),
+    Rule("layers.{layer}.attention_norm.weight", (LAYER + "input_layernorm.weight",)),
+    Rule("layers.{layer}.ffn_norm.weight", (LAYER + "post_attention_layernorm.weight",)),
+    Rule("layers.{layer}.attention.out.weight", (ATTENTION + "o_proj.weight",)),
+)
+GROUPED_QUERY_RULES = (
+    Rule(
+        "layers.{layer}.attention.qkv.weight",
+        (ATTENTION + "q_proj.weight", ATTENTION + "k_proj.weight", ATTENTION + "v_proj.weight"),
+    ),
+    Rule("layers.{layer}.attention.q_norm.weight", (ATTENTION + "q_norm.weight",)),
+    Rule("layers.{layer}.attention.k_norm.weight", (ATTENTION + "k_norm.weight",)),
+)
+LATENT_RULES = (
+    Rule("layers.{layer}.attention.q_down.weight", (ATTENTION + "q_a_proj.weight",)),
+    Rule("layers.{layer}.attention.q_norm.weight", (ATTENTION + "q_a_layernorm.weight",)),
+    Rule("layers.{layer}.attention.q_up.weight", (ATTENTION + "q_b_proj.weight",)),
+    Rule("layers.{layer}.attention.kv_down.weight", (ATTENTION + "kv_a_proj_with_mqa.weight",)),
+    Rule("layers.{layer}.attention.kv_norm.weight", (ATTENTION + "kv_a_layernorm.weight",)),
+    Rule("layers.{layer}.attention.kv_up.weight", (ATTENTION + "kv_b_proj.weight",)),
+)
+# Without a query latent their direct projection has the name that grouped-query attention gives it.
+DIRECT_QUERY_RULE = Rule("layers.{layer}.attention.q_up.weight", (ATTENTION + "q_proj.weight",))
+DENSE_RULES = (
+    Rule("layers.{layer}.ffn.w13.weight", (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight")),
+    Rule("layers.{layer}.ffn.w2.weight", (LAYER + "mlp.down_proj.weight",)),
+)
+SHARED_RULES = (
+    Rule(
+        "layers.{layer}.ffn.shared.w13.weight",
+        (LAYER + "mlp.shared_experts.gate_proj.weight", LAYER + "mlp.shared_experts.up_proj.weight"),
+    ),
+    Rule("layers.{layer}.ffn.shared.w2.weight", (LAYER + "mlp.shared_experts.down_proj.weight",)),
+)
+CORRECTION_RULE = Rule("layers.{layer}.ffn.router.bias", (LAYER + "mlp.gate.e_score_correction_bias",))
+
+
+def _expert_rules(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    expert = LAYER + block + ".experts.{expert}."
+    return (
+        Rule("layers.{layer}.ffn.router.weight", (LAYER + block + ".gate.weight",), LAYER + "mlp.gate.weight"),
+        Rule(
+            "layers.{layer}.ffn.experts.w13",
+            (expert + gate + ".weight", expert + up + ".weight"),
+            LAYER + "mlp.experts.gate_up_proj",
+        ),
+        Rule("layers.{layer}.ffn.experts.w2", (expert + down + ".weight",), LAYER + "mlp.experts.down_proj"),
+    )
+
+
+PROJECTED_EXPERTS = _expert_rules("mlp", "gate_proj", "up_proj", "down_proj")
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        fields=(
+            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE,
+            Field("experts", ("num_local_experts", "num_experts")),
+            Field("ffn_hidden", ("intermediate_size",)),
+        ),
+        implied={},
+        supported={**COMMON_SUPPORTED, "router_jitter_noise": (0.0, None)},
+        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *_expert_rules("block_sparse_moe", "w1", "w3", "w2")),
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        fields=(
+            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE, NORM_TOP_K,
+            Field("experts", ("num_experts", "num_local_experts")),
+            Field("ffn_hidden", ("moe_intermediate_size",)),
+            Field("dense_layers", ("mlp_only_layers",), 0, read=_leading, write=lambda count: list(range(count))),
+            Field("dense_ffn_hidden", ("intermediate_size",), 0),
+        ),
+        implied={"qk_norm": "head"},
+        supported={**COMMON_SUPPORTED, "decoder_sparse_step": (1, None)},
+        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *PROJECTED_EXPERTS, *DENSE_RULES),
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        fields=(
+            *COMMON_FIELDS, BALANCE, NORM_TOP_K,
+            Field("experts", ("num_experts", "num_local_experts")),
+            Field("ffn_hidden", ("intermediate_size",)),
+        ),
+        implied={"qk_norm": "full"},
+        supported={**COMMON_SUPPORTED, "clip_qkv": (None,)},
+        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *PROJECTED_EXPERTS),
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        fields=(
+            *COMMON_FIELDS,
+            Field("norm_top_k", ("norm_topk_prob",), True),
+            Field("rope_interleaved", ("rope_interleave",), True),
+            Field("q_lora_rank", ("q_lora_rank",), 0, write=lambda rank: rank or None),
+            Field("kv_lora_rank", ("kv_lora_rank",)),
+            Field("qk_nope_head_dim", ("qk_nope_head_dim",)),
+            Field("qk_rope_head_dim", ("qk_rope_head_dim",)),
+            Field("v_head_dim", ("v_head_dim",)),
+            Field("experts", ("n_routed_experts", "num_local_experts")),
+            Field("routed_scaling", ("routed_scaling_factor",), 1.0),
+            Field("expert_groups", ("n_group",), 1),
+            Field("top_groups", ("topk_group",), 1),
+            Field("ffn_hidden", ("moe_intermediate_size",)),
+            Field("shared_experts", ("n_shared_experts",), 0),
+            Field("dense_layers", ("first_k_dense_replace",), 0),
+            Field("dense_ffn_hidden", ("intermediate_size",), 0),
+        ),
+        implied={"attention": "mla", "score": "sigmoid", "group_score": "top2", "correction_bias": True},
+        supported={
+            **COMMON_SUPPORTED,
+            "scoring_func": ("sigmoid", None),
+            "topk_method": ("noaux_tc", None),
+            "moe_layer_freq": (1, None),
+        },
+        rules=(*COMMON_RULES, *LATENT_RULES, CORRECTION_RULE, *PROJECTED_EXPERTS, *SHARED_RULES, *DENSE_RULES),
+    ),
+}

@@ -1,0 +1,130 @@
+"""Runs the model's list on some layout and on the plain modules, and compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale_moe.comm.axis import connect, single
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig
+from megascale_moe.engine.executor import Program, resolve
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.op import backward
+from megascale_moe.engine.trace import Trace
+from megascale_moe.model.rotary import rotary_table
+from megascale_moe.model.segments import Segments
+from megascale_moe.model.transformer import Transformer, build
+from megascale_moe.parallel.layout import Layout
+from megascale_moe.parallel.model import INPUTS, auxiliary_names, load_names, local_inputs, model_ops
+
+SCALE = 0.01
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A global batch: all its rows, and each row's document starts."""
+
+    tokens: Tensor
+    targets: Tensor
+    starts: tuple[tuple[int, ...], ...]
+
+    def part(self, rows: slice) -> tuple[Tensor, Tensor, Segments]:
+        length = self.tokens.shape[1]
+        picked = self.starts[rows]
+        bounds = [row * length + start for row, starts in enumerate(picked) for start in starts]
+        return self.tokens[rows], self.targets[rows], Segments(len(picked), length, (*bounds, len(picked) * length))
+
+
+def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> Rows:
+    """Rows with random tokens, some packed from several documents, some targets missing."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, config.sequence_length)
+    tokens = torch.randint(0, config.vocab, shape, generator=generator)
+    targets = torch.randint(0, config.vocab, shape, generator=generator)
+    targets[0, 3] = -100
+    starts = [(0,) if row % 2 else (0, 5, config.sequence_length // 2 + 1) for row in range(rows)]
+    return Rows(tokens, targets, tuple(starts))
+
+
+@dataclass
+class Result:
+    """Loss sums and gradients; experts of a rank under their slice."""
+
+    loss: float
+    auxiliary: float
+    gradients: dict[str, Tensor]
+    load: dict[str, Tensor] = field(default_factory=dict)
+    wire: dict[tuple[str, Any], int] = field(default_factory=dict)
+
+
+def reference(config: ModelConfig, batch: Rows, seed: int = 0) -> Result:
+    """The plain modules on the whole batch."""
+    model = build(config, seed)
+    loss, auxiliary = model.losses(*batch.part(slice(None)))
+    ((loss + auxiliary) * SCALE).backward()
+    gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    return Result(float(loss.detach()), float(auxiliary.detach()), gradients)
+
+
+def local_weights(model: Transformer, ep: int, index: int) -> dict[str, Tensor]:
+    """A rank's weights: everything, and its slice of the experts."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: (value.detach().chunk(ep)[index].clone() if ".experts." in name else value.detach().clone())
+        for name, value in named.items()
+    }
+
+
+def run_rank(config: ModelConfig, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0) -> Result:
+    """One rank's share through the list, in micro-batches of `micro` rows; gradients summed over the right axes."""
+    axes = connect(mesh) if mesh.world > 1 else single()
+    place = dist.get_rank() // mesh.node if mesh.world > 1 else 0
+    share = len(batch.tokens) // mesh.dp
+    micro = micro or share
+    layout = Layout(micro, config.sequence_length, axes, dispatch=dispatch)
+    ops = model_ops(config, layout)
+    names = [*auxiliary_names(config), *load_names(config)]
+    program = Program([*ops, *backward(ops)], INPUTS, ["loss", *names])
+    weights = local_weights(build(config, seed), mesh.ep, axes["ep"].index)
+    sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items() if not name.endswith("bias")}
+    result, trace = Result(0.0, 0.0, {}), Trace()
+    for first in range(place * share, (place + 1) * share, micro):
+        tokens, targets, segments = batch.part(slice(first, first + micro))
+        rope = rotary_table(config, segments.positions(axes["node"].index, mesh.node))
+        values = local_inputs(tokens, targets, layout, rope, segments)
+        out = program.run(values | {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}, weights, sinks, trace)
+        result.loss += float(out["loss"])
+        result.auxiliary += sum(float(resolve(out, name)) for name in auxiliary_names(config))
+        for name in load_names(config):
+            result.load[name] = result.load.get(name, torch.zeros(config.experts)) + out[name]
+    for name, sink in sinks.items():
+        axis = axes["expert_data" if ".experts." in name else "data"]
+        result.gradients[name] = sink.value()
+        if axis.size > 1:
+            dist.all_reduce(result.gradients[name], group=axis.group)
+    result.wire = trace.wire_bytes()
+    return result
+
+
+def relative(value: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    return float((value - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+def compare(results: list[Result], wanted: Result, ep: int) -> tuple[float, float, str]:
+    """(loss error, worst gradient error, its parameter) of all ranks' results against the reference."""
+    loss = abs(sum(r.loss for r in results) - wanted.loss) / abs(wanted.loss)
+    if wanted.auxiliary:
+        loss = max(loss, abs(sum(r.auxiliary for r in results) - wanted.auxiliary) / wanted.auxiliary)
+    worst = (0.0, "")
+    for rank, result in enumerate(results):
+        for name, value in result.gradients.items():
+            full = wanted.gradients[name]
+            expected = full.chunk(ep)[rank % ep] if ".experts." in name else full
+            worst = max(worst, (relative(value, expected), name))
+    return loss, *worst

@@ -1,0 +1,64 @@
+"""N ranks equal one rank: every layout of the list against the plain modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig
+from megascale_moe.testing import run_ranks
+from tests.parallel.layouts import compare, random_rows, reference, run_rank
+
+# FP32 sums over a few hundred terms in another order: a few units of 6e-8, grown through two layers. 1e-5 is what the
+# product promises; a misplaced token or a missing sum shows as 1e-2 or more.
+TOLERANCE = 1e-5
+
+SMALL = ModelConfig(
+    layers=2, hidden=32, heads=4, kv_heads=2, experts=8, top_k=2, ffn_hidden=24, vocab=64, sequence_length=16,
+    balance_loss=0.5, z_loss=0.1, init_std=0.2,
+)
+CAPACITY = replace(SMALL, capacity_factor=0.75, device_groups=4, balance_granularity="device")
+LATENT = replace(
+    SMALL, attention="mla", q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, score="sigmoid",
+    correction_bias=True, expert_groups=4, top_groups=2, shared_experts=1, dense_layers=1, dense_ffn_hidden=40,
+)
+VARIANTS = {
+    "gqa": SMALL,
+    "capacity": CAPACITY,
+    "one-kv-head": replace(SMALL, kv_heads=1, qk_norm="head", sliding_window=6),
+    "three-heads-a-group": replace(SMALL, heads=12, kv_heads=4, head_dim=8, qk_norm="full", tied_embeddings=True),
+    "mla": LATENT,
+    "top-1-gated": replace(SMALL, top_k=1, norm_top_k=False, shared_experts=2, shared_gate=True),
+    "top-all": replace(SMALL, top_k=8),
+}
+
+# One rank and pure data parallelism have no dispatch; the others run in both forms.
+LAYOUTS = [("auto", 1, 1, 1), ("auto", 1, 2, 1)] + [
+    (dispatch, *sizes)
+    for dispatch in ("all_to_all", "all_gather")
+    for sizes in ((2, 1, 2), (4, 1, 4), (2, 2, 2), (1, 2, 2), (2, 2, 4))
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dispatch", "node", "dp", "ep"), LAYOUTS)
+def test_layout_equals_plain_model(variant: str, dispatch: str, node: int, dp: int, ep: int) -> None:
+    config, mesh = VARIANTS[variant], Mesh(dp=dp, node=node, ep=ep)
+    batch = random_rows(config, rows=4)
+    wanted = reference(config, batch)
+    results = run_ranks(mesh.world, run_rank, config, batch, mesh, dispatch)
+    loss, gradient, name = compare(results, wanted, ep)
+    assert loss < TOLERANCE
+    assert gradient < TOLERANCE, name
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_do_not_change_gradients(micro: int) -> None:
+    config, mesh = replace(SMALL, balance_granularity="device", device_groups=2), Mesh(dp=1, node=2, ep=2)
+    batch = random_rows(config, rows=4)
+    results = run_ranks(2, run_rank, config, batch, mesh, "all_to_all", micro)
+    loss, gradient, name = compare(results, reference(config, batch), 2)
+    assert loss < TOLERANCE
+    assert gradient < TOLERANCE, name
