@@ -1,0 +1,7 @@
+"""MegaScale-MoE: training of Mixture-of-Experts models with communication hidden, compressed, or avoided.
+
+Reading order: engine/op.py (the one idea), model/transformer.py (what is computed), parallel/experts.py and
+parallel/attention.py (where communication goes), engine/executor.py (how it runs), train/trainer.py (a step).
+"""
+
+__version__ = "0.1.0"

@@ -54,6 +54,7 @@ class FullExperts(GroupedExperts):
     class Config(GroupedExperts.Config):
         pass
 
+    @torch.compiler.disable  # under torch.compile grouped_mm is BF16 only
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         gate, down, up = (local(weight).mT for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
         offsets = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
@@ -200,6 +201,13 @@ def shard(model: Qwen3Model, job: Job, compiled: bool) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def compile_blocks(model: Qwen3Model, broken: bool) -> None:
+    """As torchtitan's apply_compile; its experts in FP32 break the graph."""
+    torch._dynamo.config.capture_scalar_outputs = True
+    for block in model.layers.values():
+        block.compile(fullgraph=not broken)
+
+
 def build(job: Job) -> Step:
     options = read_options(job)
     model = load(job, options.experts == "full")
@@ -207,8 +215,7 @@ def build(job: Job) -> Step:
     if sharded:
         shard(model, job, options.compile)
     elif options.compile:
-        for block in model.layers.values():
-            block.compile(fullgraph=True)
+        compile_blocks(model, options.experts == "full")
     updater = Master(model) if job.bf16 and not sharded else Plain(model)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

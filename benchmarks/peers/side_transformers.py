@@ -3,6 +3,7 @@
     --experts eager|grouped_mm|batched_mm    the implementation
     --layout ep|ddp|fsdp                     on several ranks: FSDP2 + expert parallel, or a reference
     --half autocast|master                   BF16 on one rank or under DDP: which form
+    --compile                                torch.compile of each layer
 
 Expert parallelism and FSDP2 are transformers' own (`from_pretrained(distributed_config=...)`), with
 their BF16 policy (parameters BF16, reduction FP32, FP32 sharded weights and optimizer state).
@@ -25,6 +26,7 @@ def read_options(job: Job) -> argparse.Namespace:
     parser.add_argument("--experts", default="grouped_mm")
     parser.add_argument("--layout", choices=("ep", "ddp", "fsdp"), default="ep")
     parser.add_argument("--half", choices=("autocast", "master"), default="master")
+    parser.add_argument("--compile", action="store_true")
     return parser.parse_args(job.options)
 
 
@@ -47,12 +49,22 @@ def load(job: Job, options: argparse.Namespace) -> nn.Module:
     ).train()
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Layer by layer; the token counts of experts may stay symbolic."""
+    torch._dynamo.config.capture_scalar_outputs = True
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    for layer in model.model.layers:
+        layer.compile()
+
+
 def build(job: Job) -> Step:
     options = read_options(job)
     model = load(job, options)
     policy = bool(sharding(job, options.layout))
     autocast = job.bf16 and not policy and options.half == "autocast"
     updater = Master(model) if job.bf16 and not policy and not autocast else Plain(model)
+    if options.compile:
+        compile_layers(model)
     network = DistributedDataParallel(model) if job.ranks > 1 and not policy else model
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

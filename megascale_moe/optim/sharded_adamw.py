@@ -7,6 +7,7 @@ all-gathered in the compute dtype.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -50,6 +51,7 @@ class ShardedAdamW:
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(decays, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
         self.wire_bytes = 0  # sent by the last step
+        self.comm_s = 0.0  # seconds the last step waited for communication
 
     def step(self, learning_rate: float) -> float:
         """Update the weights from the summed gradients; returns the global gradient norm before clipping."""
@@ -57,7 +59,9 @@ class ShardedAdamW:
             gradient.value()  # a weight nothing flowed into counts as zero
         pending = [(group, self._reduce(group)) for group in self.groups]
         self.wire_bytes = sum(work.wire_bytes for _, work in pending if isinstance(work, Pending))
+        start = time.perf_counter()
         shards = [work.wait() if isinstance(work, Pending) else work for _, work in pending]
+        self.comm_s = time.perf_counter() - start
         norm = self._norm(shards)
         clip = self.config.clip_norm
         factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
@@ -83,8 +87,10 @@ class ShardedAdamW:
                 parts = group.weights.chunk(group.axis.size)
                 works.append(exchange([mine] * group.axis.size, parts, group.axis, tag_of(f"weights {index}")))
         self.wire_bytes += sum(work.wire_bytes for work in works)
+        start = time.perf_counter()
         for work in works:
             work.wait()
+        self.comm_s += time.perf_counter() - start
 
     def _reduce(self, group: FlatWeights) -> Pending | Tensor:
         if group.axis.size == 1:

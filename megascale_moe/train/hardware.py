@@ -29,6 +29,7 @@ SLOWER_FORMS = {("H100", "PCIE"): 756e12, ("H800", "PCIE"): 756e12, ("H100", "NV
 
 MEASURING_SECONDS = 0.3
 MATRIX_SIZES = (256, 512, 1024)
+REPEATS = 8  # of each size; the first ones also warm up
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, threads: int) -> f
     best, deadline = 0.0, time.perf_counter() + MEASURING_SECONDS
     for size in MATRIX_SIZES:
         matrix = torch.full((size, size), 0.5, dtype=dtype, device=device)  # no random draw: training must not notice
-        matrix @ matrix  # the first call sets up
-        for _ in range(8):
-            if time.perf_counter() < deadline or not best:
-                best = max(best, 2 * size**3 / _product_seconds(matrix))
+        for _ in range(REPEATS):
+            if best and time.perf_counter() > deadline:
+                return best
+            best = max(best, 2 * size**3 / _product_seconds(matrix))
     return best
 
 
@@ -90,7 +91,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: of GPU memory, or of main memory on a CPU."""
+    """Most bytes this process has held so far: of GPU memory, or (to about a megabyte) of main memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     high_water = _proc_kilobytes(Path("/proc/self/status"), "VmHWM")
@@ -105,8 +106,8 @@ def available_memory() -> int | None:
     free = _proc_kilobytes(Path("/proc/meminfo"), "MemAvailable")
     if free is None:
         return None
-    limit, used = (_number(Path(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
-    return free * 1024 if limit is None or used is None else min(free * 1024, max(limit - used, 0))
+    limit = _text(Path("/sys/fs/cgroup/memory.max")).strip()  # "max" where there is none
+    return min(free * 1024, int(limit)) if limit.isdigit() else free * 1024
 
 
 def available_cores() -> int:
@@ -133,11 +134,6 @@ def cpu_flags() -> frozenset[str]:
 def _proc_kilobytes(path: Path, key: str) -> int | None:
     found = re.search(rf"^{key}:\s*(\d+) kB$", _text(path), re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdigit() else None
 
 
 def _text(path: Path) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import rich.progress
@@ -16,6 +18,7 @@ from rich.console import Console
 
 SMOOTHING = 0.9  # weight of the past in the seconds per step that the time left is worked out from
 REDRAW_SECONDS = 0.1
+PREPARATION_LINE_SECONDS = 10.0  # between plain lines
 
 
 class Progress:
@@ -32,7 +35,7 @@ class Progress:
         self._bar = _bar(self._stream)
         if self._bar is not None:
             self._task = self._bar.add_task("starting", total=steps, completed=start)
-            self._bar.start()
+            _start(self._bar)
 
     def update(self, step: int, loss: float, eval_loss: float | None, tokens_per_s: float, step_s: float) -> None:
         """Show a step that just ended."""
@@ -70,6 +73,60 @@ class Progress:
         if now or self._last - self._drawn >= REDRAW_SECONDS:
             self._bar.refresh()
             self._drawn = self._last
+
+
+@contextmanager
+def preparation_progress(shown: bool, stream: TextIO | None = None) -> Iterator[Callable[[int, int], None] | None]:
+    """A function to call with (bytes done, bytes in all) while the corpus is prepared; None where nobody watches.
+
+    Nothing appears before its first call: a prepared corpus opens at once.
+    """
+    if not shown:
+        yield None
+        return
+    preparation = _Preparation(stream or sys.stderr)
+    try:
+        yield preparation.update
+    finally:
+        preparation.close()
+
+
+class _Preparation:
+    """The line of `preparation_progress`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: rich.progress.Progress | None = None
+        self._drawn = 0.0
+        self._redraw = 0.0  # 0: nothing shown yet
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._drawn < self._redraw and done < total:
+            return
+        if not self._redraw:
+            self._start()
+        self._drawn = now
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, refresh=True)
+        else:
+            print(f"preparing the corpus: {100 * done / max(total, 1):.0f} %", file=self._stream, flush=True)
+
+    def _start(self) -> None:
+        self._bar = _bar(self._stream)
+        self._redraw = PREPARATION_LINE_SECONDS if self._bar is None else REDRAW_SECONDS
+        if self._bar is not None:
+            self._bar.add_task("preparing the corpus")
+            _start(self._bar)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _start(bar: rich.progress.Progress) -> None:
+    bar.start()
+    bar.console.show_cursor(True)  # rich hides it, and a rank that is killed could not bring it back
 
 
 def _bar(stream: TextIO) -> rich.progress.Progress | None:

@@ -83,7 +83,13 @@ def test_checkpoint_saved_by_transformers_reads_the_same(name: str, tmp_path: Pa
     assert_equal(parameters_from_huggingface(saved, theirs.config), theirs.parameters)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "mixtral-tied", "qwen3-dense-first", "olmoe", "deepseek", "deepseek-yarn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral", "mixtral-tied", "mixtral-window", "qwen3-dense-first", "qwen3-window", "qwen3-yarn", "olmoe",
+        "deepseek", "deepseek-yarn",
+    ],
+)  # fmt: skip
 def test_checkpoint_written_by_us_loads_in_transformers(name: str, tmp_path: Path) -> None:
     theirs = case(name)
     tokens, _ = batch(theirs.config, 2, 9)
@@ -96,6 +102,7 @@ def test_checkpoint_written_by_us_loads_in_transformers(name: str, tmp_path: Pat
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    assert loaded.get_input_embeddings().padding_idx is None  # the default of OLMoE would freeze row 1
     # The same program on the same weights.
     assert torch.equal(loaded(tokens).logits, theirs.model(tokens).logits)
 
@@ -205,6 +212,12 @@ def test_what_a_family_cannot_express_is_refused(preset: str, family: str, messa
     with pytest.raises(ConfigError) as refusal:
         config_to_huggingface(PRESETS[preset], family)
     assert message in str(refusal.value)
+
+
+def test_a_window_counts_only_where_it_is_in_use() -> None:
+    raw = {**RELEASED["qwen3-30b-a3b"], "sliding_window": 4096}
+    assert config_from_huggingface(raw).sliding_window == 0
+    assert config_from_huggingface({**raw, "use_sliding_window": True}).sliding_window == 4096
 
 
 def test_presets_of_the_families_survive_a_round_trip() -> None:

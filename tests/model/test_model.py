@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -249,6 +250,20 @@ def test_ignored_targets_do_not_count() -> None:
     second = model.losses(tokens, targets.masked_fill(torch.arange(17) < 8, -100), segments)[0]
     assert close(first + second, full)
     assert model.losses(tokens, torch.full_like(targets, -100), segments)[0] == 0
+
+
+def test_auxiliary_loss_is_the_sum_of_both_kinds_over_all_layers() -> None:
+    tokens, targets, segments = packed()
+
+    def auxiliary(balance_loss: float, z_loss: float, layers: int = 2) -> Tensor:
+        config = replace(TINY, balance_loss=balance_loss, z_loss=z_loss, layers=layers, init_std=0.0)
+        return build(config).losses(tokens, targets, segments)[1]
+
+    # With all weights zero the probabilities are 1 / 4 and every logsumexp is log 4; the load does not matter.
+    assert close(auxiliary(0.1, 0.0), torch.tensor(2 * 34 * 0.1))
+    assert close(auxiliary(0.0, 0.1), torch.tensor(2 * 34 * 0.1 * math.log(4) ** 2))
+    assert close(auxiliary(0.1, 0.1), auxiliary(0.1, 0.0) + auxiliary(0.0, 0.1))
+    assert close(auxiliary(0.1, 0.1, layers=1) * 2, auxiliary(0.1, 0.1))
 
 
 def test_auxiliary_losses_are_off_by_default() -> None:

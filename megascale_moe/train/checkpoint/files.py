@@ -29,14 +29,104 @@ from megascale_moe.train.checkpoint.manifest import CODES, Manifest, Piece, Stor
 BLOCK = 1 << 22
 
 
+def data_file(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+class Checksums:
+    """CRC-32 of every block of BLOCK bytes (the last may be shorter) of what `add` is given."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.blocks: list[int] = []
+
+    def add(self, data: memoryview) -> None:
+        """Append bytes."""
+        while len(data):
+            if self.size % BLOCK == 0:
+                self.blocks.append(0)
+            head = data[: BLOCK - self.size % BLOCK]
+            self.blocks[-1] = zlib.crc32(head, self.blocks[-1])
+            self.size += len(head)
+            data = data[len(head) :]
+
+
 def write_pieces(path: Path, pieces: Iterable[Piece], part: Manifest) -> None:
     """Write a file, force it to the disk and record it in `part`; raises ConfigError, OSError."""
-    aligned = sorted(pieces, key=lambda piece: -piece.values.dtype.itemsize)
-    header = _lay_out(path.name, aligned, part)
+    pieces = sorted(pieces, key=lambda piece: -piece.values.dtype.itemsize)  # each element aligned to its size
+    header = _lay_out(path.name, pieces, part)
+    sums = Checksums()
     with path.open("wb") as stream:
-        blocks = [zlib.crc32(b"")]
-        size = 0
-        for data in _contents(header, aligned):
+        for data in _contents(header, pieces):
+            sums.add(data)
             stream.write(data)
-            while data:
-                data = _checksum_into(blocks, size, data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.files[path.name] = StoredFile(sums.size, sums.blocks)
+
+
+def _contents(header: bytes, pieces: list[Piece]) -> Iterator[memoryview]:
+    yield memoryview(header)
+    for piece in pieces:
+        yield piece.values.detach().cpu().view(torch.uint8).numpy().data
+
+
+def _lay_out(file: str, pieces: list[Piece], part: Manifest) -> bytes:
+    """The header of a safetensors file; the pieces are recorded in `part`."""
+    entries = {}
+    end = 0
+    repeats: Counter[str] = Counter()
+    for piece in pieces:
+        piece.check()
+        begin, end = end, end + piece.values.nbytes
+        key = f"{piece.name}#{repeats[piece.name]}" if repeats[piece.name] else piece.name
+        repeats[piece.name] += 1
+        entries[key] = {
+            "dtype": CODES[piece.values.dtype],
+            "shape": [piece.values.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries).encode()
+    header = text + b" " * (-len(text) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    for piece, (key, entry) in zip(pieces, entries.items(), strict=True):
+        at = len(header) + entry["data_offsets"][0]
+        place = tuple(piece.offset), tuple(piece.size), piece.start, piece.values.numel()
+        part.add(piece.name, tuple(piece.shape), entry["dtype"], [StoredPiece(file, key, at, *place)])
+    return header
+
+
+class BlockFile:
+    """A data file opened for reading: memory-mapped, each block checked before its first use."""
+
+    def __init__(self, path: Path, stored: StoredFile) -> None:
+        """Only looks at the size; raises ConfigError if the file is missing, truncated or too long."""
+        self._path = path
+        self._stored = stored
+        self._checked: set[int] = set()
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: the checkpoint is incomplete")
+        size = path.stat().st_size
+        if size != stored.size:
+            raise ConfigError(f"{path} has {size:,} bytes instead of {stored.size:,}: the checkpoint is incomplete")
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        return torch.from_file(str(self._path), shared=False, size=self._stored.size, dtype=torch.uint8)
+
+    def values(self, at: int, length: int, dtype: torch.dtype) -> Tensor:
+        """`length` values from byte `at` on, as a view of the mapped file; raises ConfigError if it is damaged."""
+        end = at + length * dtype.itemsize
+        self.check(at, end)
+        return self._bytes[at:end].view(dtype)
+
+    def check(self, begin: int = 0, end: int | None = None) -> None:
+        """Raise ConfigError unless the blocks that contain bytes `begin` to `end` are what was written."""
+        end = self._stored.size if end is None else end
+        for block in range(begin // BLOCK, -(-end // BLOCK)):
+            if block not in self._checked:
+                data = self._bytes[block * BLOCK : (block + 1) * BLOCK]
+                if zlib.crc32(data.numpy().data) != self._stored.blocks[block]:
+                    raise ConfigError(f"{self._path} is damaged: wrong checksum after byte {block * BLOCK:,}")
+                self._checked.add(block)

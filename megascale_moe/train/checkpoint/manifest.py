@@ -20,6 +20,7 @@ from torch import Tensor
 from megascale_moe.config import ConfigError, require
 from megascale_moe.train.checkpoint.boxes import Box, Index, first_fault, flat_range
 
+MANIFEST = "manifest.json"
 FORMAT = "megascale_moe.checkpoint"
 VERSION = 1
 DTYPES = {
@@ -133,7 +134,8 @@ class Manifest:
                 inside = 0 <= piece.at <= self.files[piece.file].size - piece.length * width
                 require(inside, f"{name}: a piece outside of {piece.file}")
             fault = first_fault(tensor.shape, [box for piece in tensor.pieces for box in piece.boxes()])
-            require(fault is None, fault and f"{name}: {_fault(name, tensor.shape, *fault)}")
+            if fault:
+                raise ConfigError(f"{name}: {_fault(name, tensor.shape, *fault)}")
 
     def write(self, path: Path) -> None:
         """Write as JSON; raises OSError, and TypeError if `extra` holds something that JSON cannot."""

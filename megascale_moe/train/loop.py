@@ -1,0 +1,243 @@
+"""The training loop of one rank: data in, updates, evaluations, checkpoints, metrics, a sample at the end.
+
+Order of things matters for what survives a kill: metrics of a step are flushed before its checkpoint is written, and
+the checkpoint holds everything the next step depends on, so a resumed run repeats the lost steps bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import Config, ConfigError, require, to_toml
+from megascale_moe.engine.trace import Trace, now
+from megascale_moe.model.counts import counts
+from megascale_moe.train.checkpoint import Checkpoint, latest, save
+from megascale_moe.train.data import Corpus, Loader, Split, Validation, micro_batches, open_corpus, prepare, split_corpus
+from megascale_moe.train.hardware import peak_flops, peak_memory
+from megascale_moe.train.job import Job
+from megascale_moe.train.metrics import MetricsWriter, StepMetrics
+from megascale_moe.train.progress import preparation_progress
+from megascale_moe.train.sample import generate
+from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run reports (the --json document)."""
+
+    step: int
+    loss: float | None
+    eval_loss: float | None
+    tokens_per_s: float | None
+    folder: str
+    sample: str
+
+
+def check_before_start(config: Config, mesh: Mesh) -> Path | None:
+    """Everything that can be refused without starting ranks; returns the checkpoint to resume from, if any.
+
+    Raises:
+        ConfigError: batch sizes that do not divide, a run folder that cannot be written or already holds a run, a
+            checkpoint that does not exist.
+    """
+    t = config.train
+    require(
+        t.global_batch % mesh.dp == 0,
+        f"train.global_batch = {t.global_batch} is not divisible by parallel.dp = {mesh.dp}",
+    )
+    share = t.global_batch // mesh.dp
+    require(
+        t.micro_batch == 0 or share % t.micro_batch == 0,
+        f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
+    )
+    folder = Path(config.run.folder)
+    _check_writable(folder)
+    checkpoints = folder / "checkpoints"
+    if config.run.resume == "auto":
+        return latest(checkpoints)
+    if config.run.resume:
+        path = Path(config.run.resume)
+        Checkpoint(path)  # refuses what is no checkpoint
+        return path
+    found = latest(checkpoints)
+    require(
+        found is None,
+        f"run.folder = {str(folder)!r} already holds {found.name if found else ''}: "
+        "continue it with --resume or choose another folder",
+    )
+    return None
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.folder = {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
+
+
+def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
+    """Prepare the corpus once per node, then open it on every rank: (corpus, training, validation)."""
+    d, vocab = config.data, config.model.vocab
+
+    def prepared() -> str:
+        with preparation_progress(job.leads) as progress:
+            return str(
+                prepare(
+                    d.path, vocab=vocab, tokenizer=d.tokenizer, text_field=d.text_field, cache=d.cache, progress=progress
+                )
+            )
+
+    folder = Path(job.on_each_node(prepared))
+    # One rank of a node reads and checks every token id; the others trust it.
+    corpus = job.together(lambda: open_corpus(folder, vocab if job.local_rank == 0 else None))
+    training, validation = job.together(lambda: split_corpus(corpus, d.validation_fraction, config.train.seed))
+    return corpus, training, validation
+
+
+def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> Outcome:
+    """Train to the end; every rank calls it.
+
+    Raises:
+        ConfigError: the data or the checkpoint does not fit; nothing was written then.
+    """
+    corpus, training, held_out = open_data(config, job)
+    loop = job.together(lambda: Loop(config, mesh, job, training, held_out))
+    if resume is not None:
+        job.together(lambda: loop.resume(resume))
+    loop.run()
+    sample = loop.sample(corpus)
+    return Outcome(
+        step=loop.trainer.steps, loss=loop.last and loop.last.loss, eval_loss=loop.eval_loss,
+        tokens_per_s=loop.last and loop.last.tokens_per_s, folder=config.run.folder, sample=sample,
+    )
+
+
+class Loop:
+    """State of the loop around a `Trainer`."""
+
+    def __init__(self, config: Config, mesh: Mesh, job: Job, training: Split, held_out: Split) -> None:
+        self.config, self.mesh, self.job, self.held_out = config, mesh, job, held_out
+        self.trainer = Trainer(config, mesh, job.axes, job.device)
+        t, m = config.train, config.model
+        self.dp_rank = job.rank % mesh.stage // mesh.node
+        self.loader = Loader(
+            training, global_batch=t.global_batch, sequence_length=m.sequence_length, dp_rank=self.dp_rank,
+            dp_size=mesh.dp, seed=t.seed,
+        )
+        self.micro = t.micro_batch or t.global_batch // mesh.dp
+        self.validation = self._validation() if t.eval_rows else None
+        self.flops_per_token = counts(m).flops_per_token
+        self.peak = peak_flops(job.device, DTYPES[t.dtype], max(mesh.world, 1)) if job.leads else None
+        self.last: StepMetrics | None = None
+        self.eval_loss: float | None = None
+        self.started = False
+
+    def _validation(self) -> Validation:
+        t = self.config.train
+        return Validation(
+            self.held_out, rows=t.eval_rows, sequence_length=self.config.model.sequence_length,
+            micro_batch=min(self.micro, -(-t.eval_rows // self.mesh.dp)), dp_rank=self.dp_rank, dp_size=self.mesh.dp,
+            seed=t.seed,
+        )
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint, of this layout or another."""
+        checkpoint = Checkpoint(path)
+        self.loader.load_state_dict(checkpoint.extra["loader"])
+        self.trainer.load(checkpoint)
+        self.started = True
+
+    def run(self) -> None:
+        """All remaining steps."""
+        if not self.started:
+            self.trainer.initialise()
+        folder, t = Path(self.config.run.folder), self.config.train
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if self.job.leads:
+                (folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+                writer = stack.enter_context(
+                    MetricsWriter(folder, steps=t.steps, start=self.trainer.steps, log_every=self.config.run.log_every)
+                )
+            traces = Trace()
+            while self.trainer.steps < t.steps:
+                result, seconds = self._step()
+                if self.trainer.steps > t.steps - self.config.run.trace_steps:
+                    traces.events += result.trace.events
+                last = self.trainer.steps == t.steps
+                evaluated = self._due(t.eval_every) or last
+                self.eval_loss = self.evaluate() if evaluated else None
+                self.last = self._metrics(result, seconds)
+                if writer is not None:
+                    writer.write(self.last)
+                if self._due(t.checkpoint_every) or last:
+                    self.save()
+            if self.config.run.trace_steps:
+                traces.write_chrome(folder / f"trace-rank-{self.job.rank}.json", self.job.rank)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.trainer.steps % every == 0
+
+    def _step(self) -> tuple[StepResult, float]:
+        start = now()
+        step = self.loader.next_step()
+        result = self.trainer.step(micro_batches(step.rows, self.micro), step.target_count)
+        return result, now() - start
+
+    def evaluate(self) -> float | None:
+        """Mean loss on the held-out rows, the same on every rank and for every layout."""
+        if self.validation is None:
+            return None
+        return self.trainer.evaluate(self.validation, self.validation.target_count)
+
+    def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
+        tokens = self.config.train.global_batch * self.config.model.sequence_length
+        flops = tokens / seconds * self.flops_per_token / self.mesh.world
+        trace, optimizer = result.trace, self.trainer.optimizer
+        load = result.load.double()
+        return StepMetrics(
+            step=self.trainer.steps, loss=result.loss, aux_loss=result.auxiliary, grad_norm=result.grad_norm,
+            lr=result.learning_rate, tokens_per_s=tokens / seconds, tflops=flops / 1e12,
+            mfu=flops / self.peak.flops if self.peak else 0.0, step_s=seconds,
+            comm_s=trace.communication + optimizer.comm_s, exposed_comm_s=trace.exposed + optimizer.comm_s,
+            wire_bytes=sum(trace.wire_bytes().values()) + optimizer.wire_bytes,
+            peak_memory_bytes=peak_memory(self.job.device),
+            expert_load=tuple((load.amax(1) / load.mean(1)).tolist()) if load.numel() else (),
+            eval_loss=self.eval_loss,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint; all ranks together."""
+        folder = Path(self.config.run.folder) / "checkpoints"
+        extra: dict[str, Any] = {
+            "loader": dict(self.loader.state_dict()),
+            "config": {name: values for name, values in asdict(self.config).items()},
+            "random_state": torch.get_rng_state().numpy().tobytes().hex(),
+        }
+        save(
+            folder, self.trainer.steps, self.trainer.pieces(), extra, rank=self.job.rank, world=self.job.world,
+            barrier=self.job.barrier, keep=self.config.train.keep_checkpoints,
+        )
+
+    def sample(self, corpus: Corpus) -> str:
+        """A held-out beginning and its continuation by the model."""
+        count = self.config.train.sample_tokens
+        if not count:
+            return ""
+        document = int(self.held_out.documents[0])
+        prompt = [int(token) for token in corpus.read(document, 0, min(16, int(corpus.lengths[document]) - 1))]
+        tokenizer = corpus.tokenizer
+        prompt = prompt[-self.config.model.sequence_length // 2 :]
+        continuation = generate(self.trainer, prompt, count, tokenizer.eos)
+        return tokenizer.decode([*prompt, *continuation])
+
+
