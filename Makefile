@@ -1,7 +1,7 @@
 # make train   train the quickstart on this machine
 # make test    everything a change must pass
 #
-# The first call makes .venv. PYTHON=python3.12 chooses another interpreter (3.11 or newer).
+# The first call makes .venv; PYTHON=python3.12 chooses its interpreter (3.11 or newer), after "make clean" also later.
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
@@ -23,8 +23,8 @@ lint: $(INSTALLED)
 # torch comes first and by exact version, and is named again beside the package: else another package could pull a
 # second, different build of it. pip takes the build it finds first, a local CPU build where it is configured with one.
 $(INSTALLED): pyproject.toml Makefile
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11+ is needed: make PYTHON=python3.11")'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet '$(TORCH)'
 	$(VENV)/bin/python -m pip install --quiet '$(TORCH)' --editable '.[dev]'
 	touch $@

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import tomllib
 import types
 import typing
@@ -112,6 +114,28 @@ class ModelConfig:
         """Raise `ConfigError` if the sizes contradict each other."""
         for name in ("layers", "hidden", "heads", "kv_heads", "vocab", "sequence_length", "experts", "top_k", "ffn_hidden"):
             require(getattr(self, name) > 0, f"model.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("balance_loss", "z_loss", "capacity_factor", "bias_update_rate", "init_std", "shared_experts",
+                     "shared_ffn_hidden", "head_dim", "v_head_dim", "sliding_window", "q_lora_rank"):
+            require(getattr(self, name) >= 0, f"model.{name} = {getattr(self, name)}: must not be negative")
+        require(
+            self.rope_theta > 0 and math.isfinite(self.rope_theta),
+            f"model.rope_theta = {self.rope_theta}: must be a positive number",
+        )
+        require(
+            self.rope_factor <= 1 or self.rope_original_length > 0,
+            f"model.rope_original_length = {self.rope_original_length}: must be positive where model.rope_factor > 1",
+        )
+        if self.attention == "mla":
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+                require(getattr(self, name) > 0, f"model.{name} = {getattr(self, name)}: must be at least 1 with mla")
+            require(
+                self.qk_rope_head_dim % 2 == 0,
+                f"model.qk_rope_head_dim = {self.qk_rope_head_dim}: rotary embedding needs an even width",
+            )
+        self._check_heads()
+        self._check_router()
+
+    def _check_heads(self) -> None:
         if self.attention == "gqa":
             require(
                 self.head_dim > 0 or self.hidden % self.heads == 0,
@@ -122,6 +146,8 @@ class ModelConfig:
                 f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}",
             )
             require(self.query_dim % 2 == 0, f"model.head_dim = {self.query_dim}: rotary embedding needs an even width")
+
+    def _check_router(self) -> None:
         require(
             self.top_k <= self.experts, f"model.top_k = {self.top_k} exceeds model.experts = {self.experts}"
         )
@@ -139,6 +165,10 @@ class ModelConfig:
             f"{self.experts // self.expert_groups * self.top_groups} experts",
         )
         require(
+            self.expert_groups == 1 or self.group_score == "max" or self.experts // self.expert_groups > 1,
+            "model.group_score = 'top2' needs at least two experts per group; use 'max'",
+        )
+        require(
             self.device_groups >= 1 and self.experts % self.device_groups == 0,
             f"model.experts = {self.experts} is not divisible by model.device_groups = {self.device_groups}",
         )
@@ -150,8 +180,6 @@ class ModelConfig:
         require(
             not self.shared_gate or self.shared_hidden > 0, "model.shared_gate needs model.shared_experts of at least 1"
         )
-        for name in ("balance_loss", "z_loss", "capacity_factor", "bias_update_rate"):
-            require(getattr(self, name) >= 0, f"model.{name} = {getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +243,7 @@ class TrainConfig:
     checkpoint_every: int = 0  # 0: only at the end
     keep_checkpoints: int = 2  # 0: all
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # fuse elementwise kernels; auto: on GPUs and for 500 steps or more
     sample_tokens: int = 64  # generated at the end; 0: none
 
     def check(self) -> None:
@@ -383,6 +412,5 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value).replace("\x7f", "\\u007f")  # a JSON string is a TOML basic string
     return repr(value)

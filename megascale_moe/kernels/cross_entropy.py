@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale_moe.kernels.blocks import Rowwise
+
 BLOCK_TOKENS = 256
 
 
@@ -33,27 +35,24 @@ def linear_cross_entropy(
     gradient = torch.empty_like(x)
     for start in range(0, x.shape[0], BLOCK_TOKENS):
         part, target = x[start : start + BLOCK_TOKENS], targets[start : start + BLOCK_TOKENS]
-        logits = (part @ weight.t()).float()
-        loss, softmax = _loss_and_softmax(logits, target)
-        total += loss
-        counts = target >= 0
-        softmax[torch.arange(len(target), device=x.device), target.clamp(min=0)] -= 1.0
-        softmax.mul_((counts * scale)[:, None])
-        slope = softmax.to(x.dtype)
+        slope, losses = _loss_and_slope(part @ weight.t(), target, scale)
+        total += losses.sum()
         torch.mm(slope, weight, out=gradient[start : start + BLOCK_TOKENS])
         add_weight_gradient(slope.t(), part)
     return total, gradient
 
 
-def _loss_and_softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a block; the logits become their softmax in place."""
-    chosen = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
-    peak = logits.amax(-1, keepdim=True)
-    logits.sub_(peak).exp_()
-    sums = logits.sum(-1, keepdim=True)
-    logits.div_(sums)
-    losses = sums.log().squeeze(1) + peak.squeeze(1) - chosen
-    return (losses * (target >= 0)).sum(), logits
+def _slope_formula(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradient of a block's logits, scaled, and the loss of each token."""
+    counts = (target >= 0)[:, None]
+    chosen = target.clamp(min=0)[:, None]
+    log_p = logits.float().log_softmax(-1)
+    losses = torch.where(counts, -log_p.gather(1, chosen), 0.0)
+    slope = log_p.exp_().scatter_add_(1, chosen, torch.full_like(losses, -1.0)).mul_(counts * scale)
+    return slope.to(logits.dtype), losses
+
+
+_loss_and_slope = Rowwise(_slope_formula, shared=1)
 
 
 def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from megascale_moe.kernels.blocks import row_blocks
+from megascale_moe.kernels.blocks import Rowwise
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    part = x.float()
+    scale = part.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    return (part * scale * weight.float()).to(x.dtype), scale
+
+
+def _backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed, g = x.float() * scale, gradient.float()
+    product = g * normed
+    w = weight.float()
+    mean = (product * w).mean(-1, keepdim=True)
+    dx = (g * w - normed * mean) * scale
+    if skip is not None:
+        dx = dx + skip.float()
+    return dx.to(x.dtype), product.sum(0)
+
+
+_run_forward = Rowwise(_forward, shared=2)
+_run_backward = Rowwise(_backward, shared=1, sums=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [T, D] -> (x / rms * weight [T, D], 1 / rms float32 [T, 1])."""
-    out = torch.empty_like(x)
-    scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    w = weight.float()
-    for rows in row_blocks(x):
-        part = x[rows].float()
-        s = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
-        scale[rows] = s
-        out[rows] = torch.mul(part, s).mul_(w)
-    return out, scale
+    return _run_forward(x, weight, eps)  # type: ignore[return-value]
 
 
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, skip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `rms_norm`: (of x, with `skip` added, [T, D]; of weight, float32 [D])."""
-    out = torch.empty_like(x)
-    width = x.shape[1]
-    w = weight.float()
-    weight_gradient = torch.zeros(width, dtype=torch.float32, device=x.device)
-    for rows in row_blocks(x):
-        normed = torch.mul(x[rows].float(), scale[rows])
-        g = gradient[rows].float()
-        product = g * normed
-        weight_gradient += product.sum(0)
-        mean = (product @ w).div_(width)[:, None]
-        dx = torch.mul(g, w).sub_(normed.mul_(mean)).mul_(scale[rows])
-        if skip is not None:
-            dx += skip[rows]
-        out[rows] = dx
-    return out, weight_gradient
+    return _run_backward(gradient, x, scale, skip, weight)  # type: ignore[return-value]
+
+
+def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """a + b and its RMSNorm: (sum [T, D], normed [T, D], 1 / rms float32 [T, 1])."""
+    return _run_add(a, b, weight, eps)  # type: ignore[return-value]
+
+
+def _add(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    total = a + b
+    return (total, *_forward(total, weight, eps))
+
+
+_run_add = Rowwise(_add, shared=2)
+

@@ -1,23 +1,53 @@
-"""Rotary embedding applied out of place, in two passes per half instead of a chain of temporaries."""
+"""Splitting the fused projection into heads with rotary embedding, and back, each in one pass."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate pairs of x [T, heads, w] by angles [T, w / 2] into `out` of the same shape; `inverse` rotates back."""
-    c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    sign = -1.0 if inverse else 1.0
-    (a, b), (p, q) = _pairs(x, interleaved), _pairs(out, interleaved)
-    torch.mul(a, c, out=p).addcmul_(b, s, value=-sign)
-    torch.mul(b, c, out=q).addcmul_(a, s, value=sign)
-    return out
+from megascale_moe.kernels.blocks import Rowwise
 
 
-def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    c, s = cos[:, None], sin[:, None]
+    part = x.float()
     if interleaved:
-        return x[..., 0::2], x[..., 1::2]
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
+        a, b = part[..., 0::2], part[..., 1::2]
+        return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2).to(x.dtype)
+    a, b = part.chunk(2, dim=-1)
+    return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
+
+
+def _split(x: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int], interleaved: bool) -> tuple[Tensor, ...]:
+    queries, keys, width = sizes
+    q, k, v = x.split([queries * width, keys * width, x.shape[1] - (queries + keys) * width], dim=1)
+    q, k = q.unflatten(1, (queries, width)), k.unflatten(1, (keys, width))
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved), v.unflatten(1, (keys, -1)).contiguous()
+
+
+def _join(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor]:
+    q, k = _rotate(dq, cos, -sin, interleaved), _rotate(dk, cos, -sin, interleaved)
+    return (torch.cat((q.flatten(1), k.flatten(1), dv.flatten(1)), dim=1),)
+
+
+_run_split = Rowwise(_split, shared=2)
+_run_join = Rowwise(_join, shared=1)
+
+
+def split_heads(
+    qkv: Tensor, rope: tuple[Tensor, Tensor], sizes: tuple[int, int, int], interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projection qkv [T, ...] to rotated q [T, H, w], rotated k [T, G, w] and v [T, G, u].
+
+    Args:
+        rope: cos and sin, float32 [T, w / 2].
+        sizes: (H, G, w).
+    """
+    return _run_split(qkv, *rope, sizes, interleaved)  # type: ignore[return-value]
+
+
+def split_heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool
+) -> Tensor:
+    """The gradient of qkv [T, ...] from those of the heads."""
+    return _run_join(dq, dk, dv, *rope, interleaved)[0]

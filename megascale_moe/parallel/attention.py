@@ -19,8 +19,8 @@ from megascale_moe.comm.collectives import Pending, exchange, tag_of
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
-from megascale_moe.kernels.attention import causal_attention
-from megascale_moe.kernels.rotary import apply_rotary
+from megascale_moe.kernels.attention import Spans, causal_attention, causal_attention_backward
+from megascale_moe.kernels.rotary import split_heads, split_heads_backward
 from megascale_moe.model.attention import latent_heads
 from megascale_moe.model.counts import attention_flops_per_token
 from megascale_moe.model.rotary import rotate, softmax_scale
@@ -52,27 +52,14 @@ def _head_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     return [qkv, _rope(p, c, layout) if c.qk_norm == "none" else _norm_rope(p, c, layout)]
 
 
-def _split_heads(qkv: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [T, ...] -> views q [T, H, w], k [T, G, w], v [T, G, u]."""
-    T = qkv.shape[0]
-    q, k, v = qkv.split([c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim], dim=-1)
-    return q.view(T, c.heads, -1), k.view(T, c.kv_heads, -1), v.view(T, c.kv_heads, -1)
-
-
 def _rope(p: str, c: ModelConfig, layout: Layout) -> Op:
+    sizes = (c.heads, c.kv_heads, c.query_dim)
+
     def run(qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split_heads(qkv, c)
-        q, k = (apply_rotary(x, *rope, c.rope_interleaved, x.new_empty(x.shape)) for x in (q, k))
-        return q, k, v
+        return split_heads(qkv, rope, sizes, c.rope_interleaved)
 
     def run_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        width = (c.heads + c.kv_heads) * c.query_dim + c.kv_heads * c.value_dim
-        dqkv = dq.new_empty(dq.shape[0], width)
-        q, k, v = _split_heads(dqkv, c)
-        apply_rotary(dq, *rope, c.rope_interleaved, q, inverse=True)
-        apply_rotary(dk, *rope, c.rope_interleaved, k, inverse=True)
-        v.copy_(dv)
-        return dqkv
+        return split_heads_backward(dq, dk, dv, rope, c.rope_interleaved)
 
     heads = (f"{p}q", f"{p}k", f"{p}v")
     elements = layout.tokens * (c.heads + c.kv_heads) * c.query_dim
@@ -86,7 +73,8 @@ def _rope(p: str, c: ModelConfig, layout: Layout) -> Op:
 
 def _norm_rope(p: str, c: ModelConfig, layout: Layout) -> Op:
     def run(qkv: Tensor, rope: tuple[Tensor, Tensor], wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split_heads(qkv, c)
+        q, k, v = qkv.split([c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim], dim=-1)
+        q, k, v = q.unflatten(1, (c.heads, -1)), k.unflatten(1, (c.kv_heads, -1)), v.unflatten(1, (c.kv_heads, -1))
         q, k = _head_norm(q, wq, c), _head_norm(k, wk, c)
         return rotate(q, *rope, c.rope_interleaved), rotate(k, *rope, c.rope_interleaved), v
 
@@ -141,18 +129,35 @@ def _latent(kv: Tensor, weight: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]
 
 
 def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout: Layout) -> Op:
-    scale = softmax_scale(c)
+    """Attention proper; backward recomputes the scores, so nothing but q, k, v is kept for it."""
+    scale, rows, length = softmax_scale(c), layout.rows, layout.length
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.reshape(rows, length, -1, x.shape[-1])
+
+    def spans(segments: Segments) -> Spans:
+        return () if segments.is_whole_rows else segments.spans
 
     def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        q, k, v = (x.reshape(layout.rows, layout.length, *x.shape[-2:]) for x in (q, k, v))
-        spans = () if segments.is_whole_rows else segments.spans
-        return causal_attention(q, k, v, spans, scale, c.sliding_window).reshape(layout.rows * layout.length, -1)
+        out = causal_attention(by_row(q), by_row(k), by_row(v), spans(segments), scale, c.sliding_window)
+        return out.reshape(rows * length, -1)
 
-    n, T = layout.node.size, layout.rows * layout.length
+    def run_backward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, d: Tensor) -> tuple[Tensor, ...]:
+        gradient = d.view(rows, length, -1, c.value_dim)
+        parts = causal_attention_backward(
+            gradient, by_row(q), by_row(k), by_row(v), spans(segments), scale, c.sliding_window
+        )
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    n, T = layout.node.size, rows * length
     key_heads = len(heads_of_rank(0, n, c)[1])
     elements = T * (c.heads // n * (c.query_dim + c.value_dim) + key_heads * (c.query_dim + c.value_dim))
     cost = Cost(T * attention_flops_per_token(c) / n, layout.bytes(elements))
-    return autograd_op(name, run, reads=(*heads, "segments"), differentiable=heads, writes=(y,), cost=cost)
+    backward = Op(
+        name=name, phase=Phase.B, reads=(*heads, "segments", grad(y)), writes=tuple(map(grad, heads)), run=run_backward,
+        cost=Cost(2.5 * cost.flops, 2 * cost.memory_bytes),
+    )
+    return Op(name=name, reads=(*heads, "segments"), writes=(y,), run=run, cost=cost, backward=(backward,))
 
 
 def heads_of_rank(rank: int, size: int, c: ModelConfig) -> tuple[range, Sequence[int]]:

@@ -11,7 +11,7 @@ from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.activation import swiglu, swiglu_backward
-from megascale_moe.kernels.norm import rms_norm, rms_norm_backward
+from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from megascale_moe.parallel.layout import Layout
 
 
@@ -81,8 +81,7 @@ def add_norm(name: str, terms: tuple[str, str], total: str, y: str, weight: str,
     cost = Cost(5.0 * layout.tokens * width, layout.bytes(4 * layout.tokens * width))
 
     def run(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        added = a + b
-        return (added, *rms_norm(added, w, eps))
+        return add_rms_norm(a, b, w, eps)
 
     def run_backward(
         x: Tensor, scale: Tensor, dy: Tensor, dtotal: Tensor | None, w: Tensor, sink: Gradient

@@ -20,6 +20,8 @@ from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.op import backward
 from megascale_moe.engine.trace import Trace
+from megascale_moe.kernels.allocator import keep_freed_memory
+from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.model.counts import parameter_shapes
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.router import updated_bias
@@ -66,6 +68,10 @@ class Trainer:
         self.model: ModelConfig = config.model
         self.dtype = DTYPES[config.train.dtype]
         self.steps = 0
+        if device.type == "cpu":
+            keep_freed_memory()
+        wanted = config.train.compile
+        Fusion.enabled = wanted == "on" or (wanted == "auto" and (device.type != "cpu" or config.train.steps >= 500))
         groups = flat_groups(local_shapes(self.model, mesh.ep), axes, self.dtype, device)
         self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
         self.buffers: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ def test_this_machine_can_run_the_tests(tmp_path: Path) -> None:
 
 
 def test_every_finding_that_is_not_ok_says_what_would_be_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     findings = doctor.examine(tmp_path)
     assert verdict(findings, "rich") == Status.PROBLEM

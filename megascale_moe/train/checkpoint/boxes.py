@@ -28,7 +28,7 @@ class Box(NamedTuple):
     def inside(self, shape: Index) -> bool:
         """Whether a tensor of that shape has all of these elements."""
         return len(self.offset) == len(self.size) == len(shape) and all(
-            0 <= offset and 0 <= size and offset + size <= extent
+            offset >= 0 and size >= 0 and offset + size <= extent
             for offset, size, extent in zip(self.offset, self.size, shape, strict=True)
         )
 
@@ -51,8 +51,18 @@ def intersect(a: Box, b: Box) -> Box | None:
     return Box(tuple(offset), tuple(size))
 
 
+def row_major(size: Index) -> Index:
+    """How far apart neighbours are in memory, per dimension, in a box flattened row by row."""
+    return tuple(prod(size[dim + 1 :]) for dim in range(len(size)))
+
+
+def dot(a: Sequence[int], b: Sequence[int]) -> int:
+    """Sum of products: with an index and strides, the place in memory."""
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
 def flat_range(box: Box, start: int, length: int) -> list[Box]:
-    """Elements `start` to `start + length` of the box flattened row by row, as contiguous boxes in that order.
+    """Elements `start` to `start + length` of the box flattened row by row, as contiguous boxes in that order::
 
         0 1 2 3      start 2, length 7:    . . 2 3    the end of a row
         4 5 6 7                            4 5 6 7    whole rows

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.config import ConfigError
-from megascale_moe.train.checkpoint.manifest import CODES, Manifest, Piece, StoredFile, StoredPiece
+from megascale_moe.train.checkpoint.manifest import CODES, Manifest, Piece, StoredFile
 
 BLOCK = 1 << 22
 
@@ -55,7 +55,15 @@ class Checksums:
 def write_pieces(path: Path, pieces: Iterable[Piece], part: Manifest) -> None:
     """Write a file, force it to the disk and record it in `part`; raises ConfigError, OSError."""
     pieces = sorted(pieces, key=lambda piece: -piece.values.dtype.itemsize)  # each element aligned to its size
-    header = _lay_out(path.name, pieces, part)
+    for piece in pieces:
+        piece.check()
+    header, places = _lay_out(pieces)
+    for piece, (key, at) in zip(pieces, places, strict=True):
+        part.add(piece.name, tuple(piece.shape), CODES[piece.values.dtype], [piece.stored(path.name, key, at)])
+    part.files[path.name] = _write(path, header, pieces)
+
+
+def _write(path: Path, header: bytes, pieces: Iterable[Piece]) -> StoredFile:
     sums = Checksums()
     with path.open("wb") as stream:
         for data in _contents(header, pieces):
@@ -63,38 +71,32 @@ def write_pieces(path: Path, pieces: Iterable[Piece], part: Manifest) -> None:
             stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    part.files[path.name] = StoredFile(sums.size, sums.blocks)
+    return StoredFile(sums.size, sums.blocks)
 
 
-def _contents(header: bytes, pieces: list[Piece]) -> Iterator[memoryview]:
+def _contents(header: bytes, pieces: Iterable[Piece]) -> Iterator[memoryview]:
     yield memoryview(header)
     for piece in pieces:
         yield piece.values.detach().cpu().view(torch.uint8).numpy().data
 
 
-def _lay_out(file: str, pieces: list[Piece], part: Manifest) -> bytes:
-    """The header of a safetensors file; the pieces are recorded in `part`."""
+def _lay_out(pieces: Iterable[Piece]) -> tuple[bytes, list[tuple[str, int]]]:
+    """The header of a safetensors file (length, then JSON padded to 8 bytes), and each piece's key and place."""
     entries = {}
+    places = []
     end = 0
     repeats: Counter[str] = Counter()
     for piece in pieces:
-        piece.check()
         begin, end = end, end + piece.values.nbytes
         key = f"{piece.name}#{repeats[piece.name]}" if repeats[piece.name] else piece.name
         repeats[piece.name] += 1
-        entries[key] = {
-            "dtype": CODES[piece.values.dtype],
-            "shape": [piece.values.numel()],
-            "data_offsets": [begin, end],
-        }
+        places.append((key, begin))
+        shape = [piece.values.numel()]
+        entries[key] = {"dtype": CODES[piece.values.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries).encode()
-    header = text + b" " * (-len(text) % 8)
-    header = len(header).to_bytes(8, "little") + header
-    for piece, (key, entry) in zip(pieces, entries.items(), strict=True):
-        at = len(header) + entry["data_offsets"][0]
-        place = tuple(piece.offset), tuple(piece.size), piece.start, piece.values.numel()
-        part.add(piece.name, tuple(piece.shape), entry["dtype"], [StoredPiece(file, key, at, *place)])
-    return header
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [(key, len(header) + begin) for key, begin in places]
 
 
 class BlockFile:

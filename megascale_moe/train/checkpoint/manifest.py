@@ -7,6 +7,7 @@ plain JSON, and has a CRC-32 of its own: a changed digit in a learning rate is f
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -59,6 +60,10 @@ class Piece:
         require(v.dim() == 1 and v.is_contiguous(), f"{self.name}: values {[*v.shape]} must be 1-D and contiguous")
         require(v.dtype in CODES, f"{self.name}: {v.dtype} cannot be saved")
         check_range(self.name, self.shape, Box(self.offset, self.size), self.start, v.numel())
+
+    def stored(self, file: str, key: str, at: int) -> StoredPiece:
+        """What the manifest says of it."""
+        return StoredPiece(file, key, at, tuple(self.offset), tuple(self.size), self.start, self.values.numel())
 
 
 @dataclass(frozen=True)
@@ -128,27 +133,34 @@ class Manifest:
         for file in self.files:
             require(re.fullmatch(r"rank-\d+\.safetensors", file) is not None, f"unexpected file name {file!r}")
         for name, tensor in self.tensors.items():
-            width = DTYPES[tensor.dtype].itemsize
+            require(tensor.dtype in DTYPES, f"{name}: unknown dtype {tensor.dtype}")
             for piece in tensor.pieces:
-                check_range(name, tensor.shape, piece.box, piece.start, piece.length)
-                inside = 0 <= piece.at <= self.files[piece.file].size - piece.length * width
-                require(inside, f"{name}: a piece outside of {piece.file}")
+                self._check_piece(name, tensor, piece)
             fault = first_fault(tensor.shape, [box for piece in tensor.pieces for box in piece.boxes()])
             if fault:
-                raise ConfigError(f"{name}: {_fault(name, tensor.shape, *fault)}")
+                raise ConfigError(f"{name}: {_describe_fault(name, tensor.shape, *fault)}")
+
+    def _check_piece(self, name: str, tensor: StoredTensor, piece: StoredPiece) -> None:
+        check_range(name, tensor.shape, piece.box, piece.start, piece.length)
+        end = piece.at + piece.length * DTYPES[tensor.dtype].itemsize
+        inside = piece.file in self.files and 0 <= piece.at <= end <= self.files[piece.file].size
+        require(inside, f"{name}: a piece lies outside of {piece.file}")
 
     def write(self, path: Path) -> None:
-        """Write as JSON; raises OSError, and TypeError if `extra` holds something that JSON cannot."""
+        """Write as JSON, onto the disk; raises OSError, and TypeError if `extra` holds something that JSON cannot."""
         body = json.loads(json.dumps(vars(self), default=_record))  # as it will be read: lists, keys that are strings
         document = {"format": FORMAT, "version": VERSION, "crc32": _checksum(body), "body": body}
-        path.write_text(json.dumps(document))
+        with path.open("w") as stream:
+            stream.write(json.dumps(document))
+            stream.flush()
+            os.fsync(stream.fileno())
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read what `write` wrote; raises ConfigError for anything else, FileNotFoundError for nothing."""
         try:
             document = json.loads(path.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(f"{path} is damaged: not JSON") from None
         ours = isinstance(document, dict) and document.get("format") == FORMAT
         require(ours, f'{path} is not the manifest of a checkpoint: "format" must be "{FORMAT}"')
@@ -192,7 +204,7 @@ def _checksum(body: Any) -> int:
     return zlib.crc32(json.dumps(body).encode())
 
 
-def _fault(name: str, shape: Index, index: Index, count: int) -> str:
+def _describe_fault(name: str, shape: Index, index: Index, count: int) -> str:
     """What is wrong with an element that is there `count` times."""
     what = "is missing" if count == 0 else f"is there {count} times"
     element = f"element {[*index]} of {[*shape]}"

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megascale_moe.config import ConfigError
 from megascale_moe.train.checkpoint.files import data_file, write_pieces
 from megascale_moe.train.checkpoint.manifest import MANIFEST, Manifest, Piece
 from megascale_moe.train.checkpoint.steps import clear, prune, publish, step_folder
@@ -64,8 +65,8 @@ def save(
         error = error or _attempt(lambda: _finish(partial, target, Manifest(step, world, extra)))
         if error:
             _fail(partial, failed, error)
-        else:
-            prune(folder, step, keep) if keep else None
+        elif keep:
+            _attempt(lambda: prune(folder, step, keep))  # an old one that cannot be removed does not spoil the new one
     barrier()
     error = error or _attempt(lambda: _confirm(target, failed))
     barrier()
