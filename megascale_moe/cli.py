@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NoReturn
 
+import torch.distributed as dist
 from rich.console import Console
 
 from megascale_moe.comm.local_ranks import fork_ranks
@@ -19,86 +24,112 @@ from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.presets import PRESETS
 from megascale_moe.train import doctor
-from megascale_moe.train.job import join, local_rank_count, under_launcher
+from megascale_moe.train.checkpoint import SaveError
+from megascale_moe.train.job import join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
+
+OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    options, overrides = _parser().parse_known_args(arguments)
+    return _guarded(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Run `work`; what the user or the machine did wrong becomes one line and an exit status."""
     try:
-        if options.command == "doctor":
-            _refuse_leftovers(overrides)
-            return doctor.main(options.json)
-        config = load(options.config, _overrides(overrides), PRESETS)
-        if options.resume:
-            config = replace(config, run=replace(config.run, resume="auto"))
-        return _train(config, options.nproc, options.json)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megascale: {error}", file=sys.stderr)
-        return 2
+        return work()
     except KeyboardInterrupt:
         return 130
+    except (ConfigError, SaveError) as error:
+        if _speaks():
+            print(f"megascale: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _speaks() -> bool:
+    """Whether to print an error: joined ranks agree on it, before that each node has its own files and network."""
+    return os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", "0") == "0"
+
+
+def _main(arguments: list[str]) -> int:
+    overrides, rest = _split(arguments)
+    options, unknown = _parser().parse_known_args(rest)
+    unknown += overrides if options.command == "doctor" else []
+    if unknown:
+        hint = "config keys are overridden as --section.key=value" if options.command == "train" else "leave it out"
+        raise ConfigError(f"argument {unknown[0]!r} is unknown; {hint}; see megascale {options.command} --help")
+    if options.command == "doctor":
+        return doctor.main(options.json)
+    config = load(options.config, overrides, PRESETS)
+    if options.resume:
+        config = replace(config, run=replace(config.run, resume=config.run.resume or "auto"))
+    return _train(config, options.nproc, options.json)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses as everything else does: in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megascale", description="Communication-efficient training of Mixture-of-Experts models."
+    parser = _Parser(
+        prog="megascale", description="Communication-efficient training of Mixture-of-Experts models.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
-        "train", help="train a model; starts its own local ranks, or is one rank under torchrun",
-        epilog="Any config key can be overridden: --parallel.ep=4 --train.steps=100",
+        "train", help="train a model; starts its own local ranks, or is one rank under torchrun", allow_abbrev=False,
+        usage="megascale train CONFIG.toml [--section.key=value ...] [--nproc N] [--resume] [--json]",
+        epilog="Any config key can be overridden: --parallel.ep=4 --train.steps=100. Exit status: 0 fine, 1 it failed, "
+        "2 the input is wrong, 130 interrupted.",
     )
-    run.add_argument("config", help="TOML file")
-    run.add_argument("--nproc", type=int, default=0, help="ranks to start here (default: what the config's mesh needs)")
-    run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
+    run.add_argument("config", metavar="CONFIG.toml", help="what to train, and how; see configs/")
+    run.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: what the config's mesh needs)")
+    run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder, if any")
     run.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    examine = commands.add_parser("doctor", help="what this machine has, what will be used, what is missing")
+    examine = commands.add_parser(
+        "doctor", help="what this machine has, what will be used, what is missing", allow_abbrev=False
+    )
     examine.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     return parser
 
 
-def _overrides(arguments: list[str]) -> list[str]:
-    """`--section.key=value` and `--section.key value` alike."""
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks; give 1 or more")
+    return int(text)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides, `--section.key=value` and `--section.key value` alike, and everything else."""
     overrides: list[str] = []
-    waiting = ""
-    for argument in arguments:
-        if waiting:
-            overrides.append(f"{waiting}={argument}")
-            waiting = ""
-        elif argument.startswith("--") and "=" not in argument and "." in argument:
-            waiting = argument
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        found = OVERRIDE.fullmatch(argument)
+        if found is None:
+            rest.append(argument)
+        elif found[1] is None:
+            value = next(waiting, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"override {argument!r}: a value is missing; write {argument}=VALUE")
+            overrides.append(f"{argument}={value}")
         else:
             overrides.append(argument)
-    if waiting:
-        raise ConfigError(f"override {waiting!r}: a value is missing; write {waiting}=VALUE")
-    return overrides
+    return overrides, rest
 
 
-def _refuse_leftovers(arguments: list[str]) -> None:
-    if arguments:
-        raise ConfigError(f"argument {arguments[0]!r} is unknown; see megascale --help")
-
-
-def _train(config: Config, nproc: int, as_json: bool) -> int:
+def _train(config: Config, nproc: int | None, as_json: bool) -> int:
     if under_launcher():
-        return _rank(config, int(os.environ["WORLD_SIZE"]), as_json)
-    world = local_rank_count(config, nproc)
+        return _rank(config, number("WORLD_SIZE", 1), as_json)
+    world = nproc or local_rank_count(config)
     check_before_start(config, mesh_of(config.parallel, config.model, world))
     if world == 1:
         return _rank(config, 1, as_json)
-    return fork_ranks(world, lambda _: _exit_unless_zero(_guarded_rank(config, world, as_json)))
-
-
-def _guarded_rank(config: Config, world: int, as_json: bool) -> int:
-    try:
-        return _rank(config, world, as_json)
-    except ConfigError as error:
-        if os.environ["RANK"] == "0":
-            print(f"megascale: {error}", file=sys.stderr)
-        return 2
+    return fork_ranks(world, lambda _: _exit_unless_zero(_guarded(lambda: _rank(config, world, as_json))))
 
 
 def _exit_unless_zero(status: int) -> None:
@@ -110,8 +141,8 @@ def _exit_unless_zero(status: int) -> None:
 def _rank(config: Config, world: int, as_json: bool) -> int:
     mesh = mesh_of(config.parallel, config.model, world)
     job = join(config, mesh)
-    resume = job.together(lambda: check_before_start(config, mesh))
-    outcome = train(config, mesh, job, resume)
+    resume = job.from_lead(lambda: str(check_before_start(config, mesh) or ""))
+    outcome = train(config, mesh, job, Path(resume) if resume else None)
     if job.leads:
         _report(asdict(outcome), as_json)
     return 0
@@ -119,11 +150,16 @@ def _rank(config: Config, world: int, as_json: bool) -> int:
 
 def _report(outcome: dict[str, object], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(outcome))
+        print(json.dumps({name: _json_value(value) for name, value in outcome.items()}, allow_nan=False))
         return
-    console = Console(highlight=False)
-    losses = ", ".join(f"{name} {outcome[name]:.3f}" for name in ("loss", "eval_loss") if outcome[name] is not None)
-    console.print(f"step {outcome['step']}: {losses}; results in {outcome['folder']}")
+    console = Console(highlight=False, soft_wrap=True)
+    losses = "".join(f", {name} {outcome[name]:.3f}" for name in ("loss", "eval_loss") if outcome[name] is not None)
+    console.print(f"step {outcome['step']}{losses}; results in {outcome['folder']}", markup=False)
     if outcome["sample"]:
         console.rule("sample")
         console.print(outcome["sample"], markup=False)
+
+
+def _json_value(value: object) -> object:
+    """JSON has no NaN: a loss that is not finite becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

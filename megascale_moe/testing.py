@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megascale_moe.comm.local_ranks import fork_ranks
@@ -14,28 +15,25 @@ from megascale_moe.comm.local_ranks import fork_ranks
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
     """Call `function(*args)` on every rank of a gloo group; returns the results in rank order.
 
+    Results come back as files: a pipe fills up, and a rank that is ended while it writes to one leaves half a message
+    for which this process would wait for ever.
+
     Raises:
         AssertionError: a rank raised; carries its traceback.
     """
-    results: Any = multiprocessing.get_context("fork").SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="megascale-") as name:
+        folder = Path(name)
 
-    def call(rank: int) -> None:
-        try:
-            outcome = (rank, function(*args), "")
-        except BaseException:
-            results.put(pickle.dumps((rank, None, traceback.format_exc())))
-            raise SystemExit(1) from None
-        results.put(pickle.dumps(outcome))  # plain bytes: torch's own queue would share memory that dies with the rank
+        def call(rank: int) -> None:
+            try:
+                result = pickle.dumps(function(*args))
+            except BaseException:
+                (folder / f"error-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+                raise SystemExit(1) from None
+            (folder / f"result-{rank}").write_bytes(result)
 
-    collected: dict[int, tuple[Any, str]] = {}
-
-    def drain() -> None:
-        while not results.empty():
-            rank, value, error = pickle.loads(results.get())
-            collected[rank] = (value, error)
-
-    status = fork_ranks(world, call, timeout=timeout, poll=drain)
-    drain()
-    errors = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(collected.items()) if error]
-    assert not errors and status == 0, "\n".join(errors) or f"a rank ended with status {status}"
-    return [collected[rank][0] for rank in range(world)]
+        status = fork_ranks(world, call, timeout=timeout)
+        errors = [f"{path.name}:\n{path.read_text(encoding='utf-8')}" for path in sorted(folder.glob("error-*"))]
+        if errors or status:
+            raise AssertionError("\n".join(errors) or f"a rank ended with status {status}")
+        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world)]

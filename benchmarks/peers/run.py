@@ -103,8 +103,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--ranks", default="1,2", help="1 (two threads), 2 (one thread each) or both")
     parser.add_argument("--sides", help="names, comma-separated; all that are not optional by default")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="training steps per side and round")
-    parser.add_argument("--warmup", type=int, default=3, help="unmeasured steps of each side")
+    parser.add_argument("--steps", type=int, default=2, help="training steps per side and round")
+    parser.add_argument("--warmup", type=int, default=5, help="unmeasured steps of each side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds a side may stay silent")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for DTYPE-RANKS.json")
@@ -112,10 +112,23 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def environments() -> Path:
+    """The folder that setup.sh filled."""
+    return Path(os.environ.get("PEERS_VENVS", HERE / ".venvs")).absolute()
+
+
 def python_of(environment: str) -> Path:
     """The interpreter of a peer's environment, or our own."""
-    folder = Path(os.environ.get("PEERS_VENVS", HERE / ".venvs"))
-    return folder / environment / "bin" / "python" if environment else Path(sys.executable)
+    return environments() / environment / "bin" / "python" if environment else Path(sys.executable)
+
+
+def own_folders(environment: str) -> dict[str, str]:
+    """Where a peer finds its build tools (ninja) and keeps what it compiles."""
+    if not environment:
+        return {}
+    home = environments() / environment
+    caches = {"TORCH_EXTENSIONS_DIR": str(home / "extensions"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
+    return caches | {"PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
 def start(name: str, dtype: str, ranks: int, work: Path, patience: float) -> SideProcess:
@@ -124,6 +137,7 @@ def start(name: str, dtype: str, ranks: int, work: Path, patience: float) -> Sid
     command = [str(python_of(side.environment)), str(HERE / side.script), "--folder", str(work), "--dtype", dtype]
     command += ["--ranks", str(ranks), "--threads", str(threads), *side.options]
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    settings |= own_folders(side.environment)
     settings |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return SideProcess(name, command, os.environ | settings, work / f"{name}.log", patience)
 

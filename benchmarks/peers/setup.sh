@@ -5,6 +5,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-${PEERS_VENVS:-$here/.venvs}}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
 names=("${@:2}")
 [ ${#names[@]} -gt 0 ] || names=(transformers torchtitan deepspeed)
 
@@ -26,7 +28,12 @@ for name in "${names[@]}"; do
             install "$name" torchtitan==0.3.0 safetensors
             install "$name" --no-deps triton==3.9.0 # imported, never run, on CPU
             ;;
-        deepspeed) install "$name" --no-build-isolation deepspeed==0.19.8 transformers==5.20.2 accelerate safetensors ;;
+        deepspeed)
+            install "$name" --no-build-isolation deepspeed==0.19.8 transformers==5.20.2 accelerate safetensors
+            # its first start compiles a shared-memory all-reduce; do that here, run.py looks in the same place
+            PATH="$folder/$name/bin:$PATH" TORCH_EXTENSIONS_DIR="$folder/$name/extensions" DS_ACCELERATOR=cpu \
+                "$folder/$name/bin/python" -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+            ;;
         *) echo "unknown peer: $name" >&2; exit 2 ;;
     esac
 done

@@ -11,14 +11,14 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed is imported
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import MixtralForCausalLM  # noqa: E402
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import MixtralForCausalLM
 
-from case import CASE, Case  # noqa: E402
-from protocol import Job, Step, serve  # noqa: E402
-from training import next_token_loss  # noqa: E402
+from case import CASE, Case
+from protocol import Job, Step, serve
+from training import next_token_loss
 
 
 def read_options(job: Job) -> argparse.Namespace:
@@ -44,6 +44,7 @@ def engine_config(job: Job, zero: int, case: Case) -> dict[str, object]:
         "bf16": {"enabled": job.bf16},
         "expert_parallel": {"enabled": True, "autoep_size": job.ranks, "preset_model": "mixtral"},
         "steps_per_print": 10**9,
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if job.bf16 and zero == 1 else {}),
     }
 
 

@@ -34,24 +34,27 @@ def torchtitan(*options: str, **fields: object) -> Side:
     return Side(script="side_torchtitan.py", environment="torchtitan", options=options, **fields)  # type: ignore[arg-type]
 
 
+FULL: dict[str, object] = {"dtypes": ("fp32",)}
 HALF: dict[str, object] = {"dtypes": ("bf16",)}
 PAIR: dict[str, object] = {"ranks": (2,)}
 
 SIDES = {
     OURS: Side(script="side_megascale.py", environment=""),
     "plain": Side(script="side_plain.py", environment=""),
-    "plain-autocast": Side(script="side_plain.py", environment="", options=("--autocast",), dtypes=("bf16",), optional=True),
+    "plain-autocast": Side(script="side_plain.py", environment="", options=("--autocast",), **HALF, optional=True),  # type: ignore[arg-type]
     "transformers-grouped_mm": transformers("--experts=grouped_mm"),
     "transformers-eager": transformers("--experts=eager"),
     "transformers-batched_mm": transformers("--experts=batched_mm", optional=True),
     "transformers-grouped_mm-autocast": transformers("--experts=grouped_mm", "--half=autocast", **HALF, optional=True),
     "transformers-eager-autocast": transformers("--experts=eager", "--half=autocast", **HALF, optional=True),
+    "transformers-compile": transformers("--experts=grouped_mm", "--compile"),
     "transformers-ddp-grouped_mm": transformers("--experts=grouped_mm", "--layout=ddp", **PAIR),
     "transformers-ddp-eager": transformers("--experts=eager", "--layout=ddp", **PAIR),
     "transformers-fsdp-grouped_mm": transformers("--experts=grouped_mm", "--layout=fsdp", **PAIR, optional=True),
-    "torchtitan-full": torchtitan("--experts=full", dtypes=("fp32",)),
+    "torchtitan-full": torchtitan("--experts=full", **FULL),
+    "torchtitan-full-compile": torchtitan("--experts=full", "--compile", **FULL),
     "torchtitan": torchtitan("--experts=shipped", half=True),
-    "torchtitan-compile": torchtitan("--experts=shipped", "--compile", **HALF),
+    "torchtitan-compile": torchtitan("--experts=shipped", "--compile", half=True),
     "torchtitan-shard": torchtitan("--experts=shipped", "--half=shard", ranks=(1,), **HALF, optional=True),
     "deepspeed-autoep": Side(script="side_deepspeed.py", environment="deepspeed"),
 }

@@ -8,7 +8,19 @@ Row = dict[str, Any]
 # Relative difference of losses that counts as the same training: sums in another order in FP32,
 # rounding to BF16 (8 bits of mantissa, averaged over 4,096 tokens) otherwise.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
-COLUMNS = ("side", "tokens/s", "min - max", "CPU ms/step", "speed", "CPU", "GiB", "others", "loss", "difference", "agrees")
+COLUMNS = [
+    "side",
+    "tokens/s",
+    "min - max",
+    "CPU ms/step",
+    "speed",
+    "CPU",
+    "GiB",
+    "others",
+    "loss",
+    "difference",
+    "agrees",
+]
 
 
 def summarize(results: Results) -> list[Row]:
@@ -101,7 +113,7 @@ def footnotes(results: Results) -> list[str]:
 
 def plain_table(results: Results) -> str:
     """Aligned columns for a terminal."""
-    rows = [list(COLUMNS), *(cells(row) for row in summarize(results))]
+    rows = [COLUMNS, *(cells(row) for row in summarize(results))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(["", title(results), origin(results), "", *lines, *footnotes(results)])
@@ -109,7 +121,7 @@ def plain_table(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     """The same for README.md."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(row) for row in summarize(results))]
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in summarize(results))]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = [f"- {note}" for note in footnotes(results)]
-    return "\n".join([f"### {title(results)}", "", origin(results), "", *lines, *([""] + notes if notes else [])])
+    return "\n".join([f"### {title(results)}", "", origin(results), "", *lines, *(["", *notes] if notes else [])])

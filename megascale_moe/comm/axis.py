@@ -21,8 +21,11 @@ class Axis:
 
     @property
     def native(self) -> bool:
-        """True where the backend's own collectives are the fastest form (NCCL); gloo's are not."""
-        return self.group is not None and dist.get_backend(self.group) == "nccl"
+        """True where the backend's own collectives are the fastest form (NCCL); gloo's are not.
+
+        A group made for both kinds of tensors answers "cpu:gloo,cuda:nccl"; its CPU tensors still go through gloo.
+        """
+        return self.group is not None and "nccl" in dist.get_backend(self.group)
 
 
 Axes = dict[str, Axis]

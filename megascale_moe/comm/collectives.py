@@ -56,7 +56,7 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
     receive[me].copy_(send[me])
     peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
     wire = sum(send[peer].nbytes for peer in peers)
-    if axis.native:
+    if axis.native and send[me].is_cuda:
         empty = receive[me].new_empty(0)
         works = [
             dist.all_to_all(
@@ -85,7 +85,7 @@ def all_gather(x: Tensor, axis: Axis, tag: int) -> Pending:
     """x [T, ...] of every rank, finishes with [size * T, ...] in rank order."""
     x = x.contiguous()
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    if axis.native:
+    if axis.native and x.is_cuda:
         work = dist.all_gather_into_tensor(out, x, axis.group, async_op=True)
         return Pending([work], lambda: out, x.nbytes * (axis.size - 1), keep=x)
     return exchange([x] * axis.size, out.chunk(axis.size), axis, tag).then(lambda _: out)
@@ -94,7 +94,7 @@ def all_gather(x: Tensor, axis: Axis, tag: int) -> Pending:
 def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
     """Sum of x [size * T, ...] over the ranks, finishes with this rank's [T, ...]; sums in float32, in rank order."""
     x = x.contiguous()
-    if axis.native:
+    if axis.native and x.is_cuda:
         out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
         work = dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True)
         return Pending([work], lambda: out, x.nbytes // axis.size * (axis.size - 1), keep=x)

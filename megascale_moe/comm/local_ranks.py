@@ -2,7 +2,8 @@
 
 Forking takes 0.2 s where a fresh interpreter per rank takes 10. The rendezvous is a file, gloo is bound to the
 loopback interface, so nothing listens to the network. Children die with their parent (Linux: a death signal), and
-the first rank that fails takes the others down.
+the first rank that fails takes the others down, and is named. Ctrl-C reaches every process of a terminal: ranks leave
+it to their parent, which ends them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +35,8 @@ def fork_ranks(
     poll: Callable[[], None] | None = None,
 ) -> int:
     """Run `function(rank)` in `world` processes joined by a process group; returns the first bad exit status, or 0.
+
+    Statuses are those of a shell: 128 + N for a rank that signal N killed.
 
     Args:
         threads: torch threads of each rank.
@@ -56,9 +59,10 @@ def _rank(
     rank: int, store: Path, world: int, function: Callable[[int], object], threads: int, timeout: float, parent: int
 ) -> None:
     _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)  # first of all: a forked child must not touch its parent's thread pool
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     cuda = torch.cuda.is_available() and torch.cuda.device_count() >= world
     if cuda:
         torch.cuda.set_device(rank)
@@ -78,22 +82,36 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _wait(ranks: list[BaseProcess], poll: Callable[[], None] | None) -> int:
+def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
     """Until all ranks are done, or one has failed."""
     while True:
         if poll is not None:
             poll()
-        failed = [process.exitcode for process in ranks if process.exitcode]
-        if failed:
+        if any(process.exitcode for process in ranks):
             time.sleep(0.2)  # the rank that knows the cause is often not the first to go
-            codes = [process.exitcode for process in ranks if process.exitcode]
-            return min(codes, key=lambda code: code != 2) if codes else 1
+            return _cause([process.exitcode for process in ranks])
         if all(process.exitcode == 0 for process in ranks):
             return 0
         time.sleep(0.02)
 
 
-def _end(ranks: list[BaseProcess]) -> None:
+def _cause(codes: list[int | None]) -> int:
+    """The exit status to blame, and a line about it unless the rank explained itself (status 2).
+
+    A killed rank comes before others: they fail because it is gone.
+    """
+    failed = {rank: code for rank, code in enumerate(codes) if code}
+    rank = min(failed, key=lambda rank: (failed[rank] != 2, failed[rank] > 0))
+    code = failed[rank]
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"megascale: rank {rank} was killed by {name}; all ranks are ended", file=sys.stderr, flush=True)
+    elif code != 2:
+        print(f"megascale: rank {rank} failed with exit status {code}", file=sys.stderr, flush=True)
+    return code if code > 0 else 128 - code
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
     for process in ranks:
         if process.is_alive():
             process.terminate()

@@ -71,7 +71,7 @@ def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
     for key, wanted in (("attention", "sp"), ("ffn", "ep")):
         given = getattr(parallel, key)
         require(given == wanted, f"parallel.{key} = {given!r} is not available yet; use {wanted!r}")
-    node = parallel.node or parallel.ep or (world // parallel.dp if parallel.dp else world)
+    node = parallel.node or parallel.ep or (max(world // parallel.dp, 1) if parallel.dp else world)
     require(
         node >= 1 and world % node == 0,
         f"parallel.node = {node} does not divide the {world} ranks; use one of {_divisors(world)}",
@@ -82,7 +82,7 @@ def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
     )
     ep = parallel.ep or node
     require(
-        ep % node == 0 and world % ep == 0,
+        ep >= 1 and ep % node == 0 and world % ep == 0,
         f"parallel.ep = {ep}: must be a multiple of parallel.node = {node} that divides the {world} ranks",
     )
     mesh = Mesh(pp=1, dp=dp, node=node, ep=ep)

@@ -56,15 +56,18 @@ def autograd_op(
         leaves = [values[slot] for slot in leaf_slots]
         return (*(out.detach() if isinstance(out, Tensor) else out for out in outputs), Graph(leaves, list(outputs)))
 
-    def run_backward(graph: Graph, *rest: Any) -> tuple[Tensor | None, ...]:
+    def run_backward(graph: Graph, *rest: Any) -> tuple[Tensor, ...]:
         gradients, sinks = rest[: len(writes)], rest[len(writes) :]
-        pairs = [(out, g) for out, g in zip(graph.outputs, gradients, strict=True) if g is not None]
-        results = torch.autograd.grad(
-            [out for out, _ in pairs], graph.leaves, [g for _, g in pairs], allow_unused=True
-        )
+        pairs = [
+            (out, gradient)
+            for out, gradient in zip(graph.outputs, gradients, strict=True)
+            if gradient is not None and out.requires_grad
+        ]
+        outputs, slopes = [out for out, _ in pairs], [gradient for _, gradient in pairs]
+        # Zeros where an input had no part in it: the list of operators has promised a gradient to whoever reads it.
+        results = torch.autograd.grad(outputs, graph.leaves, slopes, allow_unused=True, materialize_grads=True)
         for sink, value in zip(sinks, results[len(slots) :], strict=True):
-            if value is not None:
-                sink.add(value)
+            sink.add(value)
         return results[: len(slots)]
 
     b = Op(

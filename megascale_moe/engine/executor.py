@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megascale_moe.comm.collectives import Pending
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Op, Stream, check
+from megascale_moe.engine.op import Op, check
 from megascale_moe.engine.trace import Event, Trace, now
 
 
@@ -23,18 +23,21 @@ class Program:
     """A checked list of operators with the place where each value dies.
 
     Args:
-        given: names present before the first operator.
-        keep: names that must survive the list, beside everything in `given`.
+        given: names present before the first operator; they survive the list.
+        keep: names that must survive the list as well.
+        consume: those of `given` that nobody needs afterwards: dropped after their last reader like any other value.
 
     Raises:
         ProgramError: see `check`.
     """
 
-    def __init__(self, ops: Sequence[Op], given: Iterable[str], keep: Iterable[str] = ()) -> None:
+    def __init__(
+        self, ops: Sequence[Op], given: Iterable[str], keep: Iterable[str] = (), consume: Iterable[str] = ()
+    ) -> None:
         self.ops = tuple(ops)
         self.given = frozenset(given)
         check(self.ops, self.given)
-        self.release = _releases(self.ops, self.given | set(keep))
+        self.release = _releases(self.ops, (self.given - set(consume)) | set(keep))
 
     def run(
         self,
@@ -82,16 +85,16 @@ def resolve(values: dict[str, Any], name: str) -> Any:
         if value.event is not None:
             value.event.end = now()
             value.event.exposed = value.event.end - start
-        _store(values, value.names, result)
+        alive = {name: part for name, part in _named(value.names, result).items() if values.get(name) is value}
+        values.update(alive)  # a name that nothing reads was dropped already and stays so
         value = values[name]
     return value
 
 
-def _store(values: dict[str, Any], names: tuple[str, ...], result: Any) -> None:
+def _named(names: tuple[str, ...], result: Any) -> dict[str, Any]:
     if len(names) == 1 and not isinstance(result, tuple):
-        values[names[0]] = result
-    elif names:
-        values.update(zip(names, result, strict=True))
+        return {names[0]: result}
+    return dict(zip(names, result, strict=True)) if names else {}
 
 
 def _step(
@@ -113,6 +116,6 @@ def _step(
             event.wire_bytes = result.wire_bytes
         values.update(dict.fromkeys(op.writes, _InFlight(result, op.writes, event)))
     else:
-        _store(values, op.writes, result)
+        values.update(_named(op.writes, result))
         if event is not None:
             event.end = now()

@@ -119,10 +119,13 @@ def _sum_shared(ops: list[Op]) -> list[Op]:
     seen: Counter[str] = Counter()
     out: list[Op] = []
     for op in ops:
-        shared = [name for name in op.writes if total[name] > 1]
-        seen.update(shared)
-        out.append(replace(op, writes=tuple(f"{n}#{seen[n]}" if n in shared else n for n in op.writes)))
-        out += [_sum_op(name, total[name]) for name in shared if seen[name] == total[name]]
+        writes, complete = [], []
+        for name in op.writes:
+            seen[name] += 1
+            writes.append(f"{name}#{seen[name]}" if total[name] > 1 else name)
+            if seen[name] == total[name] > 1:
+                complete.append(_sum_op(name, total[name]))
+        out += [replace(op, writes=tuple(writes)), *complete]
     return out
 
 

@@ -60,14 +60,14 @@ class Trace:
             {"ph": "M", "name": "thread_name", "pid": rank, "tid": lane, "args": {"name": str(stream)}}
             for stream, lane in lanes.items()
         ]
-        for event in self.events:
-            rows.append(
-                {
-                    "ph": "X", "pid": rank, "tid": lanes[event.stream], "name": f"{event.phase} {event.name}",
-                    "ts": event.start * 1e6, "dur": (event.end - event.start) * 1e6,
-                    "args": {"wire_bytes": event.wire_bytes, "exposed_us": event.exposed * 1e6},
-                }
-            )
+        rows += [
+            {
+                "ph": "X", "pid": rank, "tid": lanes[event.stream], "name": f"{event.phase} {event.name}",
+                "ts": event.start * 1e6, "dur": (event.end - event.start) * 1e6,
+                "args": {"wire_bytes": event.wire_bytes, "exposed_us": event.exposed * 1e6},
+            }
+            for event in self.events
+        ]
         path.write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 

@@ -56,8 +56,8 @@ def causal_attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for row, a, b in spans or tuple((row, 0, q.shape[1]) for row in range(q.shape[0])):
         part = (slice(row, row + 1), slice(a, b))
-        document = (x[part].squeeze(0) for x in (gradient, q, k, v))
-        for out, value in zip((dq, dk, dv), _document_backward(*document, scale, window), strict=True):
+        d, *heads = (x[part].squeeze(0) for x in (gradient, q, k, v))
+        for out, value in zip((dq, dk, dv), _document_backward(d, heads[0], heads[1], heads[2], scale, window), strict=True):
             out[part] = value
     return dq, dk, dv
 

@@ -11,6 +11,7 @@ many megabytes when run as it stands. Two ways out, the same formula in both:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,13 +38,17 @@ class Rowwise:
 
     def __init__(self, formula: Callable[..., tuple[Tensor, ...]], shared: int = 0, sums: int = 0) -> None:
         self.formula, self.shared, self.sums = formula, shared, sums
-        self.fused = torch.compile(formula, dynamic=True)
+
+    @cached_property
+    def fused(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The formula compiled, made when first asked for: torch.compile takes 2.7 s to import."""
+        return torch.compile(self.formula, dynamic=True)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         x = arguments[0]
         rows, width = x.shape[0], max(x.shape[1:].numel(), 1)
         if Fusion.enabled and rows > 1:
-            return self.fused(*arguments)  # type: ignore[no-any-return]
+            return self.fused(*arguments)
         step = max(CACHED_ELEMENTS // width, 1)
         if x.device.type != "cpu" or rows <= step:
             return self.formula(*arguments)

@@ -48,7 +48,8 @@ class Transformer(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        self.embedding = nn.Embedding(c.vocab, c.hidden)
+        # No constructor: it draws values that `initialise` replaces, which on the meta device imports torch's compiler.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.hidden), freeze=False)
         self.layers = nn.ModuleList(Block(c, dense=index < c.dense_layers) for index in range(c.layers))
         self.norm = RMSNorm(c.hidden, c.norm_eps)
         self.head = None if c.tied_embeddings else nn.Linear(c.hidden, c.vocab, bias=False)

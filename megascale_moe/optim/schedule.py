@@ -14,10 +14,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return c.learning_rate * step / c.warmup
     if c.lr_schedule == "constant":
         return c.learning_rate
+    before = step - 1  # updates already done: the first after warm-up has the full rate, the last one more than the least
     if c.lr_schedule == "cosine":
-        done = (step - c.warmup) / max(c.steps - c.warmup, 1)
+        done = (before - c.warmup) / max(c.steps - c.warmup, 1)
         share = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     else:
         decay = c.decay or max(c.steps // 5, 1)
-        share = min(1.0, max(0.0, (c.steps - step) / decay))
+        share = min(1.0, max(0.0, (c.steps - before) / decay))
     return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * share

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw  # the function: making torch's optimizer class imports the compiler, for seconds
 
 from megascale_moe.comm.axis import Axes, Axis
 from megascale_moe.comm.collectives import Pending, all_reduce_sum, exchange, reduce_scatter, tag_of
@@ -45,11 +46,10 @@ class ShardedAdamW:
         for group in groups:
             for name, weight, gradient in group.views():
                 self.weights[name], self.gradients[name] = weight, gradient
-        decays = [
-            {"params": [group.master], "weight_decay": config.weight_decay if group.decay else 0.0} for group in groups
-        ]
-        betas = (config.beta1, config.beta2)
-        self.adamw = torch.optim.AdamW(decays, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+        masters = [group.master for group in groups]
+        self.exp_avg = [torch.zeros_like(master) for master in masters]
+        self.exp_avg_sq = [torch.zeros_like(master) for master in masters]
+        self.counts = [torch.zeros((), device=master.device) for master in masters]  # updates done
         self.wire_bytes = 0  # sent by the last step
         self.comm_s = 0.0  # seconds the last step waited for communication
 
@@ -65,16 +65,21 @@ class ShardedAdamW:
         norm = self._norm(shards)
         clip = self.config.clip_norm
         factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
-        for group, shard, options in zip(self.groups, shards, self.adamw.param_groups, strict=True):
-            group.master.grad = shard if factor == 1.0 else shard.mul_(factor)
-            options["lr"] = learning_rate
-        self.adamw.step()
-        for group in self.groups:
-            group.master.grad = None
+        for index, shard in enumerate(shards):
+            self._update(index, shard if factor == 1.0 else shard.mul_(factor), learning_rate)
         self.publish()
         for gradient in self.gradients.values():
             gradient.reset()
         return norm
+
+    def _update(self, index: int, gradient: Tensor, learning_rate: float) -> None:
+        """AdamW on this rank's shard of one group."""
+        c, group = self.config, self.groups[index]
+        state = ([self.exp_avg[index]], [self.exp_avg_sq[index]], [], [self.counts[index]])
+        adamw(
+            [group.master], [gradient], *state, fused=True, amsgrad=False, beta1=c.beta1, beta2=c.beta2,
+            lr=learning_rate, weight_decay=c.weight_decay if group.decay else 0.0, eps=c.adam_eps, maximize=False,
+        )  # fmt: skip
 
     def publish(self) -> None:
         """Bring every rank's weights up to date with the masters."""
@@ -103,15 +108,12 @@ class ShardedAdamW:
 
     def state(self) -> dict[str, list[Tensor]]:
         """Optimizer tensors by name, one per group, shaped like its master shard; zero before the first step."""
-        names = ("exp_avg", "exp_avg_sq")
-        return {
-            name: [self.adamw.state[group.master].get(name, torch.zeros_like(group.master)) for group in self.groups]
-            for name in names
-        }
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def restore(self, state: Mapping[str, list[Tensor]], step: int) -> None:
         """Continue after `step` updates with the tensors of `state`."""
-        for index, group in enumerate(self.groups):
-            tensors = {name: values[index] for name, values in state.items()}
-            count = torch.tensor(float(step), device=group.master.device)
-            self.adamw.state[group.master] = {"step": count, **tensors}
+        for name, own in self.state().items():
+            for mine, value in zip(own, state[name], strict=True):
+                mine.copy_(value)
+        for count in self.counts:
+            count.fill_(step)

@@ -197,7 +197,8 @@ def _scatter_heads(name: str, heads: tuple[str, str, str], gathered: tuple[str, 
 
     def run_backward(dq: Tensor, dk: Tensor, dv: Tensor) -> Pending:
         packed = torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), dim=1)
-        return _to_heads(packed, layout.rows, axis, tag_of(name + " B")).then(lambda parts: _sum_heads(parts, shares, c))
+        pending = _to_heads(packed, layout.rows, axis, tag_of(name + " B"))
+        return pending.then(lambda parts: _sum_heads(parts, shares, c))
 
     wire = layout.bytes(layout.tokens * sum(widths)) * (n - 1)
     cost = Cost(wire_bytes=wire, axis="node")

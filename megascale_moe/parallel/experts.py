@@ -83,7 +83,8 @@ def _gather_routing(p: str, c: ModelConfig, layout: Layout) -> Op:
     cost = Cost(wire_bytes=8.0 * layout.tokens * k * (axis.size - 1), axis="ep")
     backward = Op(
         name=name, phase=Phase.B, reads=(grad(f"{p}gate_all"),), writes=(grad(f"{p}gate"),), stream=Stream.INTRA,
-        run=lambda d: reduce_scatter(d, axis, tag_of(name + " B")), cost=Cost(wire_bytes=cost.wire_bytes / 2, axis="ep"),
+        run=lambda d: reduce_scatter(d, axis, tag_of(name + " B")),
+        cost=Cost(wire_bytes=cost.wire_bytes / 2, axis="ep"),
     )
     return Op(
         name=name, reads=(f"{p}gate", f"{p}choice"), writes=(f"{p}gate_all", f"{p}choice_all"), run=run,

@@ -63,5 +63,9 @@ RELATIVE_COST = {"nccl": 1030 / 777.5, "gloo": 1.0}
 
 
 def cheaper_dispatch(top_k: int, size: int, relative_cost: float) -> str:
-    """All-to-all moves k / n of what all-gather and reduce-scatter move (paper, section 3.2); weigh by time per byte."""
+    """All-to-all moves k / n of what all-gather and reduce-scatter move (paper, section 3.2); weighed by time per byte.
+
+    Args:
+        relative_cost: time per byte of an all-to-all over that of all-gather and reduce-scatter.
+    """
     return "all_to_all" if top_k / size * relative_cost <= 1.0 else "all_gather"

@@ -63,11 +63,11 @@ class MoEBlock(Block):
         back = backward(forward, [grad("y")])
         given = ("x", "rope", "segments")
         needed = {name for op in back for name in op.reads}
-        made = {name for op in forward for name in op.writes}
+        kept = needed & {name for op in forward for name in op.writes}
         seeds = (grad("y"), "auxiliary_scale")
         return (
-            Program(forward, given, [*(needed & made), "y", *auxiliary]),
-            Program(back, [*given, *(needed & made), *seeds], [grad("x")]),
+            Program(forward, given, [*kept, "y", *auxiliary]),
+            Program(back, [*given, *kept, *seeds], [grad("x")], consume=[*kept, *seeds]),
         )
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -56,6 +56,13 @@ class Job:
             raise ConfigError(errors[0])
         return result  # type: ignore[return-value]
 
+    def from_lead(self, work: Callable[[], str]) -> str:
+        """Run `work` on rank 0 only and give its text to all."""
+        texts = [self.together(lambda: work() if self.leads else "")]
+        if self.world > 1:
+            dist.broadcast_object_list(texts, src=0)
+        return texts[0]
+
     def on_each_node(self, work: Callable[[], str]) -> str:
         """Run `work` on the first rank of each node only, and give its text to that node's other ranks."""
         text = self.together(lambda: work() if self.local_rank == 0 else "")
@@ -78,10 +85,15 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def local_rank_count(config: Config, nproc: int) -> int:
-    """How many ranks to start here: as asked, or as the config's mesh says, or one per GPU, or one."""
-    if nproc:
-        return nproc
+def number(name: str, default: int) -> int:
+    """A number that a launcher left in the environment."""
+    text = os.environ.get(name, str(default))
+    require(text.isascii() and text.isdigit(), f"environment variable {name} = {text!r}: must be a number")
+    return int(text)
+
+
+def local_rank_count(config: Config) -> int:
+    """How many ranks to start here: as the config's mesh says, or one per GPU, or one."""
     p = config.parallel
     node = p.node or p.ep
     if p.dp or node:
@@ -95,29 +107,32 @@ def join(config: Config, mesh: Mesh) -> Job:
     Raises:
         ConfigError: the device does not exist, or the rendezvous address cannot be used.
     """
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(config, local_rank)
+    rank, world, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+    device = _device(config, local_rank, number("LOCAL_WORLD_SIZE", local_rank + 1))
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
-        except (dist.DistNetworkError, OSError) as error:
+        except (dist.DistError, ValueError, OSError) as error:
             address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"rendezvous at {address} failed: {reason}; choose a free MASTER_PORT") from error
+            raise ConfigError(
+                f"rank {rank}: rendezvous at {address} failed: {reason}; MASTER_ADDR and MASTER_PORT must name a free "
+                "port on the machine of rank 0"
+            ) from error
     axes = connect(mesh) if world > 1 else single()
     return Job(rank, world, local_rank, axes, device)
 
 
-def _device(config: Config, local_rank: int) -> torch.device:
+def _device(config: Config, local_rank: int, local_world: int) -> torch.device:
+    """This rank's GPU if every rank of the machine can have one, else the CPU for all."""
     wanted = config.train.device
     count = torch.cuda.device_count()
     require(
-        wanted != "cuda" or count > local_rank,
-        f"train.device = 'cuda': local rank {local_rank} has no GPU ({count} visible); start fewer ranks or use 'cpu'",
+        wanted != "cuda" or count >= local_world,
+        f"train.device = 'cuda': {local_world} ranks here, {count} GPUs visible; start fewer ranks or use 'cpu'",
     )
-    if wanted == "cpu" or count <= local_rank:
+    if wanted == "cpu" or count < local_world:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

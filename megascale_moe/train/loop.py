@@ -7,6 +7,7 @@ the checkpoint holds everything the next step depends on, so a resumed run repea
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from megascale_moe.train.checkpoint import Checkpoint, latest, save
 from megascale_moe.train.data import Corpus, Loader, Split, Validation, micro_batches, open_corpus, prepare, split_corpus
 from megascale_moe.train.hardware import peak_flops, peak_memory
 from megascale_moe.train.job import Job
-from megascale_moe.train.metrics import MetricsWriter, StepMetrics
+from megascale_moe.train.metrics import FILE as METRICS
+from megascale_moe.train.metrics import MetricsWriter, StepMetrics, read_metrics
 from megascale_moe.train.progress import preparation_progress
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
@@ -77,9 +79,7 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"run.folder = {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
 
@@ -114,11 +114,17 @@ def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> Outcome:
     if resume is not None:
         job.together(lambda: loop.resume(resume))
     loop.run()
-    sample = loop.sample(corpus)
+    last = loop.last.record() if loop.last else _last_record(Path(config.run.folder))
     return Outcome(
-        step=loop.trainer.steps, loss=loop.last and loop.last.loss, eval_loss=loop.eval_loss,
-        tokens_per_s=loop.last and loop.last.tokens_per_s, folder=config.run.folder, sample=sample,
+        step=loop.trainer.steps, loss=last.get("loss"), eval_loss=last.get("eval_loss"),
+        tokens_per_s=last.get("tokens_per_s"), folder=config.run.folder, sample=loop.sample(corpus),
     )
+
+
+def _last_record(folder: Path) -> dict[str, Any]:
+    """The last step in the metrics of a run that was resumed at its end."""
+    path = folder / METRICS
+    return (read_metrics(path) or [{}])[-1] if path.exists() else {}
 
 
 class Loop:
@@ -157,7 +163,9 @@ class Loop:
         self.started = True
 
     def run(self) -> None:
-        """All remaining steps."""
+        """All remaining steps; a run that is at its end stays as it is."""
+        if self.trainer.steps >= self.config.train.steps:
+            return
         if not self.started:
             self.trainer.initialise()
         folder, t = Path(self.config.run.folder), self.config.train

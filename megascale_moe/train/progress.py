@@ -99,14 +99,15 @@ class _Preparation:
         self._bar: rich.progress.Progress | None = None
         self._drawn = 0.0
         self._redraw = 0.0  # 0: nothing shown yet
+        self._done = -1
 
     def update(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._drawn < self._redraw and done < total:
+        if done == self._done or (now - self._drawn < self._redraw and done < total):
             return
         if not self._redraw:
             self._start()
-        self._drawn = now
+        self._drawn, self._done = now, done
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, refresh=True)
         else:

@@ -5,7 +5,7 @@ Holds no data pipeline, files or printing; the loop around it does that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -88,6 +88,14 @@ class Trainer:
             value = torch.empty(slot.shape)
             initialise(slot.name, value, self.model, self.config.train.seed, first)
             group.set(slot, value.to(self.device))
+
+    def set_weights(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take weights of the whole model (our names, float32), for example from another library's checkpoint."""
+        for group, slot in self._slots():
+            _, offset, size = self._box(slot)
+            group.set(slot, parameters[slot.name][offset[0] : offset[0] + size[0]].float().to(self.device))
+        for name, value in self.buffers.items():
+            value.copy_(parameters[name])
 
     def _slots(self) -> Iterable[tuple[FlatWeights, Slot]]:
         return ((group, slot) for group in self.optimizer.groups for slot in group.slots)

@@ -202,7 +202,7 @@ def test_preparation_shows_its_beginning_and_its_end(monkeypatch: pytest.MonkeyP
     for stream in (plain, live):
         with preparation_progress(True, stream) as progress:
             assert progress is not None
-            for done in (1, 50, 99, 100):
+            for done in (1, 50, 99, 100, 100):
                 progress(done, 100)
     assert plain.getvalue() == "preparing the corpus: 1 %\npreparing the corpus: 100 %\n"
     assert "preparing the corpus" in live.getvalue()

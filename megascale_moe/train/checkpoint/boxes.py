@@ -62,11 +62,11 @@ def dot(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def flat_range(box: Box, start: int, length: int) -> list[Box]:
-    """Elements `start` to `start + length` of the box flattened row by row, as contiguous boxes in that order::
+    """Elements `start` to `start + length` of the box flattened row by row, as contiguous boxes in that order.
 
-        0 1 2 3      start 2, length 7:    . . 2 3    the end of a row
-        4 5 6 7                            4 5 6 7    whole rows
-        8 9 . .                            8 . . .    the beginning of a row
+    0 1 2 3      start 2, length 7:    . . 2 3    the end of a row
+    4 5 6 7                            4 5 6 7    whole rows
+    8 9 . .                            8 . . .    the beginning of a row
     """
     if length == 0:
         return []

@@ -11,6 +11,7 @@ is left behind is recognised by its name and cleared by the next save.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def clear(folder: Path) -> None:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a complete folder its name; a former one of this name is there until the moment before, and then removed."""
+    """Give a complete folder its name; a former one steps aside for the moment of the rename, and is then removed."""
     _sync(partial)
     former = target.with_name(f"{target.name}.replaced")
     if target.exists():
@@ -77,9 +78,8 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Force a folder's list of names to the disk."""
+    """Force a folder's list of names to the disk, where the file system can do that; the files in it already are."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)

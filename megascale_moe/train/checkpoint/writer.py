@@ -98,7 +98,11 @@ def _write(partial: Path, part: Manifest, rank: int, pieces: Iterable[Piece]) ->
 
 
 def _report(partial: Path, rank: int, error: Exception) -> None:
-    """Leave word of a failure, in the space that the data took: the disk may be full."""
+    """Leave word of a failure, in the space that the data took: the disk may be full.
+
+    The note goes too: it may be complete although forcing it to the disk failed, and rank 0 would believe it.
+    """
+    _attempt(_note(partial, rank, "json").unlink)
     _attempt((partial / data_file(rank)).unlink)
     _attempt(lambda: _note(partial, rank, "error").write_text(_describe(error)))
 
