@@ -1,4 +1,4 @@
-# make train   train the quickstart on this machine
+# make train   train the quickstart on this machine; called again, it continues where it stopped
 # make test    everything a change must pass
 #
 # The first call makes .venv; PYTHON=python3.12 chooses its interpreter (3.11 or newer), after "make clean" also later.
@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed
 .PHONY: train test lint clean
 
 train: $(INSTALLED)
-	$(VENV)/bin/megascale train configs/quickstart.toml
+	$(VENV)/bin/megascale train configs/quickstart.toml --resume
 
 test: lint
 	$(VENV)/bin/python -m pytest

@@ -4,4 +4,8 @@ Reading order: engine/op.py (the one idea), model/transformer.py (what is comput
 parallel/attention.py (where communication goes), engine/executor.py (how it runs), train/trainer.py (a step).
 """
 
+from megascale_moe.config import Config, ConfigError, ModelConfig
+from megascale_moe.parallel.moe_block import MoEBlock
+
 __version__ = "0.1.0"
+__all__ = ["Config", "ConfigError", "ModelConfig", "MoEBlock"]

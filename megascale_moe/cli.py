@@ -76,9 +76,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="megascale", description="Communication-efficient training of Mixture-of-Experts models.", allow_abbrev=False
-    )
+    description = "Communication-efficient training of Mixture-of-Experts models."
+    parser = _Parser(prog="megascale", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "train", help="train a model; starts its own local ranks, or is one rank under torchrun", allow_abbrev=False,
@@ -87,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         "2 the input is wrong, 130 interrupted.",
     )
     run.add_argument("config", metavar="CONFIG.toml", help="what to train, and how; see configs/")
-    run.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: what the config's mesh needs)")
-    run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder, if any")
+    run.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as the mesh needs)")
+    run.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
     run.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     examine = commands.add_parser(
         "doctor", help="what this machine has, what will be used, what is missing", allow_abbrev=False

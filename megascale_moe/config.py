@@ -197,6 +197,13 @@ class ParallelConfig:
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
 
+    def check(self) -> None:
+        """Raise `ConfigError` for sizes that no mesh has."""
+        for name in ("dp", "node", "ep"):
+            require(getattr(self, name) >= 0, f"parallel.{name} = {getattr(self, name)}: must not be negative")
+        for name in ("pp", "etp", "virtual_stages"):
+            require(getattr(self, name) > 0, f"parallel.{name} = {getattr(self, name)}: must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapConfig:
@@ -298,6 +305,7 @@ class Config:
     def check(self) -> None:
         """Raise `ConfigError` if any section contradicts itself."""
         self.model.check()
+        self.parallel.check()
         self.train.check()
         self.data.check()
 

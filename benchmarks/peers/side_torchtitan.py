@@ -4,6 +4,7 @@
                                  keeps the model's type, for a comparison of equal precision
     --half shard|master          BF16 on one rank: FSDP2's mixed precision on a mesh of one, or a BF16
                                  model with FP32 master weights
+    --keep                       keep gathered weights from forward to backward (reshard_after_forward never)
     --compile                    torch.compile of each block, as its `compile.enable` does
 
 Several ranks: its own FSDP2 + expert parallel (`parallelize_qwen3`), partial_dtensor backend.
@@ -71,6 +72,7 @@ def read_options(job: Job) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--experts", choices=("shipped", "full"), default="shipped")
     parser.add_argument("--half", choices=("shard", "master"), default="master")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args(job.options)
 
@@ -178,7 +180,7 @@ def load(job: Job, full: bool) -> Qwen3Model:
     return model
 
 
-def shard(model: Qwen3Model, job: Job, compiled: bool) -> None:
+def shard(model: Qwen3Model, job: Job, options: argparse.Namespace) -> None:
     """FSDP2 over all ranks, experts over the same ranks."""
     dims = ParallelDims(
         dp_replicate=1, dp_shard=job.ranks, cp=1, tp=1, pp=1, ep=job.ranks, world_size=job.ranks, spmd_backend=BACKEND
@@ -188,8 +190,12 @@ def shard(model: Qwen3Model, job: Job, compiled: bool) -> None:
         model,
         parallel_dims=dims,
         training=TrainingConfig(mixed_precision_param="bfloat16" if job.bf16 else "float32"),
-        parallelism=ParallelismConfig(expert_parallel_degree=job.ranks, spmd_backend=BACKEND),
-        compile_config=CompileConfig(enable=compiled),
+        parallelism=ParallelismConfig(
+            expert_parallel_degree=job.ranks,
+            spmd_backend=BACKEND,
+            fsdp_reshard_after_forward="never" if options.keep else "default",
+        ),
+        compile_config=CompileConfig(enable=options.compile),
         ac_config=None,
         dump_folder=str(job.folder),
     )
@@ -210,7 +216,7 @@ def build(job: Job) -> Step:
     model = load(job, options.experts == "full")
     sharded = job.ranks > 1 or (job.bf16 and options.half == "shard")
     if sharded:
-        shard(model, job, options.compile)
+        shard(model, job, options)
     elif options.compile:
         compile_blocks(model, options.experts == "full")
     updater = Master(model) if job.bf16 and not sharded else Plain(model)

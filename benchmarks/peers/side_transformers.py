@@ -3,6 +3,7 @@
     --experts eager|grouped_mm|batched_mm    the implementation
     --layout ep|ddp|fsdp                     on several ranks: FSDP2 + expert parallel, or a reference
     --half autocast|master                   BF16 on one rank or under DDP: which form
+    --keep                                   FSDP2 keeps gathered weights from forward to backward
     --compile                                torch.compile of each layer
 
 Expert parallelism and FSDP2 are transformers' own (`from_pretrained(distributed_config=...)`), with
@@ -26,16 +27,22 @@ def read_options(job: Job) -> argparse.Namespace:
     parser.add_argument("--experts", default="grouped_mm")
     parser.add_argument("--layout", choices=("ep", "ddp", "fsdp"), default="ep")
     parser.add_argument("--half", choices=("autocast", "master"), default="master")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args(job.options)
 
 
-def sharding(job: Job, layout: str) -> dict[str, DistributedConfig]:
+def sharding(job: Job, options: argparse.Namespace) -> dict[str, DistributedConfig]:
     """What from_pretrained needs to shard the model itself; nothing for one rank or DDP."""
-    if job.ranks == 1 or layout == "ddp":
+    if job.ranks == 1 or options.layout == "ddp":
         return {}
-    expert_ranks = job.ranks if layout == "ep" else 1
-    config = DistributedConfig(fsdp_size=job.ranks, ep_size=expert_ranks, fsdp_mixed_precision=job.bf16)
+    kept = ("model.embed_tokens", "model.layers.*")
+    config = DistributedConfig(
+        fsdp_size=job.ranks,
+        fsdp_plan=dict.fromkeys(kept, "keep_full_weight") if options.keep else None,
+        ep_size=job.ranks if options.layout == "ep" else 1,
+        fsdp_mixed_precision=job.bf16,
+    )
     return {"distributed_config": config}
 
 
@@ -45,7 +52,7 @@ def load(job: Job, options: argparse.Namespace) -> nn.Module:
         dtype=torch.float32,
         attn_implementation="sdpa",
         experts_implementation=options.experts,
-        **sharding(job, options.layout),
+        **sharding(job, options),
     ).train()
 
 
@@ -60,7 +67,7 @@ def compile_layers(model: nn.Module) -> None:
 def build(job: Job) -> Step:
     options = read_options(job)
     model = load(job, options)
-    policy = bool(sharding(job, options.layout))
+    policy = bool(sharding(job, options))
     autocast = job.bf16 and not policy and options.half == "autocast"
     updater = Master(model) if job.bf16 and not policy and not autocast else Plain(model)
     if options.compile:

@@ -47,6 +47,7 @@ SIDES = {
     "transformers-batched_mm": transformers("--experts=batched_mm", optional=True),
     "transformers-grouped_mm-autocast": transformers("--experts=grouped_mm", "--half=autocast", **HALF, optional=True),
     "transformers-eager-autocast": transformers("--experts=eager", "--half=autocast", **HALF, optional=True),
+    "transformers-grouped_mm-keep": transformers("--experts=grouped_mm", "--keep", **PAIR, optional=True),
     "transformers-compile": transformers("--experts=grouped_mm", "--compile"),
     "transformers-ddp-grouped_mm": transformers("--experts=grouped_mm", "--layout=ddp", **PAIR),
     "transformers-ddp-eager": transformers("--experts=eager", "--layout=ddp", **PAIR),
@@ -55,6 +56,7 @@ SIDES = {
     "torchtitan-full-compile": torchtitan("--experts=full", "--compile", **FULL),
     "torchtitan": torchtitan("--experts=shipped", half=True),
     "torchtitan-compile": torchtitan("--experts=shipped", "--compile", half=True),
+    "torchtitan-full-keep": torchtitan("--experts=full", "--keep", **FULL, ranks=(2,), optional=True),
     "torchtitan-shard": torchtitan("--experts=shipped", "--half=shard", ranks=(1,), **HALF, optional=True),
     "deepspeed-autoep": Side(script="side_deepspeed.py", environment="deepspeed"),
 }

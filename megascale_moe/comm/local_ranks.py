@@ -87,21 +87,22 @@ def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
     while True:
         if poll is not None:
             poll()
-        if any(process.exitcode for process in ranks):
+        first = [rank for rank, process in enumerate(ranks) if process.exitcode]
+        if first:
             time.sleep(0.2)  # the rank that knows the cause is often not the first to go
-            return _cause([process.exitcode for process in ranks])
+            return _cause([process.exitcode for process in ranks], first)
         if all(process.exitcode == 0 for process in ranks):
             return 0
         time.sleep(0.02)
 
 
-def _cause(codes: list[int | None]) -> int:
+def _cause(codes: list[int | None], first: list[int]) -> int:
     """The exit status to blame, and a line about it unless the rank explained itself (status 2).
 
-    A killed rank comes before others: they fail because it is gone.
+    A killed rank comes before others: they fail because it is gone. So does a rank that was `first` to fail.
     """
     failed = {rank: code for rank, code in enumerate(codes) if code}
-    rank = min(failed, key=lambda rank: (failed[rank] != 2, failed[rank] > 0))
+    rank = min(failed, key=lambda rank: (failed[rank] != 2, failed[rank] > 0, rank not in first))
     code = failed[rank]
     if code < 0:
         name = signal.Signals(-code).name

@@ -67,14 +67,11 @@ def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
     Raises:
         ConfigError: sizes that do not multiply up to `world` ranks or do not divide the model.
     """
-    require(parallel.pp == 1, f"parallel.pp = {parallel.pp}: pipeline parallelism is not available yet; use 1")
-    for key, wanted in (("attention", "sp"), ("ffn", "ep")):
-        given = getattr(parallel, key)
-        require(given == wanted, f"parallel.{key} = {given!r} is not available yet; use {wanted!r}")
     node = parallel.node or parallel.ep or (max(world // parallel.dp, 1) if parallel.dp else world)
     require(
-        node >= 1 and world % node == 0,
-        f"parallel.node = {node} does not divide the {world} ranks; use one of {_divisors(world)}",
+        world % node == 0,
+        f"parallel.{'node' if parallel.node else 'ep'} = {node} does not divide the {world} ranks; "
+        f"use one of {_divisors(world)}",
     )
     dp = parallel.dp or world // node
     require(

@@ -1,13 +1,15 @@
 """The attention core: causal, inside documents, grouped-query heads.
 
 Documents become separate calls rather than a mask: a mask costs the full square and leaves the fast kernels. Forward is
-torch's scaled_dot_product_attention. On a CPU its backward is the slowest kernel of a small model, so the backward
-here is our own: blocks of queries against the keys they see, the scores recomputed, all heads of a key head in one
-product. It keeps nothing but q, k, v, and takes 0.6-0.9x the time of torch's (benchmarks/kernels). On a GPU torch's
-backward runs.
+torch's scaled_dot_product_attention, and so is backward, except in BF16 on a CPU, where torch's is the slowest kernel of
+a small model. There the backward is our own: blocks of queries against the keys they see, the scores recomputed, all
+heads of a key head in one product. It keeps nothing but q, k, v, and takes 0.5-0.7x the time (benchmarks/kernels);
+in FP32 the two are equal on one thread and torch's is ahead on two.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -47,39 +49,55 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tenso
     return out.transpose(1, 2)
 
 
+@dataclass
+class Graph:
+    """What torch's own backward needs: the local graph of one call."""
+
+    leaves: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
+
+
+def causal_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
+) -> tuple[Tensor, Graph | None]:
+    """`causal_attention`, and what its backward needs beside q, k, v."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return causal_attention(q, k, v, spans, scale, window), None
+    leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
+    with torch.enable_grad():
+        out = causal_attention(*leaves, spans, scale, window)
+    return out.detach(), Graph(leaves, out)
+
+
 def causal_attention_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, graph: Graph | None, spans: Spans, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v from that of the output [rows, s, H, u]."""
-    if q.device.type != "cpu":
-        return _library_backward(gradient, q, k, v, spans, scale, window)
+    if graph is not None:
+        return torch.autograd.grad(graph.out, graph.leaves, gradient)  # type: ignore[return-value]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for row, a, b in spans or tuple((row, 0, q.shape[1]) for row in range(q.shape[0])):
-        part = (slice(row, row + 1), slice(a, b))
-        d, *heads = (x[part].squeeze(0) for x in (gradient, q, k, v))
-        for out, value in zip((dq, dk, dv), _document_backward(d, heads[0], heads[1], heads[2], scale, window), strict=True):
-            out[part] = value
+    for part in _parts(q, spans):
+        dq[part], dk[part], dv[part] = _documents_backward(gradient[part], q[part], k[part], v[part], scale, window)
     return dq, dk, dv
 
 
-def _library_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    with torch.enable_grad():
-        out = causal_attention(q, k, v, spans, scale, window)
-    return torch.autograd.grad(out, (q, k, v), gradient)  # type: ignore[return-value]
+def _parts(q: Tensor, spans: Spans) -> list[tuple[slice, slice]]:
+    """What one call works on: a document, or a whole row for each thread."""
+    if spans:
+        return [(slice(row, row + 1), slice(a, b)) for row, a, b in spans]
+    step = torch.get_num_threads()
+    return [(slice(row, row + step), slice(None)) for row in range(0, q.shape[0], step)]
 
 
-def _document_backward(
+def _documents_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One document: gradient [s, H, u], q [s, H, w], k [s, G, w], v [s, G, u]."""
-    s, heads, width = q.shape
-    groups = k.shape[1]
-    queries = (q * scale).view(s, groups, -1, width).transpose(0, 1).contiguous()  # [G, s, H / G, w]
-    slopes = gradient.reshape(s, groups, heads // groups, -1).transpose(0, 1).contiguous()
-    keys, values = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [G, s, w], [G, s, u]
+    """n documents of one length: gradient [n, s, H, u], q [n, s, H, w], k [n, s, G, w], v [n, s, G, u]."""
+    n, s, heads, width = q.shape
+    groups = k.shape[2]
+    share = heads // groups
+    queries, slopes = _by_group(q * scale, groups), _by_group(gradient, groups)  # [n * G, s, H / G, w or u]
+    keys, values = _by_group(k, groups).squeeze(2), _by_group(v, groups).squeeze(2)  # [n * G, s, w or u]
     keys_t, values_t = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
@@ -87,14 +105,33 @@ def _document_backward(
         b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
         block, slope = queries[:, a:b].flatten(1, 2), slopes[:, a:b].flatten(1, 2)
         scores = torch.bmm(block, keys_t[:, :, first:b]).float()
-        scores.view(groups, b - a, heads // groups, b - first).add_(_mask(a, b, first, window))
+        masked = first if window else a  # without a window only the last square has hidden keys
+        scores.view(-1, b - a, share, b - first)[..., masked - first :] += _mask(a, b, masked, window)
         p = scores.softmax(-1)
         dp = torch.bmm(slope, values_t[:, :, first:b]).float()
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32).to(q.dtype)  # what autograd calls
-        dv[:, first:b] += torch.bmm(p.to(q.dtype).transpose(1, 2), slope)
-        dk[:, first:b] += torch.bmm(ds.transpose(1, 2), block)
-        dq[:, a:b] = torch.bmm(ds, keys[:, first:b]).view(groups, b - a, heads // groups, width)
-    return (dq * scale).transpose(0, 1).reshape(q.shape), dk.transpose(0, 1), dv.transpose(0, 1)
+        _add_bmm(dv[:, first:b], p.to(q.dtype).transpose(1, 2), slope)
+        _add_bmm(dk[:, first:b], ds.transpose(1, 2), block)
+        dq[:, a:b] = torch.bmm(ds, keys[:, first:b]).view(-1, b - a, share, width)
+    return _by_token(dq * scale, n), _by_token(dk[:, :, None], n), _by_token(dv[:, :, None], n)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """x [n, s, heads, w] -> [n * groups, s, heads / groups, w], contiguous."""
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _by_token(x: Tensor, n: int) -> Tensor:
+    """The inverse of `_by_group`."""
+    return x.unflatten(0, (n, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, inside the product where the dtypes agree."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
 
 
 def _mask(a: int, b: int, first: int, window: int) -> Tensor:

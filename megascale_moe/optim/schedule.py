@@ -14,7 +14,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return c.learning_rate * step / c.warmup
     if c.lr_schedule == "constant":
         return c.learning_rate
-    before = step - 1  # updates already done: the first after warm-up has the full rate, the last one more than the least
+    before = step - 1  # the first update after warm-up has the full rate, the last a little
     if c.lr_schedule == "cosine":
         done = (before - c.warmup) / max(c.steps - c.warmup, 1)
         share = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

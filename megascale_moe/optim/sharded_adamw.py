@@ -75,11 +75,11 @@ class ShardedAdamW:
     def _update(self, index: int, gradient: Tensor, learning_rate: float) -> None:
         """AdamW on this rank's shard of one group."""
         c, group = self.config, self.groups[index]
-        state = ([self.exp_avg[index]], [self.exp_avg_sq[index]], [], [self.counts[index]])
         adamw(
-            [group.master], [gradient], *state, fused=True, amsgrad=False, beta1=c.beta1, beta2=c.beta2,
-            lr=learning_rate, weight_decay=c.weight_decay if group.decay else 0.0, eps=c.adam_eps, maximize=False,
-        )  # fmt: skip
+            [group.master], [gradient], [self.exp_avg[index]], [self.exp_avg_sq[index]], [], [self.counts[index]],
+            fused=True, amsgrad=False, maximize=False, lr=learning_rate, beta1=c.beta1, beta2=c.beta2, eps=c.adam_eps,
+            weight_decay=c.weight_decay if group.decay else 0.0,
+        )
 
     def publish(self) -> None:
         """Bring every rank's weights up to date with the masters."""
@@ -107,13 +107,10 @@ class ShardedAdamW:
         return float(all_reduce_sum(squares, self.world).sqrt())
 
     def state(self) -> dict[str, list[Tensor]]:
-        """Optimizer tensors by name, one per group, shaped like its master shard; zero before the first step."""
+        """Optimizer tensors by name, one per group, shaped like its master shard; whoever resumes fills them."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def restore(self, state: Mapping[str, list[Tensor]], step: int) -> None:
-        """Continue after `step` updates with the tensors of `state`."""
-        for name, own in self.state().items():
-            for mine, value in zip(own, state[name], strict=True):
-                mine.copy_(value)
+    def restore(self, step: int) -> None:
+        """Continue after `step` updates with the tensors that `state` was filled with."""
         for count in self.counts:
             count.fill_(step)

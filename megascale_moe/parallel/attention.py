@@ -19,7 +19,7 @@ from megascale_moe.comm.collectives import Pending, exchange, tag_of
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
-from megascale_moe.kernels.attention import Spans, causal_attention, causal_attention_backward
+from megascale_moe.kernels.attention import Graph, Spans, causal_attention_backward, causal_attention_forward
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
 from megascale_moe.model.attention import latent_heads
 from megascale_moe.model.counts import attention_flops_per_token
@@ -129,8 +129,8 @@ def _latent(kv: Tensor, weight: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]
 
 
 def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout: Layout) -> Op:
-    """Attention proper; backward recomputes the scores, so nothing but q, k, v is kept for it."""
-    scale, rows, length = softmax_scale(c), layout.rows, layout.length
+    """Attention proper."""
+    scale, rows, length, kept = softmax_scale(c), layout.rows, layout.length, f"{name}.graph"
 
     def by_row(x: Tensor) -> Tensor:
         return x.reshape(rows, length, -1, x.shape[-1])
@@ -138,14 +138,17 @@ def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout
     def spans(segments: Segments) -> Spans:
         return () if segments.is_whole_rows else segments.spans
 
-    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        out = causal_attention(by_row(q), by_row(k), by_row(v), spans(segments), scale, c.sliding_window)
-        return out.reshape(rows * length, -1)
+    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Graph | None]:
+        heads = (by_row(q), by_row(k), by_row(v))
+        out, graph = causal_attention_forward(*heads, spans(segments), scale, c.sliding_window)
+        return out.reshape(rows * length, -1), graph
 
-    def run_backward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, d: Tensor) -> tuple[Tensor, ...]:
+    def run_backward(
+        q: Tensor, k: Tensor, v: Tensor, segments: Segments, graph: Graph | None, d: Tensor
+    ) -> tuple[Tensor, ...]:
         gradient = d.view(rows, length, -1, c.value_dim)
         parts = causal_attention_backward(
-            gradient, by_row(q), by_row(k), by_row(v), spans(segments), scale, c.sliding_window
+            gradient, by_row(q), by_row(k), by_row(v), graph, spans(segments), scale, c.sliding_window
         )
         return tuple(part.flatten(0, 1) for part in parts)
 
@@ -154,10 +157,11 @@ def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout
     elements = T * (c.heads // n * (c.query_dim + c.value_dim) + key_heads * (c.query_dim + c.value_dim))
     cost = Cost(T * attention_flops_per_token(c) / n, layout.bytes(elements))
     backward = Op(
-        name=name, phase=Phase.B, reads=(*heads, "segments", grad(y)), writes=tuple(map(grad, heads)), run=run_backward,
+        name=name, phase=Phase.B, reads=(*heads, "segments", kept, grad(y)), writes=tuple(map(grad, heads)),
+        run=run_backward,
         cost=Cost(2.5 * cost.flops, 2 * cost.memory_bytes),
     )
-    return Op(name=name, reads=(*heads, "segments"), writes=(y,), run=run, cost=cost, backward=(backward,))
+    return Op(name=name, reads=(*heads, "segments"), writes=(y, kept), run=run, cost=cost, backward=(backward,))
 
 
 def heads_of_rank(rank: int, size: int, c: ModelConfig) -> tuple[range, Sequence[int]]:

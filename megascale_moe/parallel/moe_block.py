@@ -107,12 +107,14 @@ class _RunBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dauxiliary: Tensor) -> tuple[Any, ...]:
+        if ctx.values is None:
+            raise RuntimeError("a second backward through the same MoEBlock: its activations are gone, run it forward again")
         program: Program = ctx.backward_program
         sinks = {name: Gradient(torch.empty_like(ctx.weights[name])) for name in ctx.names}
         tokens = ctx.shape[0] * ctx.shape[1]
         values = {name: ctx.values[name] for name in program.given if name in ctx.values}
         values |= {grad("y"): dy.flatten(0, 1).contiguous(), "auxiliary_scale": dauxiliary / tokens}
-        ctx.values = None  # a second backward would need the activations again; once_differentiable forbids it
+        ctx.values = None  # from here on the list drops each activation after its last reader
         dx = resolve(program.run(values, ctx.weights, sinks), grad("x"))
         gradients: Sequence[Tensor] = [sinks[name].value() for name in ctx.names]
         return (None, None, dx.view(ctx.shape), *gradients)

@@ -19,14 +19,34 @@ from megascale_moe.config import Config, ConfigError, require, to_toml
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.model.counts import counts
 from megascale_moe.train.checkpoint import Checkpoint, latest, save
-from megascale_moe.train.data import Corpus, Loader, Split, Validation, micro_batches, open_corpus, prepare, split_corpus
+from megascale_moe.train.data import (
+    Corpus,
+    Loader,
+    Split,
+    Validation,
+    micro_batches,
+    open_corpus,
+    prepare,
+    split_corpus,
+)
 from megascale_moe.train.hardware import peak_flops, peak_memory
 from megascale_moe.train.job import Job
-from megascale_moe.train.metrics import FILE as METRICS
-from megascale_moe.train.metrics import MetricsWriter, StepMetrics, read_metrics
+from megascale_moe.train.metrics import FILE, MetricsWriter, StepMetrics, read_metrics
 from megascale_moe.train.progress import preparation_progress
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
+
+NOT_YET: dict[str, tuple[object, ...]] = {
+    "parallel.etp": (1,),
+    "parallel.virtual_stages": (1,),
+    "overlap.order": ("serial",),
+    "overlap.split": ("none",),
+    "overlap.remat": ("none",),
+    "wire.gradients": ("fp32", "auto"),
+    "wire.activations": ("auto",),
+    "wire.parameters": ("auto",),
+}
+"""What a setting may be until its other values are implemented."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,7 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
         ConfigError: batch sizes that do not divide, a run folder that cannot be written or already holds a run, a
             checkpoint that does not exist.
     """
+    _check_available(config)
     t = config.train
     require(
         t.global_batch % mesh.dp == 0,
@@ -76,27 +97,35 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
     return None
 
 
+def _check_available(config: Config) -> None:
+    """Refuse settings that nothing reads yet: a run that ignored them would be taken for what it is not."""
+    for name, wanted in NOT_YET.items():
+        section, key = name.split(".")
+        given = getattr(getattr(config, section), key)
+        require(given in wanted, f"{name} = {given!r} is not available yet; use {wanted[0]!r}")
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(f"run.folder = {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
+        message = f"run.folder = {str(folder)!r} cannot be written ({error.strerror}); choose another"
+        raise ConfigError(message) from error
 
 
 def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
     """Prepare the corpus once per node, then open it on every rank: (corpus, training, validation)."""
     d, vocab = config.data, config.model.vocab
 
-    def prepared() -> str:
+    def work() -> str:
         with preparation_progress(job.leads) as progress:
-            return str(
-                prepare(
-                    d.path, vocab=vocab, tokenizer=d.tokenizer, text_field=d.text_field, cache=d.cache, progress=progress
-                )
+            prepared = prepare(
+                d.path, vocab=vocab, tokenizer=d.tokenizer, text_field=d.text_field, cache=d.cache, progress=progress
             )
+            return str(prepared)
 
-    folder = Path(job.on_each_node(prepared))
+    folder = Path(job.on_each_node(work))
     # One rank of a node reads and checks every token id; the others trust it.
     corpus = job.together(lambda: open_corpus(folder, vocab if job.local_rank == 0 else None))
     training, validation = job.together(lambda: split_corpus(corpus, d.validation_fraction, config.train.seed))
@@ -123,7 +152,7 @@ def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> Outcome:
 
 def _last_record(folder: Path) -> dict[str, Any]:
     """The last step in the metrics of a run that was resumed at its end."""
-    path = folder / METRICS
+    path = folder / FILE
     return (read_metrics(path) or [{}])[-1] if path.exists() else {}
 
 
@@ -228,7 +257,7 @@ class Loop:
         folder = Path(self.config.run.folder) / "checkpoints"
         extra: dict[str, Any] = {
             "loader": dict(self.loader.state_dict()),
-            "config": {name: values for name, values in asdict(self.config).items()},
+            "config": asdict(self.config),
             "random_state": torch.get_rng_state().numpy().tobytes().hex(),
         }
         save(

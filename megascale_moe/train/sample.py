@@ -18,6 +18,8 @@ def generate(trainer: Trainer, prompt: list[int], count: int, end: int, temperat
         if len(tokens) >= trainer.model.sequence_length:
             break
         probabilities = (trainer.next_token_logits(tokens) / temperature).softmax(-1)
+        if not probabilities.isfinite().all():  # training diverged, which the losses say
+            break
         token = int(torch.multinomial(probabilities, 1, generator=generator))
         if token == end:
             break

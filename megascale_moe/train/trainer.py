@@ -197,7 +197,7 @@ class Trainer:
             ConfigError: it belongs to another model, or is damaged.
         """
         checkpoint.require(self.expected())
-        state = {name: [torch.zeros_like(group.master) for group in self.optimizer.groups] for name in ("exp_avg", "exp_avg_sq")}
+        state = self.optimizer.state()
         for index, group in enumerate(self.optimizer.groups):
             for slot in group.slots:
                 _, offset, size = self._box(slot)
@@ -210,7 +210,7 @@ class Trainer:
                         group.master_part(slot, first, last, of=tensors[index]).copy_(part)
         for name, value in self.buffers.items():
             value.copy_(checkpoint.read(f"buffers.{name}", (0,), tuple(value.shape)))
-        self.optimizer.restore(state, checkpoint.step)
+        self.optimizer.restore(checkpoint.step)
         self.steps = checkpoint.step
 
     def expected(self) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,137 @@
+"""The slow twins: every kernel of this package once more, as plain as it can be written, under the same name.
+
+They say what a kernel computes. Each is differentiable, so torch autograd of the twin is what the explicit backward is
+compared with; that is why there are no twins of the backward kernels. Arithmetic is in float32 (float64 stays), with
+one rounding to the input's dtype at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megascale_moe.kernels.attention import Spans
+from megascale_moe.kernels.rows import RowMap
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, D] -> (x / rms * weight [T, D], 1 / rms [T, 1])."""
+    wide = _wide(x)
+    scale = 1 / torch.sqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + eps)
+    return (wide * scale * _wide(weight)).to(x.dtype), scale
+
+
+def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """a + b and its RMSNorm: (sum [T, D], normed [T, D], 1 / rms [T, 1])."""
+    return (a + b, *rms_norm(a + b, weight, eps))
+
+
+def swiglu(x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """x [R, 2F], gate [R] or None -> a / (1 + exp(-a)) * b * gate for x = [a, b], [R, F]."""
+    width = x.shape[-1] // 2
+    a, b = _wide(x[:, :width]), _wide(x[:, width:])
+    y = a / (1 + torch.exp(-a)) * b
+    return (y if gate is None else y * gate[:, None]).to(x.dtype)
+
+
+def split_heads(
+    qkv: Tensor, rope: tuple[Tensor, Tensor], sizes: tuple[int, int, int], interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projection qkv [T, ...] to rotated q [T, H, w], rotated k [T, G, w] and v [T, G, u]; the pairs as complex numbers."""
+    queries, keys, width = sizes
+    ends = queries * width, (queries + keys) * width
+    q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
+    turn = torch.complex(_wide(rope[0]), _wide(rope[1]))[:, None]
+
+    def rotate(x: Tensor, heads: int) -> Tensor:
+        x = x.reshape(len(qkv), heads, width)
+        even, odd = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., : width // 2], x[..., width // 2 :])
+        turned = torch.complex(_wide(even), _wide(odd)) * turn
+        axis = -1 if interleaved else -2
+        return torch.stack((turned.real, turned.imag), dim=axis).reshape(x.shape).to(x.dtype)
+
+    return rotate(q, queries), rotate(k, keys), v.reshape(len(qkv), keys, v.shape[1] // keys)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int) -> Tensor:
+    """q [rows, s, H, w], k [rows, s, G, w], v [rows, s, G, u] -> [rows, s, H, u]; the whole square under a mask."""
+    rows, length, heads = q.shape[:3]
+    document = torch.zeros(rows, length, dtype=torch.long, device=q.device)
+    for index, (row, first, last) in enumerate(spans):
+        document[row, first:last] = index
+    index = torch.arange(length, device=q.device)
+    distance = index[:, None] - index
+    near = (distance >= 0) & (distance < (window or length))
+    visible = near & (document[:, :, None] == document[:, None, :])
+    k, v = (_wide(x).repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhw,bkhw->bhqk", _wide(q), k) * scale
+    p = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhu->bqhu", p, v).to(q.dtype)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, counts: list[int], offsets: Tensor) -> Tensor:
+    """x [R, K] times weight [G, K, N], row group g with weight g -> [R, N]; every row brings its own matrix."""
+    group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), torch.tensor(counts, device=x.device))
+    return (_wide(x)[:, :, None] * _wide(weight)[group]).sum(1).to(x.dtype)
+
+
+def row_map(choice: Tensor, first: int, count: int, kept: Tensor | None = None) -> RowMap:
+    """Rows for the experts `first` .. `first + count - 1`; token by token, choice by choice."""
+    tokens, k = choice.shape
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for slot, expert in enumerate(choice.flatten().tolist()):
+        if first <= expert < first + count and (kept is None or bool(kept[slot // k, slot % k])):
+            rows[expert - first].append(slot)
+    slots = [slot for of_expert in rows for slot in of_expert]
+    counts = [len(of_expert) for of_expert in rows]
+    by_token = sorted(range(len(slots)), key=lambda row: slots[row] // k)
+    starts = [sum(slot // k < token for slot in slots) for token in range(tokens)]
+    return RowMap(
+        source=torch.tensor([slot // k for slot in slots], dtype=torch.long),
+        slot=torch.tensor(slots, dtype=torch.long),
+        counts=counts,
+        offsets=torch.tensor([sum(counts[: expert + 1]) for expert in range(count)], dtype=torch.int32),
+        by_token=torch.tensor(by_token, dtype=torch.long),
+        token_start=torch.tensor(starts, dtype=torch.long),
+    )
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Row copy: x [T, D], index int64 [R] -> [R, D]."""
+    return x[index]
+
+
+def sum_rows(rows: Tensor, by_token: Tensor, token_start: Tensor) -> Tensor:
+    """Sum of each token's routed rows: rows [R, D] -> [T, D]; tokens without a row get zero."""
+    ends = [*token_start.tolist()[1:], len(by_token)]
+    sums = [_wide(rows)[by_token[a:b]].sum(0) for a, b in zip(token_start.tolist(), ends, strict=len(token_start) > 0)]
+    return torch.stack(sums).to(rows.dtype) if sums else rows[:0]
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, add_weight_gradient: Callable[[Tensor, Tensor], None]
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses and the scaled gradient of x [T, D], by autograd; the weight's goes to `add_weight_gradient`."""
+    with torch.enable_grad():
+        logits = (_wide(x) @ _wide(weight).t()).requires_grad_()
+        loss = _losses(logits, targets)
+        (slope,) = torch.autograd.grad(loss * scale, logits)
+    add_weight_gradient(slope.t(), _wide(x))
+    return loss.detach(), (slope @ _wide(weight)).to(x.dtype)
+
+
+def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss alone; targets of -100 do not count."""
+    return _losses(_wide(x) @ _wide(weight).t(), targets)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    counted = (targets >= 0).nonzero().squeeze(1)
+    picked = logits[counted]
+    return (picked.logsumexp(-1) - picked[torch.arange(len(counted)), targets[counted]]).sum()

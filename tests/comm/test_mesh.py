@@ -1,0 +1,116 @@
+"""Which rank sits where, as pure arithmetic, and what `mesh_of` refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megascale_moe.comm.axis import single
+from megascale_moe.comm.mesh import AXES, Mesh, mesh_of
+from megascale_moe.config import ConfigError, ModelConfig, ParallelConfig
+
+MODEL = ModelConfig(heads=8, experts=8, sequence_length=64)
+
+MESHES = [
+    Mesh(),
+    Mesh(dp=3),
+    Mesh(node=4, ep=4),
+    Mesh(dp=2, node=2, ep=2),
+    Mesh(dp=4, node=2, ep=4),  # expert parallelism over two nodes
+    Mesh(dp=4, node=2, ep=8),  # over all four
+    Mesh(dp=2, node=4, ep=1),
+    Mesh(pp=3, dp=2, node=2, ep=4),
+    Mesh(pp=15, dp=12, node=8, ep=8),  # the paper's 1,440 GPUs
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("axis", AXES)
+def test_groups_of_an_axis_hold_every_rank_once(mesh: Mesh, axis: str) -> None:
+    groups = mesh.groups(axis)
+    assert sorted(rank for group in groups for rank in group) == list(range(mesh.world))
+    assert len({len(group) for group in groups}) == 1
+    assert all(mesh.ranks(axis, rank) == group for group in groups for rank in group)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_sizes_of_axes(mesh: Mesh) -> None:
+    sizes = {axis: len(mesh.ranks(axis, mesh.world - 1)) for axis in AXES}
+    assert sizes == {
+        "node": mesh.node, "ep": mesh.ep, "expert_data": mesh.stage // mesh.ep, "data": mesh.dp * mesh.node,
+        "pp": mesh.pp, "world": mesh.pp * mesh.dp * mesh.node,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_each_expert_is_held_once_along_ep_and_synchronised_along_expert_data(mesh: Mesh) -> None:
+    """ep x expert_data is the stage: two ranks that share both are the same rank."""
+    for rank in range(mesh.world):
+        shared = set(mesh.ranks("ep", rank)) & set(mesh.ranks("expert_data", rank))
+        assert shared == {rank}
+        assert set(mesh.ranks("node", rank)) <= set(mesh.ranks("data", rank))
+
+
+def test_groups_of_eight_ranks() -> None:
+    mesh = Mesh(dp=4, node=2, ep=4)
+    assert mesh.groups("node") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert mesh.groups("ep") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert mesh.groups("expert_data") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert mesh.groups("data") == [tuple(range(8))]
+    assert Mesh(pp=2, dp=2, node=2, ep=2).groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_unknown_axis() -> None:
+    with pytest.raises(KeyError, match="tp"):
+        Mesh().ranks("tp", 0)
+
+
+def test_single_has_every_axis_without_a_group() -> None:
+    assert {name: (axis.size, axis.index, axis.group) for name, axis in single().items()} == dict.fromkeys(
+        AXES, (1, 0, None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "sizes"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 4, (1, 4, 4)),
+        ({"node": 2}, 4, (2, 2, 2)),
+        ({"dp": 2}, 4, (2, 2, 2)),
+        ({"ep": 2}, 8, (4, 2, 2)),
+        ({"node": 2, "ep": 8}, 8, (4, 2, 8)),
+        ({"node": 1, "ep": 4}, 4, (4, 1, 4)),
+        ({"dp": 4, "node": 2, "ep": 4}, 8, (4, 2, 4)),
+    ],
+)
+def test_mesh_of_works_out_what_is_left_open(given: dict[str, int], world: int, sizes: tuple[int, int, int]) -> None:
+    mesh = mesh_of(ParallelConfig(**given), MODEL, world)
+    assert (mesh.dp, mesh.node, mesh.ep) == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "world", "message"),
+    [
+        ({"node": 3}, {}, 4, "parallel.node = 3 does not divide the 4 ranks; use one of 1, 2, 4"),
+        ({"node": 8}, {}, 4, "parallel.node = 8 does not divide the 4 ranks; use one of 1, 2, 4"),
+        ({"ep": 3}, {}, 4, "parallel.ep = 3 does not divide the 4 ranks; use one of 1, 2, 4"),
+        ({"dp": 4, "node": 2}, {}, 4, "parallel.dp x parallel.node = 4 x 2 is not the 4 ranks that were started"),
+        ({"dp": 3}, {}, 4, "parallel.dp x parallel.node = 3 x 1 is not the 4 ranks that were started"),
+        ({"dp": 5}, {}, 2, "parallel.dp x parallel.node = 5 x 1 is not the 2 ranks that were started"),
+        ({"node": 2, "ep": 3}, {}, 4, "parallel.ep = 3: must be a multiple of parallel.node = 2"),
+        ({"node": 2, "ep": 1}, {}, 4, "parallel.ep = 1: must be a multiple of parallel.node = 2"),
+        ({"node": 1, "ep": -2}, {}, 4, "parallel.ep = -2: must be a multiple of parallel.node = 1"),
+        ({"node": 2, "ep": 6}, {}, 4, "that divides the 4 ranks"),
+        ({}, {"sequence_length": 62}, 4, "model.sequence_length = 62 is not divisible by parallel.node = 4"),
+        ({}, {"heads": 6}, 4, "model.heads = 6 is not divisible by parallel.node = 4; use one of 1, 2, 3, 6"),
+        ({}, {"experts": 6}, 4, "model.experts = 6 is not divisible by parallel.ep = 4; use one of 1, 2, 3, 6"),
+    ],
+)
+def test_mesh_of_refuses_in_one_line(given: dict[str, Any], model: dict[str, int], world: int, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        mesh_of(ParallelConfig(**given), replace(MODEL, **model), world)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)

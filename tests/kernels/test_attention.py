@@ -1,0 +1,73 @@
+"""The attention core against its slow twin: windows, documents, grouped heads, odd lengths, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megascale_moe.kernels import attention, reference
+from megascale_moe.kernels.attention import Spans, causal_attention, causal_attention_backward
+from tests.kernels.compare import FP32, assert_near, gradients, leaves
+
+# BF16: q, k, v are read alike by both sides; then scores, probabilities and their gradients are rounded to 8 bits
+# (2^-9 each), scores of size 3 move a probability by up to 3 x 2^-9, and the output is rounded once more.
+BF16_CHAIN = 5 * 2.0**-8
+
+HEADS = [(4, 4), (4, 2), (3, 1)]
+LENGTHS = [1, 3, 64, 65, 150]  # BLOCK is 64: one block, exactly one, one row more, several
+
+
+def check(rows: int, length: int, heads: tuple[int, int], spans: Spans, window: int, dtype: torch.dtype) -> None:
+    width, value_width = 8, 6
+    q, k = torch.randn(rows, length, heads[0], width).to(dtype), torch.randn(rows, length, heads[1], width).to(dtype)
+    v = torch.randn(rows, length, heads[1], value_width).to(dtype)
+    tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
+    out = causal_attention(q, k, v, spans, 0.4, window)
+    inputs = leaves(q, k, v)
+    wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window)
+    assert_near(out, wanted.detach().to(dtype), tolerance)
+    slope = torch.randn(out.shape).to(dtype)
+    found = causal_attention_backward(slope, q, k, v, None, spans, 0.4, window)
+    # A single token sees only itself: its q and k gradients are zero, what is left is rounding of terms of size one.
+    for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
+        assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 1000])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_whole_rows(length: int, heads: tuple[int, int], window: int) -> None:
+    check(2, length, heads, (), window, torch.float32)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("heads", HEADS)
+def test_documents(heads: tuple[int, int], window: int) -> None:
+    spans = ((0, 0, 1), (0, 1, 70), (0, 70, 97), (1, 0, 97), (2, 0, 33), (2, 33, 97))
+    check(3, 97, heads, spans, window, torch.float32)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("length", [1, 65, 130])
+def test_bfloat16(length: int, window: int) -> None:
+    check(2, length, (4, 2), (), window, torch.bfloat16)
+
+
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_backward_does_not_depend_on_the_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    check(2, 23, (4, 2), (), 6, torch.float32)
+    check(1, 23, (2, 2), ((0, 0, 11), (0, 11, 23)), 0, torch.float32)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """Not within a tolerance: other documents change no bit of the output or of a gradient."""
+    q, k, v, slope = (torch.randn(1, 20, 2, 4) for _ in range(4))
+    spans = ((0, 0, 8), (0, 8, 20))
+    before = causal_attention(q, k, v, spans, 1.0, 0), *causal_attention_backward(slope, q, k, v, None, spans, 1.0, 0)
+    for tensor in (q, k, v, slope):
+        tensor[:, :8] = torch.randn(1, 8, 2, 4)
+    after = causal_attention(q, k, v, spans, 1.0, 0), *causal_attention_backward(slope, q, k, v, None, spans, 1.0, 0)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[:, 8:], new[:, 8:])
+        assert not torch.equal(old[:, :8], new[:, :8])
