@@ -30,6 +30,7 @@ from table import markdown, plain_table, summarize
 
 HERE = Path(__file__).parent
 STEPS_WRITTEN = 200
+MEMORY_NEEDED = 4.0  # GiB that must be free to start one more side: it takes 1.5-3, the rest is for others
 Answer = dict[str, Any]
 
 
@@ -161,13 +162,18 @@ class Field:
         self.versions: dict[str, dict[str, str]] = {}
         self.failures: dict[str, str] = {}
 
-    def enter(self, side: SideProcess) -> None:
+    def enter(self, side: SideProcess, warmup: int) -> None:
+        """Wait until it is ready and has warmed up: its memory is taken and its kernels are compiled."""
         self.running[side.name] = side
         try:
             self.versions[side.name] = side.answer()["versions"]
-            self.answers[side.name] = []
+            self.answers[side.name] = [side.run(warmup)]
         except SideFailed as failure:
             self.drop(side.name, failure)
+
+    def refuse(self, name: str, reason: str) -> None:
+        print(f"!! {name} not started: {reason}", file=sys.stderr)
+        self.failures[name] = reason
 
     def drop(self, name: str, failure: SideFailed) -> None:
         print(f"!! {failure}", file=sys.stderr)
@@ -199,10 +205,13 @@ def measure(options: argparse.Namespace, dtype: str, ranks: int) -> Answer:
         try:
             for name in names:
                 say(f"{dtype} x {ranks}: starting {name}")
-                field.enter(start(name, dtype, ranks, work, options.patience))
-            for number in range(options.rounds + 1):
-                say(f"{dtype} x {ranks}: {f'round {number}' if number else 'warm-up'}")
-                field.round(number, options.steps if number else options.warmup)
+                if (free := memory("MemAvailable")) < MEMORY_NEEDED:
+                    field.refuse(name, f"only {free:.1f} GiB of memory free")
+                else:
+                    field.enter(start(name, dtype, ranks, work, options.patience), options.warmup)
+            for number in range(options.rounds):
+                say(f"{dtype} x {ranks}: round {number + 1} of {options.rounds}")
+                field.round(number, options.steps)
         finally:
             field.close()
     return describe(options, dtype, ranks, field)
@@ -238,14 +247,19 @@ def describe(options: argparse.Namespace, dtype: str, ranks: int, field: Field) 
 def machine() -> Answer:
     """What the figures depend on."""
     model = [line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) for line in read_lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {
         "cpu": model[0] if model else platform.processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(memory[0] / 2**20, 1) if memory else None,
+        "memory_gib": round(memory("MemTotal"), 1),
         "system": platform.platform(),
         "load": os.getloadavg()[0],
     }
+
+
+def memory(field: str) -> float:
+    """GiB by a field of /proc/meminfo."""
+    kib = next(int(line.split()[1]) for line in read_lines("/proc/meminfo") if line.startswith(f"{field}:"))
+    return kib / 2**20
 
 
 def read_lines(path: str) -> list[str]:

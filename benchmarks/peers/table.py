@@ -61,7 +61,7 @@ def summarize_side(results: Results, name: str, reference: list[Row]) -> Row:
 
 def ratio(above: list[Row], below: list[Row], key: str) -> float:
     """Median over rounds of the ratio within a round, so that slow drifts of the machine cancel."""
-    return median(a[key] / b[key] for a, b in zip(above[1:], below[1:], strict=True))
+    return float(median(a[key] / b[key] for a, b in zip(above[1:], below[1:], strict=True)))
 
 
 def loss_difference(answers: list[Row], reference: list[Row]) -> float:
@@ -108,7 +108,7 @@ def origin(results: Results) -> str:
 def footnotes(results: Results) -> list[str]:
     """What a reader must not miss: partial precision and sides that failed."""
     notes = [f"{name}: its experts compute in BF16" for name in results["half"] if results["dtype"] == "fp32"]
-    return notes + [f"{name}: failed" for name in results["failures"]]
+    return notes + [f"{name}: {reason}" for name, reason in results["failures"].items()]
 
 
 def plain_table(results: Results) -> str:

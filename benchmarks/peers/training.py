@@ -30,14 +30,12 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def adamw(parameters: Iterable[nn.Parameter], case: Case = CASE) -> torch.optim.AdamW:
     """Fused AdamW; decay on matrices, groups that never mix meshes."""
-    groups: dict[object, list[nn.Parameter]] = {}
+    groups: dict[tuple[object, float], list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault((mesh_of(parameter), parameter.ndim > 1), []).append(parameter)
-    decays = [
-        {"params": members, "weight_decay": case.weight_decay if matrix else 0.0}
-        for (_, matrix), members in groups.items()  # type: ignore[misc]
-    ]
-    return torch.optim.AdamW(decays, lr=case.learning_rate, betas=case.betas, eps=case.eps, fused=True)
+        decay = case.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((mesh_of(parameter), decay), []).append(parameter)
+    settings = [{"params": members, "weight_decay": decay} for (_, decay), members in groups.items()]
+    return torch.optim.AdamW(settings, lr=case.learning_rate, betas=case.betas, eps=case.eps, fused=True)
 
 
 def mesh_of(tensor: Tensor) -> object:
@@ -52,7 +50,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
             groups.setdefault(mesh_of(parameter), []).append(parameter)
-    norms = [whole(get_total_norm([p.grad for p in members])) for members in groups.values()]  # type: ignore[misc]
+    norms = [whole(get_total_norm([p.grad for p in members if p.grad is not None])) for members in groups.values()]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for members in groups.values():
         clip_grads_with_norm_(members, limit, norm)
@@ -94,4 +92,4 @@ class Master:
             master.grad, parameter.grad = parameter.grad.float(), None  # type: ignore[union-attr]
         clip_gradients(self.masters, self.limit)
         self.optimizer.step()
-        torch._foreach_copy_(self.working, self.masters)
+        torch._foreach_copy_([*self.working], [*self.masters])

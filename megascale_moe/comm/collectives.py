@@ -91,6 +91,16 @@ def all_gather(x: Tensor, axis: Axis, tag: int) -> Pending:
     return exchange([x] * axis.size, out.chunk(axis.size), axis, tag).then(lambda _: out)
 
 
+def all_gather_in_place(buffer: Tensor, axis: Axis, tag: int) -> Pending:
+    """Fill the other ranks' equal shares of `buffer` [size * T, ...]; this rank's own share is already there."""
+    parts = buffer.chunk(axis.size)
+    mine = parts[axis.index]
+    if axis.native:
+        work = dist.all_gather_into_tensor(buffer, mine, axis.group, async_op=True)
+        return Pending([work], lambda: buffer, mine.nbytes * (axis.size - 1), keep=buffer)
+    return exchange([mine] * axis.size, parts, axis, tag).then(lambda _: buffer)
+
+
 def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
     """Sum of x [size * T, ...] over the ranks, finishes with this rank's [T, ...]; sums in float32, in rank order."""
     x = x.contiguous()

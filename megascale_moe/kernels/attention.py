@@ -1,10 +1,10 @@
 """The attention core: causal, inside documents, grouped-query heads.
 
 Documents become separate calls rather than a mask: a mask costs the full square and leaves the fast kernels. Forward is
-torch's scaled_dot_product_attention, and so is backward, except in BF16 on a CPU, where torch's is the slowest kernel of
-a small model. There the backward is our own: blocks of queries against the keys they see, the scores recomputed, all
-heads of a key head in one product. It keeps nothing but q, k, v, and takes 0.5-0.7x the time (benchmarks/kernels);
-in FP32 the two are equal on one thread and torch's is ahead on two.
+torch's scaled_dot_product_attention. Its backward on a CPU is the slowest kernel of a small model, so there it is our
+own: blocks of queries against the keys they see, the scores recomputed, all heads of a key head in one product. It keeps
+nothing but q, k, v, and takes 0.8x the time in FP32 and 0.65x in BF16 (benchmarks/kernels). With several threads in
+FP32 torch's splits better over them and is used, as on a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def causal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
 ) -> tuple[Tensor, Graph | None]:
     """`causal_attention`, and what its backward needs beside q, k, v."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or torch.get_num_threads() == 1):
         return causal_attention(q, k, v, spans, scale, window), None
     leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
     with torch.enable_grad():
@@ -118,12 +118,14 @@ def _documents_backward(
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """x [n, s, heads, w] -> [n * groups, s, heads / groups, w], contiguous."""
-    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+    by_group: Tensor = x.unflatten(2, (groups, -1))
+    return by_group.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _by_token(x: Tensor, n: int) -> Tensor:
     """The inverse of `_by_group`."""
-    return x.unflatten(0, (n, -1)).transpose(1, 2).flatten(2, 3)
+    by_row: Tensor = x.unflatten(0, (n, -1))
+    return by_row.transpose(1, 2).flatten(2, 3)
 
 
 def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> None:

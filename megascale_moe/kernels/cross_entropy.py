@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megascale_moe.kernels.blocks import Rowwise
 
-BLOCK_TOKENS = 256
+BLOCK_TOKENS = {"cpu": 256, "cuda": 4096}  # a block of logits in the cache; enough rows to fill a GPU
 
 
 def linear_cross_entropy(
@@ -33,11 +33,12 @@ def linear_cross_entropy(
     """
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(x)
-    for start in range(0, x.shape[0], BLOCK_TOKENS):
-        part, target = x[start : start + BLOCK_TOKENS], targets[start : start + BLOCK_TOKENS]
+    block = BLOCK_TOKENS[x.device.type]
+    for start in range(0, x.shape[0], block):
+        part, target = x[start : start + block], targets[start : start + block]
         slope, losses = _loss_and_slope(part @ weight.t(), target, scale)
         total += losses.sum()
-        torch.mm(slope, weight, out=gradient[start : start + BLOCK_TOKENS])
+        torch.mm(slope, weight, out=gradient[start : start + block])
         add_weight_gradient(slope.t(), part)
     return total, gradient
 
@@ -58,6 +59,7 @@ _loss_and_slope = Rowwise(_slope_formula, shared=1)
 def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed loss alone, for evaluation."""
     total = torch.zeros((), dtype=torch.float32, device=x.device)
-    for part, target in zip(x.split(BLOCK_TOKENS), targets.split(BLOCK_TOKENS), strict=True):
+    block = BLOCK_TOKENS[x.device.type]
+    for part, target in zip(x.split(block), targets.split(block), strict=True):
         total += F.cross_entropy((part @ weight.t()).float(), target, ignore_index=-100, reduction="sum")
     return total

@@ -65,8 +65,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
     document = torch.zeros(rows, length, dtype=torch.long, device=q.device)
     for index, (row, first, last) in enumerate(spans):
         document[row, first:last] = index
-    index = torch.arange(length, device=q.device)
-    distance = index[:, None] - index
+    place = torch.arange(length, device=q.device)
+    distance = place[:, None] - place
     near = (distance >= 0) & (distance < (window or length))
     visible = near & (document[:, :, None] == document[:, None, :])
     k, v = (_wide(x).repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))

@@ -255,7 +255,8 @@ def _to_sequence(send: list[Tensor], rows: int, axis: Axis, tag: int) -> Pending
     out = send[0].new_empty(axis.size, *send[0].shape)
 
     def finish(_: object) -> Tensor:
-        return out.unflatten(1, (rows, -1)).transpose(0, 1).reshape(axis.size * send[0].shape[0], -1)
+        by_row: Tensor = out.unflatten(1, (rows, -1))
+        return by_row.transpose(0, 1).reshape(axis.size * send[0].shape[0], -1)
 
     return exchange(send, out.unbind(), axis, tag).then(finish)
 

@@ -144,6 +144,7 @@ def dense_ffn(prefix: str, weights: str, x: str, y: str, hidden: int, width: int
             autograd_op(
                 f"{prefix}gate", lambda out, x, w: out * (x @ w.t()).sigmoid(), reads=(out, x), differentiable=(out, x),
                 writes=(y,), weights=(f"{weights}gate.weight",),
+                cost=Cost(2.0 * layout.tokens * hidden, layout.bytes(3 * layout.tokens * hidden)),
             )
         )
     return ops

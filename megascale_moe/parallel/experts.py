@@ -383,6 +383,7 @@ def _gated_swiglu(p: str, c: ModelConfig, layout: Layout) -> Op:
     def backward(x: Tensor, gates: Tensor, rows: RowMap | Dispatch, dy: Tensor) -> tuple[Tensor, Tensor]:
         slot = _expert_rows(rows).slot
         dx, dgate = swiglu_backward(dy, x, gates.flatten()[slot])
+        assert dgate is not None  # there was a gate
         dgates = torch.zeros_like(gates)
         dgates.view(-1)[slot] = dgate
         return dx, dgates

@@ -10,9 +10,9 @@ from torch import Tensor
 # Both sides work in float32 (6e-8 per operation) and sum at most a few hundred terms in another order: sqrt(300) x 6e-8
 # is 1e-6, relative to the largest entry; twice that for chains of a few operations.
 FP32 = 2e-6
-# Row kernels compute in float32 and round once: 2^-9 of the entry. Where the float32 values lie on either side of a
-# rounding border they end one BF16 step apart, 2^-8.
-BF16 = 2.0**-8
+# Row kernels compute in float32 and round once. Where the float32 values lie on either side of a rounding border they
+# end one BF16 step apart: 2^-7 of the entry.
+BF16 = 2.0**-7
 NEAR = {torch.float32: FP32, torch.bfloat16: BF16}
 
 

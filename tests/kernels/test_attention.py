@@ -10,7 +10,7 @@ from megascale_moe.kernels.attention import Spans, causal_attention, causal_atte
 from tests.kernels.compare import FP32, assert_near, gradients, leaves
 
 # BF16: q, k, v are read alike by both sides; then scores, probabilities and their gradients are rounded to 8 bits
-# (2^-9 each), scores of size 3 move a probability by up to 3 x 2^-9, and the output is rounded once more.
+# (2^-8 each), scores of size 3 move a probability by up to 3 x 2^-8, and the output is rounded once more.
 BF16_CHAIN = 5 * 2.0**-8
 
 HEADS = [(4, 4), (4, 2), (3, 1)]

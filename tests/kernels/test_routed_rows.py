@@ -56,7 +56,7 @@ def test_taking_and_summing_rows_equal_their_twins_and_are_dual(
     assert torch.equal(rows, reference.take_rows(x, m.source))
     slope = torch.randn(rows.shape).to(dtype)
     sums = sum_rows(slope, m.by_token, m.token_start)
-    # Up to six BF16 rows, each addition rounded to 2^-9 of a sum that is at most the largest.
+    # Up to six BF16 rows: five additions, each rounded by up to 2^-8 of a sum no larger than the largest.
     tolerance = FP32 if dtype == torch.float32 else 3 * NEAR[dtype]
     assert_near(sums, reference.sum_rows(slope, m.by_token, m.token_start), tolerance)
     inputs = leaves(x)

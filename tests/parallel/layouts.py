@@ -81,7 +81,13 @@ def local_weights(model: Transformer, ep: int, index: int) -> dict[str, Tensor]:
 
 
 def run_rank(config: ModelConfig, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0) -> Result:
+    """`run_model` with initial weights from the seed."""
+    return run_model(build(config, seed), batch, mesh, dispatch, micro)
+
+
+def run_model(model: Transformer, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0) -> Result:
     """One rank's share through the list, in micro-batches of `micro` rows; gradients summed over the right axes."""
+    config = model.config
     axes = connect(mesh) if mesh.world > 1 else single()
     place = dist.get_rank() // mesh.node if mesh.world > 1 else 0
     share = len(batch.tokens) // mesh.dp
@@ -90,7 +96,7 @@ def run_rank(config: ModelConfig, batch: Rows, mesh: Mesh, dispatch: str, micro:
     ops = model_ops(config, layout)
     names = [*auxiliary_names(config), *load_names(config)]
     program = Program([*ops, *backward(ops)], INPUTS, ["loss", *names])
-    weights = local_weights(build(config, seed), mesh.ep, axes["ep"].index)
+    weights = local_weights(model, mesh.ep, axes["ep"].index)
     sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items() if not name.endswith("bias")}
     result, trace = Result(0.0, 0.0, {}), Trace()
     for first in range(place * share, (place + 1) * share, micro):

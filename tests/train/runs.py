@@ -28,7 +28,7 @@ from megascale_moe.cli import main
 from megascale_moe.train.checkpoint import Checkpoint
 
 TEXT = "the model sends every token to two experts of its layer and adds what they answer weighted by the router"
-TIMEOUT = 60.0  # seconds for anything that takes two on a quiet machine
+TIMEOUT = 120.0  # seconds for anything that takes two on a quiet machine
 
 CONFIG = """
 [model]
