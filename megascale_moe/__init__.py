@@ -8,4 +8,4 @@ from megascale_moe.config import Config, ConfigError, ModelConfig
 from megascale_moe.parallel.moe_block import MoEBlock
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "ModelConfig", "MoEBlock"]
+__all__ = ["Config", "ConfigError", "MoEBlock", "ModelConfig"]

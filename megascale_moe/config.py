@@ -112,7 +112,8 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise `ConfigError` if the sizes contradict each other."""
-        for name in ("layers", "hidden", "heads", "kv_heads", "vocab", "sequence_length", "experts", "top_k", "ffn_hidden"):
+        sizes = ("layers", "hidden", "heads", "kv_heads", "vocab", "sequence_length", "experts", "top_k", "ffn_hidden")
+        for name in sizes:
             require(getattr(self, name) > 0, f"model.{name} = {getattr(self, name)}: must be at least 1")
         for name in ("balance_loss", "z_loss", "capacity_factor", "bias_update_rate", "init_std", "shared_experts",
                      "shared_ffn_hidden", "head_dim", "v_head_dim", "sliding_window", "q_lora_rank"):
@@ -139,7 +140,8 @@ class ModelConfig:
         if self.attention == "gqa":
             require(
                 self.head_dim > 0 or self.hidden % self.heads == 0,
-                f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}: change one or set model.head_dim",
+                f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}: "
+                "change one or set model.head_dim",
             )
             require(
                 self.heads % self.kv_heads == 0,
@@ -172,7 +174,10 @@ class ModelConfig:
             self.device_groups >= 1 and self.experts % self.device_groups == 0,
             f"model.experts = {self.experts} is not divisible by model.device_groups = {self.device_groups}",
         )
-        require(0 <= self.dense_layers <= self.layers, f"model.dense_layers = {self.dense_layers}: must be 0 to {self.layers}")
+        require(
+            0 <= self.dense_layers <= self.layers,
+            f"model.dense_layers = {self.dense_layers}: must be 0 to {self.layers}",
+        )
         require(
             self.dense_layers == 0 or self.dense_ffn_hidden > 0,
             "model.dense_ffn_hidden must be set where model.dense_layers > 0",
@@ -257,11 +262,12 @@ class TrainConfig:
         """Raise `ConfigError` for values outside their range."""
         for name in ("steps", "global_batch"):
             require(getattr(self, name) > 0, f"train.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("micro_batch", "warmup", "decay", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints",
-                     "sample_tokens", "learning_rate", "min_learning_rate", "weight_decay", "clip_norm"):
+        counts = ("micro_batch", "warmup", "decay", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, "sample_tokens", "learning_rate", "min_learning_rate", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"train.{name} = {getattr(self, name)}: must not be negative")
         for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"train.{name} = {getattr(self, name)}: must be at least 0 and below 1")
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name} = {value}: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +323,7 @@ def load(path: str | Path, overrides: list[str] | None = None, presets: dict[str
     """Read a TOML file and apply `section.key=value` overrides.
 
     Raises:
-        ConfigError: unreadable file, unknown section, key or preset, a value of the wrong type, or sizes that contradict.
+        ConfigError: unreadable file, unknown section, key or preset, a value of the wrong type, sizes that contradict.
     """
     path = Path(path)
     try:
@@ -401,7 +407,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if kind is str and type(value) is int:
         return str(value)
     name = kind.__name__ if isinstance(kind, type) else str(kind)
-    require(not isinstance(kind, types.UnionType) and type(value) is kind, f"{where} = {value!r}: must be of type {name}")
+    fits = not isinstance(kind, types.UnionType) and type(value) is kind
+    require(fits, f"{where} = {value!r}: must be of type {name}")
     return value
 
 

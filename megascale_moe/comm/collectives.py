@@ -95,7 +95,7 @@ def all_gather_in_place(buffer: Tensor, axis: Axis, tag: int) -> Pending:
     """Fill the other ranks' equal shares of `buffer` [size * T, ...]; this rank's own share is already there."""
     parts = buffer.chunk(axis.size)
     mine = parts[axis.index]
-    if axis.native:
+    if axis.native and buffer.is_cuda:
         work = dist.all_gather_into_tensor(buffer, mine, axis.group, async_op=True)
         return Pending([work], lambda: buffer, mine.nbytes * (axis.size - 1), keep=buffer)
     return exchange([mine] * axis.size, parts, axis, tag).then(lambda _: buffer)

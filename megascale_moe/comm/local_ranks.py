@@ -24,6 +24,9 @@ import torch
 import torch.distributed as dist
 
 PR_SET_PDEATHSIG = 1
+GRACE = 0.5
+"""Seconds until a rank tells of its failure: if it failed because a peer ended, it is itself ended within them, and what
+is shown is the cause alone."""
 
 
 def fork_ranks(
@@ -63,15 +66,21 @@ def _rank(
     torch.set_num_threads(threads)  # first of all: a forked child must not touch its parent's thread pool
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= world
+    # A parent that has used CUDA leaves it unusable to its forks; they are ranks on the CPU then.
+    usable = not torch.cuda._is_in_bad_fork() and torch.cuda.is_available()
+    cuda = usable and torch.cuda.device_count() >= world
     if cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
         timeout=timedelta(seconds=timeout),
     )
-    function(rank)
-    dist.barrier()  # nobody leaves while a peer still talks to it
+    try:
+        function(rank)
+        dist.barrier()  # nobody leaves while a peer still talks to it
+    except Exception:
+        time.sleep(GRACE)
+        raise
     dist.destroy_process_group()
 
 

@@ -1,10 +1,11 @@
 """The attention core: causal, inside documents, grouped-query heads.
 
-Documents become separate calls rather than a mask: a mask costs the full square and leaves the fast kernels. Forward is
-torch's scaled_dot_product_attention. Its backward on a CPU is the slowest kernel of a small model, so there it is our
-own: blocks of queries against the keys they see, the scores recomputed, all heads of a key head in one product. It keeps
-nothing but q, k, v, and takes 0.8x the time in FP32 and 0.65x in BF16 (benchmarks/kernels). With several threads in
-FP32 torch's splits better over them and is used, as on a GPU.
+Documents become separate calls rather than a mask: a mask costs the full square and leaves the fast kernels. torch's
+scaled_dot_product_attention does the work, except where it is the slowest kernel of a small model, on a CPU: the
+backward, and in BF16 the forward too, are our own there. Blocks of queries meet the keys they see, all heads of a key
+head in one product; the backward recomputes the scores and keeps nothing but q, k, v. Measured (benchmarks/kernels):
+backward 0.8x torch's time in FP32 and 0.65x in BF16, forward 0.5-0.8x in BF16. In FP32 with several threads torch's
+splits better over them and is used, as on a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ def causal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
 ) -> tuple[Tensor, Graph | None]:
     """`causal_attention`, and what its backward needs beside q, k, v."""
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or torch.get_num_threads() == 1):
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        for part in _parts(q, spans):
+            out[part] = _documents_forward(q[part], k[part], v[part], scale, window)
+        return out, None
+    if q.device.type == "cpu" and torch.get_num_threads() == 1:
         return causal_attention(q, k, v, spans, scale, window), None
     leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
     with torch.enable_grad():
@@ -89,6 +95,34 @@ def _parts(q: Tensor, spans: Spans) -> list[tuple[slice, slice]]:
     return [(slice(row, row + step), slice(None)) for row in range(0, q.shape[0], step)]
 
 
+def _documents_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """n documents of one length: q [n, s, H, w], k [n, s, G, w], v [n, s, G, u] -> [n, s, H, u]."""
+    n, s, heads, _ = q.shape
+    groups = k.shape[2]
+    queries, values = _by_group(q * scale, groups), _by_group(v, groups).squeeze(2)
+    keys_t = _by_group(k, groups).squeeze(2).transpose(1, 2).contiguous()
+    out = queries.new_empty(n * groups, s, heads // groups, v.shape[3])
+    for a in range(0, s, BLOCK):
+        b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
+        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window).to(q.dtype)
+        out[:, a:b] = torch.bmm(p, values[:, first:b]).view(-1, b - a, heads // groups, v.shape[3])
+    return _by_token(out, n)
+
+
+def _probabilities(queries: Tensor, keys_t: Tensor, a: int, first: int, window: int) -> Tensor:
+    """Softmax of a block's scores, float32 [N, block * H / G, L].
+
+    Args:
+        queries: scaled, [N, block, H / G, w], the first at position `a`.
+        keys_t: [N, w, L], the first at position `first`.
+    """
+    _, block, share, _ = queries.shape
+    scores = torch.bmm(queries.flatten(1, 2), keys_t).float()
+    masked = first if window else a  # without a window only the last square has hidden keys
+    scores.view(-1, block, share, keys_t.shape[2])[..., masked - first :] += _mask(a, a + block, masked, window)
+    return scores.softmax(-1)
+
+
 def _documents_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,10 +138,7 @@ def _documents_backward(
     for a in range(0, s, BLOCK):
         b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
         block, slope = queries[:, a:b].flatten(1, 2), slopes[:, a:b].flatten(1, 2)
-        scores = torch.bmm(block, keys_t[:, :, first:b]).float()
-        masked = first if window else a  # without a window only the last square has hidden keys
-        scores.view(-1, b - a, share, b - first)[..., masked - first :] += _mask(a, b, masked, window)
-        p = scores.softmax(-1)
+        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window)
         dp = torch.bmm(slope, values_t[:, :, first:b]).float()
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32).to(q.dtype)  # what autograd calls
         _add_bmm(dv[:, first:b], p.to(q.dtype).transpose(1, 2), slope)

@@ -43,7 +43,7 @@ def swiglu(x: Tensor, gate: Tensor | None = None) -> Tensor:
 def split_heads(
     qkv: Tensor, rope: tuple[Tensor, Tensor], sizes: tuple[int, int, int], interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Projection qkv [T, ...] to rotated q [T, H, w], rotated k [T, G, w] and v [T, G, u]; the pairs as complex numbers."""
+    """Projection qkv [T, ...] to rotated q [T, H, w], rotated k [T, G, w] and v [T, G, u]; pairs as complex numbers."""
     queries, keys, width = sizes
     ends = queries * width, (queries + keys) * width
     q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
@@ -117,7 +117,7 @@ def sum_rows(rows: Tensor, by_token: Tensor, token_start: Tensor) -> Tensor:
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, scale: float, add_weight_gradient: Callable[[Tensor, Tensor], None]
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses and the scaled gradient of x [T, D], by autograd; the weight's goes to `add_weight_gradient`."""
+    """Sum of the losses and the scaled gradient of x [T, D]; the weight's goes to `add_weight_gradient`."""
     with torch.enable_grad():
         logits = (_wide(x) @ _wide(weight).t()).requires_grad_()
         loss = _losses(logits, targets)

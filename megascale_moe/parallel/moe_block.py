@@ -108,7 +108,7 @@ class _RunBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dauxiliary: Tensor) -> tuple[Any, ...]:
         if ctx.values is None:
-            raise RuntimeError("a second backward through the same MoEBlock: its activations are gone, run it forward again")
+            raise RuntimeError("a second backward through the same MoEBlock: its activations are gone; run it again")
         program: Program = ctx.backward_program
         sinks = {name: Gradient(torch.empty_like(ctx.weights[name])) for name in ctx.names}
         tokens = ctx.shape[0] * ctx.shape[1]

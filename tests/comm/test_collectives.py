@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale_moe.comm import axis as axis_module
 from megascale_moe.comm.axis import Axis, connect
 from megascale_moe.comm.collectives import (
     Pending,
     all_gather,
+    all_gather_in_place,
     all_reduce_sum,
     all_to_all,
     exchange,
@@ -79,6 +79,23 @@ def run_both(rows: int, dtype: torch.dtype) -> tuple[Tensor, int, Tensor, int]:
     x = torch.cat([message(axis.index, receiver, rows, dtype) for receiver in range(axis.size)])
     reduced = reduce_scatter(x, axis, tag_of("reduce"))
     return gathered.wait(), gathered.wire_bytes, reduced.wait(), reduced.wire_bytes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_gather_in_place_fills_the_shares_of_the_others(world: int) -> None:
+    wanted = torch.cat([message(rank, 0, 2, torch.bfloat16) for rank in range(world)])
+    for filled, wire in run_ranks(world, run_in_place):
+        assert torch.equal(filled, wanted)
+        assert wire == 2 * 3 * 2 * (world - 1)
+
+
+def run_in_place() -> tuple[Tensor, int]:
+    axis = world_axis()
+    buffer = torch.full((2 * axis.size, 3), -1.0, dtype=torch.bfloat16)
+    buffer.chunk(axis.size)[axis.index].copy_(message(axis.index, 0, 2, torch.bfloat16))
+    pending = all_gather_in_place(buffer, axis, tag_of("weights"))
+    assert pending.wait() is buffer
+    return buffer, pending.wire_bytes
 
 
 def test_reduce_scatter_of_bfloat16_sums_in_float32() -> None:
@@ -161,24 +178,30 @@ def test_native_knows_a_group_made_for_cpu_and_gpu(
     backend: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch answers the whole string for such a group; compared with "nccl" it fell back to point to point on GPUs."""
-    monkeypatch.setattr(axis_module.dist, "get_backend", lambda group: backend)
+    monkeypatch.setattr(dist, "get_backend", lambda group: backend)
     group: Any = object()
     assert Axis("world", 2, 0, group).native is native
     assert not Axis("world").native
 
 
-def test_cpu_tensors_never_take_the_native_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_tensors_never_take_the_native_path() -> None:
     """In a job on GPUs some tensors live on the CPU; NCCL would refuse them."""
     assert run_ranks(2, run_as_if_native) == [[0.0, 1.0], [0.0, 1.0]]
 
 
 def run_as_if_native() -> list[float]:
-    axis = world_axis()
+    axis, x = world_axis(), torch.tensor([float(dist.get_rank())])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(axis_module.dist, "get_backend", lambda group: "cpu:gloo,cuda:nccl")
+        patch.setattr(dist, "get_backend", lambda group: "cpu:gloo,cuda:nccl")
+        for name in ("all_to_all", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            patch.delattr(dist, name)
         assert axis.native
-        gathered: list[float] = all_gather(torch.tensor([float(axis.index)]), axis, tag_of("x")).wait().tolist()
-    return gathered
+        gathered: Tensor = all_gather(x, axis, tag_of("x")).wait()
+        all_gather_in_place(gathered, axis, tag_of("y")).wait()
+        assert all_to_all(gathered, [1, 1], [1, 1], axis, tag_of("z")).wait().tolist() == [axis.index] * 2
+        assert reduce_scatter(gathered, axis, tag_of("s")).wait().tolist() == [2 * axis.index]
+    values: list[float] = gathered.tolist()
+    return values
 
 
 def test_all_reduce_gives_the_same_bits_everywhere() -> None:
@@ -200,7 +223,11 @@ def test_then_adds_a_step_after_the_wait() -> None:
         def wait(self) -> None:
             log.append("wait")
 
-    pending = Pending([Work()], lambda: log.append("finish") or 3, wire_bytes=7).then(lambda x: x + 1)
+    def finish() -> int:
+        log.append("finish")
+        return 3
+
+    pending = Pending([Work()], finish, wire_bytes=7).then(lambda x: x + 1)
     assert log == []
     assert pending.wire_bytes == 7
     assert pending.wait() == 4
@@ -208,7 +235,8 @@ def test_then_adds_a_step_after_the_wait() -> None:
 
 
 def test_tags_fit_gloo_and_differ() -> None:
-    names = [f"layers.{layer}.{op}{phase}" for layer in range(100) for op in ("scatter", "gather") for phase in ("", " B")]
+    ops = ("scatter", "gather", "scatter B", "gather B")
+    names = [f"layers.{layer}.{op}" for layer in range(100) for op in ops]
     tags = {tag_of(name) for name in names}
     assert len(tags) == len(names)
     assert all(0 <= tag < 2**31 for tag in tags)

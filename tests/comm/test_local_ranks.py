@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megascale_moe.comm import local_ranks
 from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.testing import run_ranks
 
@@ -65,27 +66,20 @@ def test_failing_rank_ends_all_and_gives_the_status(failing: int, tmp_path: Path
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
-def test_status_is_that_of_the_first_to_fail() -> None:
-    """Rank 0 fails as a consequence, a moment later, and comes first in the list."""
-
-    def run(rank: int) -> None:
-        if rank == 1:
-            raise SystemExit(7)
-        time.sleep(0.1)
-        raise SystemExit(1)
-
-    assert fork_ranks(2, run) == 7
-
-
-def test_status_2_wins_over_its_consequences() -> None:
-    """The user's mistake, exit status 2, is often noticed by one rank while its peers already lost the connection."""
-
-    def run(rank: int) -> None:
-        if rank == 1:
-            time.sleep(0.1)
-        raise SystemExit(2 if rank == 1 else 1)
-
-    assert fork_ranks(2, run) == 2
+@pytest.mark.parametrize(
+    ("codes", "first", "status"),
+    [
+        ([1, 7], [1], 7),  # rank 0 failed as a consequence, a moment later, and only comes first in the list
+        ([1, 7], [0, 1], 1),
+        ([1, None, 2], [0], 2),  # the user's mistake is often noticed while peers already lost the connection
+        ([1, -9, 0], [0], 137),  # others fail because it is gone
+        ([2, -9], [1], 2),
+        ([None, 3, None], [1], 3),
+    ],
+)
+def test_status_is_that_of_the_cause(codes: list[int | None], first: list[int], status: int) -> None:
+    """What `fork_ranks` decides from the ranks that have ended; as a function, since who ends first is up to luck."""
+    assert local_ranks._cause(codes, first) == status
 
 
 def test_killed_rank_is_named_and_gives_the_status_of_a_shell(capfd: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_single_has_every_axis_without_a_group() -> None:
         ({"dp": 4, "node": 2, "ep": 4}, 8, (4, 2, 4)),
     ],
 )
-def test_mesh_of_works_out_what_is_left_open(given: dict[str, int], world: int, sizes: tuple[int, int, int]) -> None:
+def test_mesh_of_works_out_what_is_left_open(given: dict[str, Any], world: int, sizes: tuple[int, int, int]) -> None:
     mesh = mesh_of(ParallelConfig(**given), MODEL, world)
     assert (mesh.dp, mesh.node, mesh.ep) == sizes
 
@@ -109,7 +109,7 @@ def test_mesh_of_works_out_what_is_left_open(given: dict[str, int], world: int, 
         ({}, {"experts": 6}, 4, "model.experts = 6 is not divisible by parallel.ep = 4; use one of 1, 2, 3, 6"),
     ],
 )
-def test_mesh_of_refuses_in_one_line(given: dict[str, Any], model: dict[str, int], world: int, message: str) -> None:
+def test_mesh_of_refuses_in_one_line(given: dict[str, Any], model: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         mesh_of(ParallelConfig(**given), replace(MODEL, **model), world)
     assert message in str(refusal.value)

@@ -48,7 +48,7 @@ def make(watch: Watch, reads: str, write: str, log: list[tuple[str, set[str]]] |
 
 def test_a_value_is_freed_right_after_its_last_reader() -> None:
     watch, log = Watch(), list[tuple[str, set[str]]]()
-    ops = [make(watch, "", "a", log), make(watch, "a", "b", log), make(watch, "a b", "c", log), make(watch, "c", "d", log)]
+    ops = [make(watch, reads, write, log) for reads, write in (("", "a"), ("a", "b"), ("a b", "c"), ("c", "d"))]
     values = Program(ops, [], ["d"]).run({}, {})
     assert log == [("a", set()), ("b", {"a"}), ("c", {"a", "b"}), ("d", {"c"})]
     assert set(values) == {"d"}

@@ -31,9 +31,8 @@ def test_axis_is_native(axis: Axis) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
 def test_collectives_deliver(axis: Axis, dtype: torch.dtype) -> None:
     x = torch.arange(12, device=DEVICE).view(4, 3).to(dtype)
-    for pending in (
-        all_gather(x, axis, tag_of("a")), reduce_scatter(x, axis, tag_of("b")), all_to_all(x, [4], [4], axis, tag_of("c"))
-    ):
+    gathered, reduced = all_gather(x, axis, tag_of("a")), reduce_scatter(x, axis, tag_of("b"))
+    for pending in (gathered, reduced, all_to_all(x, [4], [4], axis, tag_of("c"))):
         assert torch.equal(pending.wait(), x)
         assert pending.wire_bytes == 0
     (received,) = exchange([x], [torch.empty_like(x)], axis, tag_of("d")).wait()
@@ -46,7 +45,7 @@ def test_sum_of_a_lone_rank_is_itself(axis: Axis) -> None:
 
 
 def test_two_collectives_under_way_and_a_kernel_after_each(axis: Axis) -> None:
-    """`wait` orders later kernels after the transfer without stopping the host; results must be complete all the same."""
+    """`wait` orders later kernels after the transfer without stopping the host; results must still be complete."""
     x = torch.randn(1 << 20, device=DEVICE)
     first, second = all_gather(x, axis, tag_of("first")), all_gather(2 * x, axis, tag_of("second"))
     assert torch.equal(second.wait() - x, first.wait())

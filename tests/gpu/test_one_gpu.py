@@ -32,8 +32,8 @@ from tests.parallel.test_layouts import SMALL, VARIANTS
 
 DEVICE = torch.device("cuda")
 
-# float32 on both sides, but exp, rsqrt and division of a GPU are off by 2 ulp where a CPU's are by one, and its sums are
-# trees: 1e-5 as between layouts of CPUs, times four.
+# float32 on both sides, but exp, rsqrt and division of a GPU are off by 2 ulp where a CPU's are by one, and its sums
+# are trees: 1e-5 as between layouts of CPUs, times four.
 TOLERANCE = 4e-5
 
 
@@ -110,8 +110,8 @@ def test_moe_block_moves_to_the_gpu() -> None:
 def losses(device: torch.device, **train: Any) -> list[float]:
     """Of six training steps on one batch."""
     model = replace(SMALL, hidden=64, ffn_hidden=32, init_std=0.02)
-    options: dict[str, Any] = {"steps": 6, "warmup": 0, "learning_rate": 1e-2, "global_batch": 4, "compile": "off"} | train
-    config = Config(model=model, train=TrainConfig(**options))
+    options: dict[str, Any] = {"steps": 6, "warmup": 0, "learning_rate": 1e-2, "global_batch": 4, "compile": "off"}
+    config = Config(model=model, train=TrainConfig(**options | train))
     trainer = Trainer(config, Mesh(), single(), device)
     trainer.initialise()
     rows = random_rows(model, rows=4)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from megascale_moe.kernels import attention, reference
-from megascale_moe.kernels.attention import Spans, causal_attention, causal_attention_backward
+from megascale_moe.kernels.attention import Spans, causal_attention_backward, causal_attention_forward
 from tests.kernels.compare import FP32, assert_near, gradients, leaves
 
 # BF16: q, k, v are read alike by both sides; then scores, probabilities and their gradients are rounded to 8 bits
@@ -17,17 +18,22 @@ HEADS = [(4, 4), (4, 2), (3, 1)]
 LENGTHS = [1, 3, 64, 65, 150]  # BLOCK is 64: one block, exactly one, one row more, several
 
 
-def check(rows: int, length: int, heads: tuple[int, int], spans: Spans, window: int, dtype: torch.dtype) -> None:
+def check(
+    rows: int, length: int, heads: tuple[int, int], spans: Spans, window: int, dtype: torch.dtype, ours: bool = True
+) -> None:
+    """Forward and backward; `ours`: whether our own backward is the one that must run."""
     width, value_width = 8, 6
     q, k = torch.randn(rows, length, heads[0], width).to(dtype), torch.randn(rows, length, heads[1], width).to(dtype)
     v = torch.randn(rows, length, heads[1], value_width).to(dtype)
     tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
-    out = causal_attention(q, k, v, spans, 0.4, window)
+    out, graph = causal_attention_forward(q, k, v, spans, 0.4, window)
+    assert (graph is None) is ours
+    assert not out.requires_grad
     inputs = leaves(q, k, v)
     wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window)
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = causal_attention_backward(slope, q, k, v, None, spans, 0.4, window)
+    found = causal_attention_backward(slope, q, k, v, graph, spans, 0.4, window)
     # A single token sees only itself: its q and k gradients are zero, what is left is rounding of terms of size one.
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -60,14 +66,29 @@ def test_backward_does_not_depend_on_the_block(block: int, monkeypatch: pytest.M
     check(1, 23, (2, 2), ((0, 0, 11), (0, 11, 23)), 0, torch.float32)
 
 
-def test_documents_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("spans", [(), ((0, 0, 30), (0, 30, 70), (1, 0, 70), (2, 0, 1), (2, 1, 70))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_threads(dtype: torch.dtype, spans: Spans, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 torch's backward then runs; in BF16 ours, two rows at a time and one left over."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    check(3, 70, (4, 2), spans, window, dtype, ours=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_documents_do_not_see_each_other(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not within a tolerance: other documents change no bit of the output or of a gradient."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q, k, v, slope = (torch.randn(1, 20, 2, 4) for _ in range(4))
     spans = ((0, 0, 8), (0, 8, 20))
-    before = causal_attention(q, k, v, spans, 1.0, 0), *causal_attention_backward(slope, q, k, v, None, spans, 1.0, 0)
+
+    def run() -> tuple[Tensor, ...]:
+        out, graph = causal_attention_forward(q, k, v, spans, 1.0, 0)
+        return out, *causal_attention_backward(slope, q, k, v, graph, spans, 1.0, 0)
+
+    before = [value.clone() for value in run()]
     for tensor in (q, k, v, slope):
         tensor[:, :8] = torch.randn(1, 8, 2, 4)
-    after = causal_attention(q, k, v, spans, 1.0, 0), *causal_attention_backward(slope, q, k, v, None, spans, 1.0, 0)
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before, run(), strict=True):
         assert torch.equal(old[:, 8:], new[:, 8:])
         assert not torch.equal(old[:, :8], new[:, :8])

@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and the rotary split against their slow twins, forward and backward; blocked and fused against plain."""
+"""Norms, SwiGLU and the rotary split against their slow twins, both ways; blocked and fused against plain."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_rms_norm_backward_equals_autograd_of_the_twin(
     skip = torch.randn(shape).to(dtype) if with_skip else None
     dx, dweight = rms_norm_backward(slope, x, weight, rms_norm(x, weight, EPS)[1], skip)
     inputs = leaves(x, weight)
-    wanted_x, wanted_weight = gradients([reference.rms_norm(*inputs, EPS)[0]], [slope], inputs)
+    wanted_x, wanted_weight = gradients([reference.rms_norm(inputs[0], inputs[1], EPS)[0]], [slope], inputs)
     # Slopes and normed rows are of size one; in a row of one column their products cancel to nothing.
     assert_near(dx, (wanted_x if skip is None else wanted_x + skip.float()).to(dtype), NEAR[dtype], terms=1.0)
     assert_near(dweight, wanted_weight, FP32, terms=1.0)  # stays float32

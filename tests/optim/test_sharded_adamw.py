@@ -92,7 +92,9 @@ def accumulate(optimizer: ShardedAdamW, mesh: Mesh, step: int, micro: int = 2) -
                 sink.add(local(gradient(name, step), name, mesh, rank) * (share / micro))
 
 
-def run(mesh: Mesh, config: TrainConfig = CONFIG, dtype: torch.dtype = torch.float32) -> tuple[Weights, list[float], int]:
+def run(
+    mesh: Mesh, config: TrainConfig = CONFIG, dtype: torch.dtype = torch.float32
+) -> tuple[Weights, list[float], int]:
     """Weights after all steps, the norms, and bytes of the last step."""
     optimizer = make(mesh, config, dtype)
     norms = []

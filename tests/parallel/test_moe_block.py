@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from megascale_moe.comm.axis import connect
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig
+from megascale_moe.engine.executor import Program
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Block
-from megascale_moe.parallel import moe_block
 from megascale_moe.parallel.moe_block import MoEBlock
 from megascale_moe.testing import run_ranks
 from tests.parallel.layouts import relative
@@ -111,7 +111,7 @@ def test_other_shapes_use_the_same_block() -> None:
         found, wanted = run(block, x, slope), run(reference, x, slope)
         # A lone token attends to itself whatever q and k are: their gradient is zero but for rounding in both.
         for name in ("y", "auxiliary", "x", "ffn.experts.w13", "ffn.experts.w2", "attention.out.weight"):
-            assert relative(found[name], wanted.get(name, wanted.get(f"block.{name}"))) < TOLERANCE, name
+            assert relative(found[name], wanted[name if name in wanted else f"block.{name}"]) < TOLERANCE, name
 
 
 def test_gradients_add_up_over_backwards_and_frozen_parameters_get_none() -> None:
@@ -146,7 +146,7 @@ def test_activations_are_freed_during_backward(monkeypatch: pytest.MonkeyPatch) 
     block, (x, slope) = MoEBlock(SMALL), data(1)
     activations: dict[str, weakref.ref[Tensor]] = {}
     left: list[str] = []
-    original = moe_block.Program.run
+    original = Program.run
 
     def spy(self: Any, values: dict[str, Any], *args: Any) -> dict[str, Any]:
         if "d:y" in values:
@@ -156,7 +156,7 @@ def test_activations_are_freed_during_backward(monkeypatch: pytest.MonkeyPatch) 
         left.extend(name for name, reference in activations.items() if reference() is not None)
         return out
 
-    monkeypatch.setattr(moe_block.Program, "run", spy)
+    monkeypatch.setattr(Program, "run", spy)
     y, _ = block(x)
     (y * slope).sum().backward()
     assert len(activations) == 3

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megascale_moe.comm.axis import single
 from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
@@ -83,7 +84,8 @@ def test_list_on_one_rank_equals_transformers(name: str, shape: tuple[int, int])
 
 
 EVEN: dict[str, dict[str, Any]] = {  # experts that two ranks can share
-    "mixtral": {"num_local_experts": 6}, "qwen3_moe": {"num_experts": 6}, "olmoe": {"num_experts": 6}, "deepseek_v3": {},
+    "mixtral": {"num_local_experts": 6}, "qwen3_moe": {"num_experts": 6}, "olmoe": {"num_experts": 6},
+    "deepseek_v3": {},
 }  # fmt: skip
 
 
@@ -93,14 +95,15 @@ def test_list_on_two_ranks_equals_transformers(family: str, dispatch: str) -> No
     """Half of every sequence and half of the experts on each rank."""
     theirs = oracle(family, **EVEN[family])
     tokens, targets = batch(theirs.config, 3, 18)
-    results = run_ranks(2, run_half, theirs.parameters, model_of(theirs, 18).config, tokens, targets, dispatch)
+    config, rows = model_of(theirs, 18).config, rows_of(tokens, targets)
+    results = run_ranks(2, run_half, theirs.parameters, config, rows, dispatch)
     wanted = theirs.run(tokens, targets)
     ours = mean_result(results, targets.numel(), wanted.logits)  # logits are gathered nowhere: not compared here
     tensor, error = worst(errors(ours, wanted))
     assert error < TOLERANCE, f"{tensor}: {error:.2e}"
 
 
-def run_half(parameters: dict[str, Tensor], config: Any, tokens: Tensor, targets: Tensor, dispatch: str) -> layouts.Result:
+def run_half(parameters: dict[str, Tensor], config: ModelConfig, rows: Rows, dispatch: str) -> layouts.Result:
     model = Transformer(config)
     model.load_state_dict(parameters)
-    return run_model(model, rows_of(tokens, targets), Mesh(node=2, ep=2), dispatch)
+    return run_model(model, rows, Mesh(node=2, ep=2), dispatch)
