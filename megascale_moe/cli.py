@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.presets import PRESETS
 from megascale_moe.train import doctor
 from megascale_moe.train.checkpoint import SaveError
-from megascale_moe.train.job import join, local_rank_count, number, under_launcher
+from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
 
 OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
@@ -125,10 +126,12 @@ def _train(config: Config, nproc: int | None, as_json: bool) -> int:
     if under_launcher():
         return _rank(config, number("WORLD_SIZE", 1), as_json)
     world = nproc or local_rank_count(config)
+    check_device(config, world)
     check_before_start(config, mesh_of(config.parallel, config.model, world))
     if world == 1:
         return _rank(config, 1, as_json)
-    return fork_ranks(world, lambda _: _exit_unless_zero(_guarded(lambda: _rank(config, world, as_json))))
+    rank = partial(_guarded, lambda: _rank(config, world, as_json))
+    return fork_ranks(world, lambda _: _exit_unless_zero(rank()), timeout=TIMEOUT.total_seconds())
 
 
 def _exit_unless_zero(status: int) -> None:

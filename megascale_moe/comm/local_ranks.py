@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 PR_SET_PDEATHSIG = 1
-GRACE = 0.5
-"""Seconds until a rank tells of its failure: if it failed because a peer ended, it is itself ended within them, and what
-is shown is the cause alone."""
+GRACE = 1.0
+"""Seconds until a rank tells of its failure: one that failed because a peer ended is itself ended within them, so that
+the cause alone is shown."""
 
 
 def fork_ranks(
@@ -71,11 +71,11 @@ def _rank(
     cuda = usable and torch.cuda.device_count() >= world
     if cuda:
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=timeout),
-    )
     try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )
         function(rank)
         dist.barrier()  # nobody leaves while a peer still talks to it
     except Exception:

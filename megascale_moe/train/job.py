@@ -124,15 +124,19 @@ def join(config: Config, mesh: Mesh) -> Job:
     return Job(rank, world, local_rank, axes, device)
 
 
-def _device(config: Config, local_rank: int, local_world: int) -> torch.device:
-    """This rank's GPU if every rank of the machine can have one, else the CPU for all."""
-    wanted = config.train.device
+def check_device(config: Config, local_world: int) -> None:
+    """Refuse train.device = 'cuda' where not every rank of this machine can have a GPU."""
     count = torch.cuda.device_count()
     require(
-        wanted != "cuda" or count >= local_world,
+        config.train.device != "cuda" or count >= local_world,
         f"train.device = 'cuda': {local_world} ranks here, {count} GPUs visible; start fewer ranks or use 'cpu'",
     )
-    if wanted == "cpu" or count < local_world:
+
+
+def _device(config: Config, local_rank: int, local_world: int) -> torch.device:
+    """This rank's GPU if every rank of the machine can have one, else the CPU for all."""
+    check_device(config, local_world)
+    if config.train.device == "cpu" or torch.cuda.device_count() < local_world:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -66,11 +66,12 @@ def hold_in_save(name: str, step: int, word: Path) -> Callable[[], None]:
                 stand_still(word)
             return original(*arguments)
 
-        meant = {
+        conditions: dict[str, Callable[..., bool]] = {
             "_write": lambda partial, _, rank, __: partial.name == f"step-{step}.partial" and rank == 3,
             "publish": lambda _, target: target.name == f"step-{step}",
             "prune": lambda _, newest, __: newest == step,
-        }[name]
+        }
+        meant = conditions[name]
         original = getattr(writer, name)
         setattr(writer, name, held)
 
