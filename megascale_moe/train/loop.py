@@ -193,6 +193,7 @@ class Loop:
         checkpoint = Checkpoint(path)
         self.loader.load_state_dict(checkpoint.extra["loader"])
         self.trainer.load(checkpoint)
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(checkpoint.extra["random_state"]), dtype=torch.uint8))
         self.started = True
 
     def run(self) -> None:
