@@ -177,7 +177,7 @@ class Field:
 
     def drop(self, name: str, failure: SideFailed) -> None:
         print(f"!! {failure}", file=sys.stderr)
-        self.failures[name] = str(failure).splitlines()[0]
+        self.failures[name] = str(failure).splitlines()[-1]
         self.answers.pop(name, None)
         self.running.pop(name).close(patience=5)
 

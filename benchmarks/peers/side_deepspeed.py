@@ -1,6 +1,6 @@
 """Side `deepspeed-autoep`: DeepSpeed's engine with AutoEP over the Mixtral of transformers.
 
-    --zero N    ZeRO stage; by default 0 in FP32 (the fastest) and 1 in BF16 (0 keeps no FP32 master weights)
+    --zero N    ZeRO stage; by default 0 in FP32 (the fastest) and 1 in BF16 (with 0 the loss lags by 0.6 %)
 
 AutoEP replaces the experts of each layer by its own grouped ones, sharded over all ranks; the engine
 does the gradient reduction, the clipping and the fused AdamW step, in BF16 with FP32 master weights.

@@ -195,7 +195,7 @@ def shard(model: Qwen3Model, job: Job, options: argparse.Namespace) -> None:
             spmd_backend=BACKEND,
             fsdp_reshard_after_forward="never" if options.keep else "default",
         ),
-        compile_config=CompileConfig(enable=options.compile),
+        compile_config=CompileConfig(enable=options.compile and options.experts == "shipped"),
         ac_config=None,
         dump_folder=str(job.folder),
     )
@@ -217,7 +217,7 @@ def build(job: Job) -> Step:
     sharded = job.ranks > 1 or (job.bf16 and options.half == "shard")
     if sharded:
         shard(model, job, options)
-    elif options.compile:
+    if options.compile and (not sharded or options.experts == "full"):
         compile_blocks(model, options.experts == "full")
     updater = Master(model) if job.bf16 and not sharded else Plain(model)
 

@@ -7,7 +7,7 @@ Results = dict[str, Any]
 Row = dict[str, Any]
 # Relative difference of losses that counts as the same training: sums in another order in FP32,
 # rounding to BF16 (8 bits of mantissa, averaged over 4,096 tokens) otherwise.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-3}
 COLUMNS = [
     "side",
     "tokens/s",

@@ -1,4 +1,7 @@
-"""RMSNorm with explicit backward; the gradient of a skip connection is added in the same pass."""
+"""RMSNorm with explicit backward; the gradient of a skip connection is added in the same pass.
+
+The weight is cloned first: it is a view into a buffer of many, and torch.compile would compile again for each offset.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,19 @@ _run_backward = Rowwise(_backward, shared=1, sums=1)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [T, D] -> (x / rms * weight [T, D], 1 / rms float32 [T, 1])."""
-    return _run_forward(x, weight, eps)  # type: ignore[return-value]
+    return _run_forward(x, weight.clone(), eps)  # type: ignore[return-value]
 
 
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, skip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `rms_norm`: (of x, with `skip` added, [T, D]; of weight, float32 [D])."""
-    return _run_backward(gradient, x, scale, skip, weight)  # type: ignore[return-value]
+    return _run_backward(gradient, x, scale, skip, weight.clone())  # type: ignore[return-value]
 
 
 def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """a + b and its RMSNorm: (sum [T, D], normed [T, D], 1 / rms float32 [T, 1])."""
-    return _run_add(a, b, weight, eps)  # type: ignore[return-value]
+    return _run_add(a, b, weight.clone(), eps)  # type: ignore[return-value]
 
 
 def _add(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
