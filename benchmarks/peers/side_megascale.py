@@ -1,6 +1,7 @@
 """Side `megascale`: our own library, its trainer as `megascale train` runs it.
 
-On two ranks the experts are split (EP 2) and everything else is data parallel, as on the other sides.
+On two ranks the experts are split (EP 2) and everything else is data parallel, as on the other sides; with
+`--layout=dp` the experts are data parallel too.
 """
 
 import torch
@@ -36,7 +37,7 @@ def train_config(case: Case, job: Job) -> TrainConfig:
 
 def build(job: Job) -> Step:
     config = Config(model=model_config(CASE), train=train_config(CASE, job), parallel=ParallelConfig())
-    mesh = Mesh(dp=job.ranks, ep=job.ranks)
+    mesh = Mesh(dp=job.ranks, ep=1 if "--layout=dp" in job.options else job.ranks)
     trainer = Trainer(config, mesh, connect(mesh) if job.ranks > 1 else single(), torch.device("cpu"))
     trainer.set_weights(parameters_from_huggingface(read_weights(job.folder), config.model))
 

@@ -40,6 +40,7 @@ PAIR: dict[str, object] = {"ranks": (2,)}
 
 SIDES = {
     OURS: Side(script="side_megascale.py", environment=""),
+    "megascale-dp": Side(script="side_megascale.py", environment="", options=("--layout=dp",), **PAIR),  # type: ignore[arg-type]
     "plain": Side(script="side_plain.py", environment=""),
     "plain-autocast": Side(script="side_plain.py", environment="", options=("--autocast",), **HALF, optional=True),  # type: ignore[arg-type]
     "transformers-grouped_mm": transformers("--experts=grouped_mm"),
