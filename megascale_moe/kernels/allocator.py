@@ -2,7 +2,7 @@
 
 glibc gives every large block back to the system when it is freed and takes a new one at the next allocation; the
 system then clears it page by page on first touch. A training step allocates the same tensors again and again, and
-those page faults cost as much as the elementwise work on them: a step of a small model is 5-10 % faster without
+those page faults cost more than the elementwise work on them: 16 ms against 2.5 for one pass over 32 MB
 (benchmarks/kernels). GPUs have torch's caching allocator for the same reason.
 """
 
