@@ -197,10 +197,12 @@ class ParallelConfig:
     attention: Literal["sp", "tp"] = "sp"
     ffn: Literal["ep", "tp", "ep+tp"] = "ep"
     ep: int = 0  # 0: node
-    etp: int = 1
+    etp: int = 1  # ranks that share every expert's width; with ffn = "tp" all of a node
+    vocabulary: Literal["replicated", "sharded"] = "replicated"  # embedding, head and loss over the ranks of a node
     dispatch: Literal["auto", "all_to_all", "all_gather"] = "auto"
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
-    virtual_stages: int = 1
+    virtual_stages: int = 1  # stages per pipeline rank (interleaved)
+    stage_layers: tuple[int, ...] = ()  # layers of each stage in order; empty: as even as possible
 
     def check(self) -> None:
         """Raise `ConfigError` for sizes that no mesh has."""
@@ -208,6 +210,16 @@ class ParallelConfig:
             require(getattr(self, name) >= 0, f"parallel.{name} = {getattr(self, name)}: must not be negative")
         for name in ("pp", "etp", "virtual_stages"):
             require(getattr(self, name) > 0, f"parallel.{name} = {getattr(self, name)}: must be at least 1")
+        several = self.schedule == "interleaved"
+        require(
+            several or self.virtual_stages == 1,
+            f"parallel.virtual_stages = {self.virtual_stages} with parallel.schedule = {self.schedule!r}: "
+            "use 1, or schedule = 'interleaved'",
+        )
+        require(
+            not several or self.pp == 1 or self.virtual_stages > 1,
+            "parallel.schedule = 'interleaved' needs parallel.virtual_stages of at least 2; with 1 use '1f1b'",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +249,7 @@ class TrainConfig:
 
     steps: int = 200
     global_batch: int = 16
-    micro_batch: int = 0  # sequences per data-parallel rank and pass; 0: all of them at once
+    micro_batch: int = 0  # sequences per data-parallel rank and pass; 0: all of them at once, through a pipeline one
     dtype: Literal["fp32", "bf16"] = "fp32"
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0
@@ -406,6 +418,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if kind is str and type(value) is int:
         return str(value)
+    if kind == tuple[int, ...]:
+        fits = isinstance(value, list | tuple) and all(type(item) is int for item in value)
+        require(fits, f"{where} = {value!r}: must be a list of integers, such as [4, 4, 3]")
+        return tuple(value)
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     fits = not isinstance(kind, types.UnionType) and type(value) is kind
     require(fits, f"{where} = {value!r}: must be of type {name}")
@@ -428,4 +444,4 @@ def _toml_value(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value).replace("\x7f", "\\u007f")  # a JSON string is a TOML basic string
-    return repr(value)
+    return repr(list(value) if isinstance(value, tuple) else value)

@@ -9,15 +9,22 @@ import torch.distributed as dist
 
 from megascale_moe.comm.mesh import AXES, Mesh
 
+LINKS = 4
+
 
 @dataclass(frozen=True)
 class Axis:
-    """Peers of this rank. An axis of size 1 needs no group, and no operator is built for it."""
+    """Peers of this rank. An axis of size 1 needs no group, and no operator is built for it.
+
+    Attributes:
+        links: groups for messages from one stage of a pipeline to the next, see `link`.
+    """
 
     name: str
     size: int = 1
     index: int = 0
     group: dist.ProcessGroup | None = None
+    links: tuple[dist.ProcessGroup | None, ...] = ()
 
     @property
     def native(self) -> bool:
@@ -26,6 +33,17 @@ class Axis:
         A group made for both kinds of tensors answers "cpu:gloo,cuda:nccl"; its CPU tensors still go through gloo.
         """
         return self.group is not None and "nccl" in dist.get_backend(self.group)
+
+    def link(self, sender: int, backward: bool) -> dist.ProcessGroup | None:
+        """The group for messages along a pipeline, forward or backward.
+
+        NCCL runs the messages between two ranks of one group one after the other, so that two that wait for each
+        other's first message never come to the second. Each direction, from even and from odd senders, has a group of
+        its own there; gloo matches messages by tag and needs one.
+        """
+        if not self.links:
+            return self.group
+        return self.links[2 * backward + sender % 2]
 
 
 Axes = dict[str, Axis]
@@ -36,18 +54,35 @@ def single(names: Iterable[str] = AXES) -> Axes:
     return {name: Axis(name) for name in names}
 
 
-def connect(mesh: Mesh) -> Axes:
+def connect(mesh: Mesh, *, own_groups: bool = False) -> Axes:
     """Create the process groups of every axis; all ranks call this together, after init_process_group.
 
     Axes with the same groups share one process group: each costs connections and threads.
+
+    Args:
+        own_groups: make only this rank's groups, where nobody else is there (the fake backend of a dry run).
     """
     rank = dist.get_rank()
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     axes: Axes = {}
     for name in AXES:
-        for ranks in mesh.groups(name):
+        mine = mesh.ranks(name, rank)
+        for ranks in [mine] if own_groups else mesh.groups(name):
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks))
-        mine = mesh.ranks(name, rank)
-        axes[name] = Axis(name, len(mine), mine.index(rank), made.get(mine))
+        axes[name] = Axis(name, len(mine), mine.index(rank), made.get(mine), _links(name, mesh, mine))
     return axes
+
+
+def _links(name: str, mesh: Mesh, mine: tuple[int, ...]) -> tuple[dist.ProcessGroup | None, ...]:
+    """Groups for the messages of a pipeline, where one does not do."""
+    if name != "pp" or len(mine) == 1 or "nccl" not in dist.get_backend():
+        return ()
+    made = {ranks: tuple(dist.new_group(list(ranks)) for _ in range(LINKS)) for ranks in mesh.groups(name)}
+    return made[mine]
+
+
+def axes_of(mesh: Mesh, rank: int) -> Axes:
+    """The sizes and places of a rank's axes without any process group: for building lists that are not run."""
+    places = {name: mesh.ranks(name, rank) for name in AXES}
+    return {name: Axis(name, len(ranks), ranks.index(rank)) for name, ranks in places.items()}

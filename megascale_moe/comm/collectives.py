@@ -112,6 +112,32 @@ def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
     return exchange(x.chunk(axis.size), parts, axis, tag).then(sum_in_order)
 
 
+def all_gather_rows(x: Tensor, rows: Sequence[int], axis: Axis, tag: int) -> Pending:
+    """x [rows[index], ...] of every rank, finishes with [sum(rows), ...] in rank order."""
+    x = x.contiguous()
+    out = x.new_empty(sum(rows), *x.shape[1:])
+    return exchange([x] * axis.size, out.split(list(rows)), axis, tag).then(lambda _: out)
+
+
+def reduce_scatter_rows(x: Tensor, rows: Sequence[int], axis: Axis, tag: int) -> Pending:
+    """Sum of x [sum(rows), ...] over the ranks, finishes with this rank's [rows[index], ...]; summed in rank order."""
+    parts = x.new_empty(axis.size, rows[axis.index], *x.shape[1:]).unbind()
+    return exchange(x.contiguous().split(list(rows)), parts, axis, tag).then(sum_in_order)
+
+
+def send(x: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) -> Pending:
+    """x to the rank at index `peer` of a pipeline; finishes with nothing."""
+    x = x.contiguous()
+    work = dist.isend(x, group=axis.link(axis.index, backward), group_dst=peer, tag=tag)
+    return Pending([work], lambda: None, x.nbytes, keep=x)
+
+
+def receive(out: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) -> Pending:
+    """What `peer` sends, into `out`; finishes with `out`."""
+    work = dist.irecv(out, group=axis.link(peer, backward), group_src=peer, tag=tag)
+    return Pending([work], lambda: out, 0)
+
+
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     """Sum of equal tensors, accumulated in float32 where they are narrower."""
     if parts[0].dtype.itemsize >= 4:

@@ -3,10 +3,14 @@
 Ranks form a mesh pp x dp x node, the last fastest: the ranks of a node are consecutive and share a fast link.
 Attention and FFN each fold the same ranks their own way, so an axis is a rule from a rank to its peers:
 
-    node          sequence-parallel attention (and later tensor parallelism)
-    ep            expert parallelism: consecutive ranks of a stage, one node or several
-    expert_data   ranks of a stage that hold the same experts
-    data          all ranks of a stage: they hold the same non-expert parameters
+    node          sequence- or tensor-parallel attention, vocabulary-parallel embedding and head
+    ffn           ranks that share one set of all experts: ep x etp consecutive ranks, one node or several
+    etp           expert tensor parallelism: consecutive ranks of `ffn`, each with a slice of every expert's width
+    ep            expert parallelism: the same place in each etp group of `ffn`
+    expert_data   ranks of a stage that hold the same part of the same experts
+    tensor_data   the same place in every node of a stage: they hold the same tensor-parallel parts
+    data          all ranks of a stage: they hold the same replicated parameters
+    tied          as tensor_data, over the first and the last stage: they share a tied embedding
     pp            the same place in every stage
 """
 
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 
 from megascale_moe.config import ModelConfig, ParallelConfig, require
 
-AXES = ("node", "ep", "expert_data", "data", "pp", "world")
+AXES = ("node", "ffn", "etp", "ep", "expert_data", "tensor_data", "data", "tied", "pp", "world")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Mesh:
     dp: int = 1
     node: int = 1
     ep: int = 1
+    etp: int = 1
 
     @property
     def world(self) -> int:
@@ -38,6 +43,11 @@ class Mesh:
         """Ranks of one pipeline stage."""
         return self.dp * self.node
 
+    @property
+    def ffn(self) -> int:
+        """Ranks that share one set of all experts."""
+        return self.ep * self.etp
+
     def ranks(self, axis: str, rank: int) -> tuple[int, ...]:
         """Ranks that share `axis` with `rank`, ascending.
 
@@ -46,15 +56,37 @@ class Mesh:
         """
         first = rank // self.stage * self.stage  # of the rank's stage
         place = rank - first
+        if axis in ("pp", "tied", "world"):
+            return self._across_stages(axis, first, place)
+        ffn = place // self.ffn * self.ffn
         members = {
             "node": range(place // self.node * self.node, (place // self.node + 1) * self.node),
-            "ep": range(place // self.ep * self.ep, (place // self.ep + 1) * self.ep),
-            "expert_data": range(place % self.ep, self.stage, self.ep),
+            "ffn": range(ffn, ffn + self.ffn),
+            "etp": range(place // self.etp * self.etp, (place // self.etp + 1) * self.etp),
+            "ep": range(ffn + place % self.etp, ffn + self.ffn, self.etp),
+            "expert_data": range(place % self.ffn, self.stage, self.ffn),
+            "tensor_data": range(place % self.node, self.stage, self.node),
             "data": range(self.stage),
-            "pp": range(place - first, self.world - first, self.stage),
-            "world": range(-first, self.world - first),
         }[axis]
         return tuple(first + member for member in members)
+
+    def _across_stages(self, axis: str, first: int, place: int) -> tuple[int, ...]:
+        if axis == "world":
+            return tuple(range(self.world))
+        if axis == "pp":
+            return tuple(range(place, self.world, self.stage))
+        last = self.world - self.stage
+        if first not in (0, last):
+            return (first + place,)
+        return tuple(
+            start + member
+            for start in sorted({0, last})
+            for member in range(place % self.node, self.stage, self.node)
+        )
+
+    def stage_of(self, rank: int) -> int:
+        """The pipeline rank of a rank."""
+        return rank // self.stage
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """All groups of an axis; together they hold every rank once."""
@@ -67,40 +99,88 @@ def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
     Raises:
         ConfigError: sizes that do not multiply up to `world` ranks or do not divide the model.
     """
-    node = parallel.node or parallel.ep or (max(world // parallel.dp, 1) if parallel.dp else world)
+    p, pp = parallel, parallel.pp
+    require(world % pp == 0, f"parallel.pp = {pp} does not divide the {world} ranks; use one of {_divisors(world)}")
+    stage = world // pp
+    asked = p.ep * p.etp
+    node = p.node or asked or (max(stage // p.dp, 1) if p.dp else stage)
     require(
-        world % node == 0,
-        f"parallel.{'node' if parallel.node else 'ep'} = {node} does not divide the {world} ranks; "
-        f"use one of {_divisors(world)}",
+        stage % node == 0,
+        f"parallel.{'node' if p.node else 'ep'} = {node} does not divide the {_stage(stage, pp)}; "
+        f"use one of {_divisors(stage)}",
     )
-    dp = parallel.dp or world // node
+    dp = p.dp or stage // node
     require(
-        dp * node == world, f"parallel.dp x parallel.node = {dp} x {node} is not the {world} ranks that were started"
+        dp * node == stage,
+        f"parallel.dp x parallel.node = {dp} x {node} is not the {_stage(stage, pp, ' that were started')}; "
+        f"use dp = {stage // node}",
     )
-    ep = parallel.ep or node
-    require(
-        ep >= 1 and ep % node == 0 and world % ep == 0,
-        f"parallel.ep = {ep}: must be a multiple of parallel.node = {node} that divides the {world} ranks",
-    )
-    mesh = Mesh(pp=1, dp=dp, node=node, ep=ep)
-    _check_model(mesh, model)
+    mesh = Mesh(pp, dp, node, *_ffn_sizes(p, node, stage))
+    _check_attention(mesh, parallel, model)
+    _check_ffn(mesh, parallel, model)
     return mesh
 
 
-def _check_model(mesh: Mesh, model: ModelConfig) -> None:
+def _stage(ranks: int, pp: int, which: str = "") -> str:
+    return f"{ranks} ranks{which}" if pp == 1 else f"{ranks} ranks of a pipeline stage"
+
+
+def _ffn_sizes(p: ParallelConfig, node: int, stage: int) -> tuple[int, int]:
+    """(ep, etp) of a layout of the experts, worked out where left open."""
+    if p.ffn == "tp":
+        require(
+            p.dispatch != "all_to_all", "parallel.dispatch = 'all_to_all' with parallel.ffn = 'tp': use 'all_gather'"
+        )
+        require(p.ep in (0, 1), f"parallel.ep = {p.ep} with parallel.ffn = 'tp': use 1, or ffn = 'ep+tp' for both")
+        require(
+            p.etp in (1, node),
+            f"parallel.etp = {p.etp} with parallel.ffn = 'tp': every rank of a node takes part, use {node}",
+        )
+        return 1, node
+    require(p.ffn == "ep+tp" or p.etp == 1, f"parallel.etp = {p.etp} needs parallel.ffn = 'ep+tp'; with 'ep' use 1")
+    ep = p.ep or max(node // p.etp, 1)
+    size, name = (ep, "ep") if p.ffn == "ep" else (ep * p.etp, "ep x parallel.etp")
+    fitting = [str(width) for width in range(node, stage + 1, node) if stage % width == 0]
     require(
-        model.sequence_length % mesh.node == 0,
-        f"model.sequence_length = {model.sequence_length} is not divisible by parallel.node = {mesh.node}",
+        size > 0 and size % node == 0 and stage % size == 0,
+        f"parallel.{name} = {size}: must be a multiple of parallel.node = {node} that divides the {stage} ranks"
+        f"{'' if stage == node else ' of a stage'}; use one of {', '.join(fitting)}",
     )
+    return ep, p.etp
+
+
+def _check_attention(mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
+    node = mesh.node
     require(
-        model.heads % mesh.node == 0,
-        f"model.heads = {model.heads} is not divisible by parallel.node = {mesh.node}; "
-        f"use one of {_divisors(model.heads)}",
+        model.sequence_length % node == 0,
+        f"model.sequence_length = {model.sequence_length} is not divisible by parallel.node = {node}",
     )
+    _divides("model.heads", model.heads, "parallel.node", node)
+    if parallel.vocabulary == "sharded":
+        _divides("model.vocab", model.vocab, "parallel.node", node, " (or parallel.vocabulary = 'replicated')")
+    if parallel.attention == "tp":
+        require(
+            node == 1 or model.qk_norm != "full" or model.attention == "mla",
+            "parallel.attention = 'tp' cuts between heads, model.qk_norm = 'full' spans them; use attention = 'sp'",
+        )
+        if model.attention == "gqa":
+            _divides("model.kv_heads", model.kv_heads, "parallel.node", node, " (or parallel.attention = 'sp')")
+
+
+def _check_ffn(mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
+    _divides("model.experts", model.experts, "parallel.ep", mesh.ep)
+    if mesh.etp > 1:
+        name = "parallel.node" if parallel.ffn == "tp" else "parallel.etp"
+        _divides("model.ffn_hidden", model.ffn_hidden, name, mesh.etp)
+        if parallel.ffn == "tp":
+            _divides("the width of the shared experts", model.shared_hidden, name, mesh.etp)
+            _divides("model.dense_ffn_hidden", model.dense_ffn_hidden if model.dense_layers else 0, name, mesh.etp)
+
+
+def _divides(what: str, size: int, axis: str, parts: int, otherwise: str = "") -> None:
     require(
-        model.experts % mesh.ep == 0,
-        f"model.experts = {model.experts} is not divisible by parallel.ep = {mesh.ep}; "
-        f"use one of {_divisors(model.experts)}",
+        size % parts == 0,
+        f"{what} = {size} is not divisible by {axis} = {parts}; use one of {_divisors(size)}{otherwise}",
     )
 
 

@@ -33,7 +33,7 @@ def linear_cross_entropy(
     """
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(x)
-    block = BLOCK_TOKENS[x.device.type]
+    block = BLOCK_TOKENS.get(x.device.type, len(x))
     for start in range(0, x.shape[0], block):
         part, target = x[start : start + block], targets[start : start + block]
         slope, losses = _loss_and_slope(part @ weight.t(), target, scale)
@@ -59,7 +59,64 @@ _loss_and_slope = Rowwise(_slope_formula, shared=1)
 def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed loss alone, for evaluation."""
     total = torch.zeros((), dtype=torch.float32, device=x.device)
-    block = BLOCK_TOKENS[x.device.type]
+    block = BLOCK_TOKENS.get(x.device.type, len(x))
     for part, target in zip(x.split(block), targets.split(block), strict=True):
         total += F.cross_entropy((part @ weight.t()).float(), target, ignore_index=-100, reduction="sum")
     return total
+
+
+# --- a vocabulary cut over several ranks -----------------------------------------------------------------------------
+
+
+def partial_statistics(logits: Tensor, targets: Tensor, first: int) -> Tensor:
+    """What a part of the vocabulary, from token `first` on, says of each row's softmax.
+
+    logits [T, V / n], targets int64 [T] -> float32 [T, 3]: largest logit, sum of exp(logit - largest), the target's
+    logit (0 where it lies in another part).
+    """
+    parts = [_statistics_formula(part, target, first) for part, target in _blocks(logits, targets)]
+    return torch.cat(parts)
+
+
+def _statistics_formula(logits: Tensor, targets: Tensor, first: int) -> Tensor:
+    values = logits.float()
+    largest = values.amax(-1)
+    total = (values - largest[:, None]).exp_().sum(-1)
+    chosen, mine = _local(targets, first, logits.shape[1])
+    return torch.stack((largest, total, values.gather(1, chosen).squeeze(1) * mine), dim=-1)
+
+
+def _local(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Targets as columns of this part, [T, 1], and whether they lie in it, [T]."""
+    local = targets - first
+    mine = (local >= 0) & (local < size) & (targets >= 0)
+    return local.clamp(0, size - 1)[:, None], mine
+
+
+def _blocks(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    block = BLOCK_TOKENS.get(logits.device.type, len(logits))
+    return list(zip(logits.split(block), targets.split(block), strict=True))
+
+
+def combine_statistics(parts: Tensor) -> Tensor:
+    """float32 [n, T, 3] of all parts -> [T, 2]: log of the sum of all exponentials, the target's logit."""
+    largest = parts[..., 0].amax(0)
+    total = (parts[..., 1] * (parts[..., 0] - largest).exp()).sum(0)
+    return torch.stack((largest + total.log(), parts[..., 2].sum(0)), dim=-1)
+
+
+def sharded_slope(logits: Tensor, log_sum: Tensor, targets: Tensor, first: int, scale: float) -> Tensor:
+    """Gradient of a part's logits [T, V / n], times `scale`; overwrites nothing.
+
+    Args:
+        log_sum: of the exponentials of the whole vocabulary, float32 [T].
+    """
+    out = torch.empty_like(logits)
+    block = BLOCK_TOKENS.get(logits.device.type, len(logits))
+    for start in range(0, len(logits), block):
+        part = slice(start, start + block)
+        p = (logits[part].float() - log_sum[part, None]).exp_()
+        chosen, mine = _local(targets[part], first, logits.shape[1])
+        p.scatter_add_(1, chosen, -mine.float()[:, None])
+        out[part] = p.mul_(((targets[part] >= 0) * scale)[:, None])
+    return out

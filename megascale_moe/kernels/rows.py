@@ -31,17 +31,35 @@ class RowMap:
     by_token: Tensor
     token_start: Tensor
 
+    def rows_of(self, kind: Tensor, kinds: int) -> list[int]:
+        """How many rows are of each kind, int64 [R] of 0 .. kinds - 1; evenly many in a dry run."""
+        if kind.is_meta:
+            return [len(self.source) // kinds] * kinds
+        return count(kind, kinds).tolist()  # type: ignore[no-any-return]
 
-def row_map(choice: Tensor, first: int, count: int, kept: Tensor | None = None) -> RowMap:
-    """Rows for the experts `first` .. `first + count - 1`.
+
+def count(values: Tensor, kinds: int) -> Tensor:
+    """How often each of 0 .. kinds - 1 occurs in int64 `values`: int64 [kinds].
+
+    Not bincount: on a GPU that waits for the device to learn the size it was told, and it has no form without storage.
+    """
+    zeros = torch.zeros(kinds, dtype=torch.int64, device=values.device)
+    return zeros.scatter_add_(0, values, torch.ones_like(values))
+
+
+def row_map(choice: Tensor, first: int, experts: int, kept: Tensor | None = None, of: int = 0) -> RowMap:
+    """Rows for the experts `first` .. `first + experts - 1`.
 
     Args:
-        choice: int64 [T, k], the experts of each token.
+        choice: int64 [T, k], the experts of each token. Without storage (a dry run): routing counts as balanced.
         kept: bool [T, k], assignments that were not dropped; None: all.
+        of: experts of the model, where routing counts as balanced; 0: `experts`.
     """
+    if choice.is_meta:
+        return _balanced_row_map(choice, experts, of or experts)
     T, k = choice.shape
     expert = (choice - first).flatten()
-    mine = (expert >= 0) & (expert < count)
+    mine = (expert >= 0) & (expert < experts)
     if kept is not None:
         mine &= kept.flatten()
     slots = mine.nonzero().squeeze(1)
@@ -49,8 +67,8 @@ def row_map(choice: Tensor, first: int, count: int, kept: Tensor | None = None) 
     order = expert.argsort(stable=True)
     slot = slots[order]
     source = slot // k
-    counts = torch.bincount(expert, minlength=count)
-    per_token = torch.bincount(source, minlength=T)
+    counts = count(expert, experts)
+    per_token = count(source, T)
     return RowMap(
         source=source,
         slot=slot,
@@ -59,6 +77,15 @@ def row_map(choice: Tensor, first: int, count: int, kept: Tensor | None = None) 
         by_token=source.argsort(stable=True),
         token_start=per_token.cumsum(0) - per_token,
     )
+
+
+def _balanced_row_map(choice: Tensor, experts: int, of: int) -> RowMap:
+    """As many rows for each expert as it gets when routing is balanced, rounded down; indices without storage."""
+    T, k = choice.shape
+    per_expert = T * k // of
+    index = choice.new_empty(per_expert * experts)
+    offsets = choice.new_empty(experts, dtype=torch.int32)
+    return RowMap(index, index, [per_expert] * experts, offsets, index, choice.new_empty(T))
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

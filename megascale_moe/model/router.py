@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale_moe.config import ModelConfig
+from megascale_moe.kernels.rows import count
 
 
 class Router(nn.Module):
@@ -85,7 +86,7 @@ def balance_weights(choice: Tensor, documents: Tensor, lengths: Tensor, c: Model
     With c.balance_granularity "device" an expert counts as its device group's mean (DeepSeek-V2, section 2.2.3).
     """
     flat = documents[:, None] * c.experts + choice
-    counts = torch.bincount(flat.flatten(), minlength=len(lengths) * c.experts).view(len(lengths), c.experts)
+    counts = count(flat.flatten(), len(lengths) * c.experts).view(len(lengths), c.experts)
     crowded = counts * (c.experts / c.top_k) / lengths[:, None].to(counts.device)
     if c.balance_granularity == "device":
         grouped = crowded.view(len(lengths), c.device_groups, -1)
@@ -110,7 +111,7 @@ def within_capacity(choice: Tensor, gate: Tensor, rows: int, c: ModelConfig) -> 
     bucket = (row[:, None] * c.device_groups + choice // (c.experts // c.device_groups)).flatten()
     by_gate = gate.detach().flatten().argsort(descending=True, stable=True)
     order = by_gate[bucket[by_gate].argsort(stable=True)]
-    sizes = torch.bincount(bucket, minlength=rows * c.device_groups)
+    sizes = count(bucket, rows * c.device_groups)
     place = torch.empty_like(order)
     place[order] = torch.arange(T * k, device=order.device)
     start = sizes.cumsum(0) - sizes

@@ -1,12 +1,14 @@
 """Weights and gradients in flat buffers, one per set of ranks that hold the same weights.
 
 A weight is a view into its buffer and so is its gradient, so synchronisation sends whole buffers without packing,
-and the shard of a rank is one slice whatever weights it cuts through (paper, section 4.3: ZeRO). Non-expert weights
-are shared by all ranks of a stage, experts only by those that hold the same ones; each has its own axis.
+and the shard of a rank is one slice whatever weights it cuts through (paper, section 4.3: ZeRO). Which ranks those are
+is said by the placements: n ranks of a node times d nodes, either of which may be one. The buffer views as [n, d, S],
+so that a reduce-scatter inside the node and another between nodes leave row [intra, inter], the shard, where it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,50 +17,80 @@ from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.parallel.placement import Box, Placement
 
 ALIGNMENT = 16  # elements: views start on a cache line
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One weight's place in a flat buffer, in elements."""
+    """The place of one weight (of the part that this rank holds) in a flat buffer, in elements."""
 
     name: str
-    shape: torch.Size
+    placement: Placement
     start: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part that this rank holds."""
+        return self.placement.shape
 
     @property
     def stop(self) -> int:
         """One past its last element."""
-        return self.start + self.shape.numel()
+        return self.start + math.prod(self.shape)
+
+    @property
+    def ranges(self) -> list[tuple[Box, int, int]]:
+        """Each box of the whole weight with the range of the slot that it fills, counted from `start`."""
+        return self.placement.ranges
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Elements of a weight that are in this rank's shard.
+
+    Attributes:
+        box: of the whole weight. first, last: range of the box flattened row by row.
+        place: where the range is in the master shard, and in every tensor shaped like it.
+    """
+
+    box: Box
+    first: int
+    last: int
+    place: slice
 
 
 class FlatWeights:
-    """Weights that share replicas and hyper-parameters, in one buffer split evenly over the axis.
+    """Weights that share replicas and hyper-parameters, in one buffer split evenly over the ranks that hold them.
 
     Attributes:
-        weights: compute dtype [padded]. gradients: float32 [padded].
-        master: float32 [padded / axis.size], this rank's shard of the exact weights; where the compute dtype is
-            float32 it is the shard of `weights` itself, without a copy.
+        intra, inter: axes of size n and d whose product holds copies of the weights.
+        weights: compute dtype [n * d * S]. gradients: float32 [n * d * S].
+        shard: this rank's S elements of either, row [intra.index, inter.index] of [n, d, S].
+        master: float32 [S], the exact weights of the shard. shares_memory: it is the shard of `weights` itself,
+            without a copy; so where the compute dtype is float32.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], axis: Axis, decay: bool, dtype: torch.dtype,
-                 device: torch.device) -> None:
-        self.axis = axis
-        self.decay = decay
+    def __init__(
+        self, placements: Mapping[str, Placement], intra: Axis, inter: Axis, *, decay: bool, dtype: torch.dtype,
+        device: torch.device, name: str = "weights",
+    ) -> None:  # fmt: skip
+        self.name, self.intra, self.inter, self.decay = name, intra, inter, decay
         self.slots: list[Slot] = []
         end = 0
-        for name, shape in shapes.items():
-            self.slots.append(Slot(name, shape, end))
-            end = -(-(end + shape.numel()) // ALIGNMENT) * ALIGNMENT
-        unit = ALIGNMENT * axis.size
-        padded = -(-end // unit) * unit
+        for weight, placement in placements.items():
+            self.slots.append(Slot(weight, placement, end))
+            end = _round_up(self.slots[-1].stop, ALIGNMENT)
+        ranks = intra.size * inter.size
+        padded = _round_up(end, ALIGNMENT * ranks)
         self.weights = torch.zeros(padded, dtype=dtype, device=device)
         self.gradients = torch.zeros(padded, dtype=torch.float32, device=device)
-        size = padded // axis.size
-        self.shard = slice(axis.index * size, (axis.index + 1) * size)
+        size, row = padded // ranks, intra.index * inter.size + inter.index
+        self.shard = slice(row * size, (row + 1) * size)
+        self.shares_memory = dtype == torch.float32
         mine = self.weights[self.shard]
-        self.master = mine if dtype == torch.float32 else mine.float()
+        self.master = mine if self.shares_memory else mine.float()
 
     def views(self) -> Iterator[tuple[str, Tensor, Gradient]]:
         """(name, weight, gradient) of every weight."""
@@ -68,20 +100,27 @@ class FlatWeights:
             yield slot.name, self.weights[part].view(slot.shape), gradient
 
     def set(self, slot: Slot, value: Tensor) -> None:
-        """Fill one weight, and this rank's part of its master, from a float32 tensor of its shape."""
-        self.weights[slot.start : slot.stop] = value.flatten().to(self.weights.dtype)
-        inside = self.overlap(slot)
-        if inside is not None:
-            first, last = inside
-            self.master_part(slot, first, last).copy_(value.flatten()[first:last])
+        """Fill one weight, and this rank's part of its master, from a float32 tensor of the local shape."""
+        flat = value.flatten()
+        self.weights[slot.start : slot.stop] = flat.to(self.weights.dtype)
+        first, last = self._clip(slot.start, slot.stop)
+        if first < last:
+            self.master[self._in_shard(first, last)] = flat[first - slot.start : last - slot.start]
 
-    def overlap(self, slot: Slot) -> tuple[int, int] | None:
-        """The range of a weight's flattened elements that this rank's shard holds, or None."""
-        first = max(slot.start, self.shard.start) - slot.start
-        last = min(slot.stop, self.shard.stop) - slot.start
-        return (first, last) if first < last else None
+    def owned(self, slot: Slot) -> Iterator[Owned]:
+        """What this rank's shard holds of a weight, box by box; over all ranks every element of a box once."""
+        for box, start, stop in slot.ranges:
+            origin = slot.start + start
+            first, last = self._clip(origin, slot.start + stop)
+            if first < last:
+                yield Owned(box, first - origin, last - origin, self._in_shard(first, last))
 
-    def master_part(self, slot: Slot, first: int, last: int, of: Tensor | None = None) -> Tensor:
-        """Elements first .. last of a weight in the master shard (or in `of`, any tensor shaped like it)."""
-        offset = slot.start - self.shard.start
-        return (self.master if of is None else of)[offset + first : offset + last]
+    def _clip(self, start: int, stop: int) -> tuple[int, int]:
+        return max(start, self.shard.start), min(stop, self.shard.stop)
+
+    def _in_shard(self, start: int, stop: int) -> slice:
+        return slice(start - self.shard.start, stop - self.shard.start)
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,45 +1,92 @@
-"""AdamW whose state is split over the ranks that hold the same weights.
+"""AdamW whose state is split over the ranks that hold the same weights, as one list of operators.
 
-A step is: gradients reduce-scattered in float32 over each weight's own axis, one global norm over all shards (they are
-disjoint, so each element counts once whatever the layout), AdamW on the shards by torch's fused kernel, weights
-all-gathered in the compute dtype.
+A step is: gradients summed in float32 over each weight's own replicas, so that every rank has a shard of each group
+(`sync`: inside of the node, then between nodes); one global norm over all shards (they are disjoint, so each element
+counts once whatever the layout); clipping and AdamW on the shards by torch's fused kernel; weights gathered in the
+compute dtype. In the list all reductions start before anything waits, and a group is gathered while the next one is
+updated. It is built once, runs like any other list, and shows in the trace; on meta tensors it is a dry run.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw  # the function: making torch's optimizer class imports the compiler, for seconds
 
 from megascale_moe.comm.axis import Axes, Axis
-from megascale_moe.comm.collectives import Pending, all_gather_in_place, all_reduce_sum, reduce_scatter, tag_of
+from megascale_moe.comm.collectives import Pending
 from megascale_moe.config import TrainConfig
+from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.op import Cost, Op, Phase, Stream
+from megascale_moe.engine.trace import Trace
 from megascale_moe.optim.flat import FlatWeights
+from megascale_moe.optim.sync import CHUNK, gather, given, reduce, shard_of, updated_of
+from megascale_moe.parallel.placement import Placement
+
+NAMES = {
+    ("node", "tensor_data"): "replicated",
+    ("", "tensor_data"): "tensor",
+    ("", "expert_data"): "experts",
+    ("node", "tied"): "tied",
+    ("", "tied"): "tied",
+}
+"""What a group is called, by the axes of its replicas (`Placement.replicas`)."""
+
+NORM_BYTES = 16
+"""Sent by a rank for the all-reduce of one float64: 8 bytes up and 8 bytes down a tree, at most."""
 
 
 def flat_groups(
-    shapes: Mapping[str, torch.Size], axes: Axes, dtype: torch.dtype, device: torch.device
+    placements: Mapping[str, Placement], axes: Axes, dtype: torch.dtype, device: torch.device
 ) -> list[FlatWeights]:
-    """Weights by (axis of replicas, with or without decay); vectors (norms) do not decay."""
-    groups: dict[tuple[str, bool], dict[str, torch.Size]] = {}
-    for name, shape in shapes.items():
-        axis = "expert_data" if ".experts." in name else "data"
-        groups.setdefault((axis, len(shape) > 1), {})[name] = shape
-    return [FlatWeights(members, axes[axis], decay, dtype, device) for (axis, decay), members in groups.items()]
+    """Weights by (replicas, with or without decay); vectors (norms) do not decay.
+
+    The order of the groups is that of NAMES, not that of the weights: a rank of the first pipeline stage and one of
+    the last, which share tied weights but no others, issue their communication in the same order.
+    """
+    groups: dict[tuple[tuple[str, str], bool], dict[str, Placement]] = {}
+    for name, placement in placements.items():
+        groups.setdefault((placement.replicas, len(placement.whole) > 1), {})[name] = placement
+    found = []
+    for replicas, decay in sorted(groups, key=_order):
+        intra, inter = (axes[axis] if axis else Axis(axis) for axis in replicas)
+        name = _name(replicas) + ("" if decay else ".vectors")
+        members = groups[replicas, decay]
+        found.append(FlatWeights(members, intra, inter, decay=decay, dtype=dtype, device=device, name=name))
+    return found
+
+
+def _order(key: tuple[tuple[str, str], bool]) -> tuple[int, tuple[str, str], bool]:
+    replicas, decay = key
+    known = list(NAMES)
+    return known.index(replicas) if replicas in NAMES else len(known), replicas, not decay
+
+
+def _name(replicas: tuple[str, str]) -> str:
+    return NAMES.get(replicas) or "-".join(axis for axis in replicas if axis)
 
 
 class ShardedAdamW:
     """Holds the weights' buffers and updates them.
 
+    Args:
+        world: all ranks; the norm is summed over it.
+        chunk: elements of a shard that travel together, where they pass two links.
+
     Attributes:
         weights: name -> weight in the compute dtype. gradients: name -> `Gradient` in float32.
+        ops: a step, from `given` to "norm"; changes weights, masters and moments.
+        wire_bytes, comm_s, exposed_comm_s: of the last step: bytes this rank sent, seconds with communication under
+            way (each operator counted on its own), and seconds the computation waited for it.
     """
 
-    def __init__(self, groups: list[FlatWeights], world: Axis, config: TrainConfig) -> None:
+    def __init__(self, groups: list[FlatWeights], world: Axis, config: TrainConfig, chunk: int = CHUNK) -> None:
         self.groups, self.world, self.config = groups, world, config
         self.weights: dict[str, Tensor] = {}
         self.gradients: dict[str, Gradient] = {}
@@ -50,60 +97,34 @@ class ShardedAdamW:
         self.exp_avg = [torch.zeros_like(master) for master in masters]
         self.exp_avg_sq = [torch.zeros_like(master) for master in masters]
         self.counts = [torch.zeros((), device=master.device) for master in masters]  # updates done
-        self.wire_bytes = 0  # sent by the last step
-        self.comm_s = 0.0  # seconds the last step waited for communication
+        self.ops = self._ops(chunk)
+        self._program = Program(self.ops, self.given(0.0), ["norm"])
+        self.wire_bytes, self.comm_s, self.exposed_comm_s = 0, 0.0, 0.0
 
-    def step(self, learning_rate: float) -> float:
-        """Update the weights from the summed gradients; returns the global gradient norm before clipping."""
+    def given(self, learning_rate: float) -> dict[str, Any]:
+        """What `ops` read from outside, by name."""
+        return {"learning_rate": learning_rate, **given(self.groups)}
+
+    def step(self, learning_rate: float, trace: Trace | None = None) -> float:
+        """Update the weights from the summed gradients.
+
+        Args:
+            trace: gets the operators' events after those it has.
+
+        Returns:
+            The global gradient norm before clipping; NaN on meta tensors.
+        """
         for gradient in self.gradients.values():
             gradient.value()  # a weight nothing flowed into counts as zero
-        pending = [(group, self._reduce(group)) for group in self.groups]
-        self.wire_bytes = sum(work.wire_bytes for _, work in pending if isinstance(work, Pending))
-        start = time.perf_counter()
-        shards = [work.wait() if isinstance(work, Pending) else work for _, work in pending]
-        self.comm_s = time.perf_counter() - start
-        norm = self._norm(shards)
-        clip = self.config.clip_norm
-        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
-        for index, shard in enumerate(shards):
-            self._update(index, shard if factor == 1.0 else shard.mul_(factor), learning_rate)
-        self.publish()
+        own = Trace()
+        norm: float = self._program.run(self.given(learning_rate), {}, trace=own)["norm"]
         for gradient in self.gradients.values():
             gradient.reset()
+        self.wire_bytes = sum(own.wire_bytes().values())
+        self.comm_s, self.exposed_comm_s = own.communication, own.exposed
+        if trace is not None:
+            trace.events += own.events
         return norm
-
-    def _update(self, index: int, gradient: Tensor, learning_rate: float) -> None:
-        """AdamW on this rank's shard of one group."""
-        c, group = self.config, self.groups[index]
-        adamw(
-            [group.master], [gradient], [self.exp_avg[index]], [self.exp_avg_sq[index]], [], [self.counts[index]],
-            fused=True, amsgrad=False, maximize=False, lr=learning_rate, beta1=c.beta1, beta2=c.beta2, eps=c.adam_eps,
-            weight_decay=c.weight_decay if group.decay else 0.0,
-        )
-
-    def publish(self) -> None:
-        """Bring every rank's weights up to date with the masters."""
-        works = []
-        for index, group in enumerate(self.groups):
-            mine = group.weights[group.shard]
-            if mine.data_ptr() != group.master.data_ptr():
-                mine.copy_(group.master)
-            if group.axis.size > 1:
-                works.append(all_gather_in_place(group.weights, group.axis, tag_of(f"weights {index}")))
-        self.wire_bytes += sum(work.wire_bytes for work in works)
-        start = time.perf_counter()
-        for work in works:
-            work.wait()
-        self.comm_s += time.perf_counter() - start
-
-    def _reduce(self, group: FlatWeights) -> Pending | Tensor:
-        if group.axis.size == 1:
-            return group.gradients
-        return reduce_scatter(group.gradients, group.axis, tag_of(f"gradients {self.groups.index(group)}"))
-
-    def _norm(self, shards: list[Tensor]) -> float:
-        squares = torch.stack([_squares(shard) for shard in shards]).sum()
-        return float(all_reduce_sum(squares, self.world).sqrt())
 
     def state(self) -> dict[str, list[Tensor]]:
         """Optimizer tensors by name, one per group, shaped like its master shard; whoever resumes fills them."""
@@ -113,6 +134,85 @@ class ShardedAdamW:
         """Continue after `step` updates with the tensors that `state` was filled with."""
         for count in self.counts:
             count.fill_(step)
+
+    # --- operators ---------------------------------------------------------------------------------------------------
+
+    def _ops(self, chunk: int) -> list[Op]:
+        updates = {group.name: self._update_op(index) for index, group in enumerate(self.groups)}
+        return [
+            *reduce(self.groups, chunk),
+            *(_squares_op(group) for group in self.groups),
+            _sum_op(self.groups, self.world),
+            Op(name="gradients.norm", reads=("squares",), writes=("norm",), run=_root, phase=Phase.W),
+            *gather(self.groups, updates, chunk),
+        ]
+
+    def _update_op(self, index: int) -> Op:
+        """Clip, AdamW on the shard of one group, and round the masters to the compute dtype."""
+        group = self.groups[index]
+
+        def run(gradient: Tensor, norm: float, learning_rate: float) -> Tensor:
+            factor = self._factor(norm)
+            # The sums are scaled in place, unlike what operators may do: this is their last reader.
+            self._adamw(index, gradient if factor == 1.0 else gradient.mul_(factor), learning_rate)
+            mine = group.weights[group.shard]
+            return mine if group.shares_memory else mine.copy_(group.master)
+
+        # Weight and both moments are read and written, the gradient read; clipping reads and writes it once more.
+        traffic = 28 + (8 if self.config.clip_norm else 0) + (0 if group.shares_memory else 4 + group.weights.itemsize)
+        return Op(
+            name=f"update.{group.name}", reads=(shard_of(group), "norm", "learning_rate"), writes=(updated_of(group),),
+            run=run, phase=Phase.W, cost=Cost(memory_bytes=traffic * group.master.numel()),
+        )  # fmt: skip
+
+    def _factor(self, norm: float) -> float:
+        clip = self.config.clip_norm
+        return clip / (norm + 1e-6) if clip and norm > clip else 1.0
+
+    def _adamw(self, index: int, gradient: Tensor, learning_rate: float) -> None:
+        c, group = self.config, self.groups[index]
+        adamw(
+            [group.master], [gradient], [self.exp_avg[index]], [self.exp_avg_sq[index]], [], [self.counts[index]],
+            fused=True, amsgrad=False, maximize=False, lr=learning_rate, beta1=c.beta1, beta2=c.beta2, eps=c.adam_eps,
+            weight_decay=c.weight_decay if group.decay else 0.0,
+        )  # fmt: skip
+
+
+def _squares_of(group: FlatWeights) -> str:
+    return f"{group.name}.squares"
+
+
+def _squares_op(group: FlatWeights) -> Op:
+    """float64 [], of this rank's shard."""
+    size = group.master.numel()
+    return Op(
+        name=f"gradients.{group.name}.squares", reads=(shard_of(group),), writes=(_squares_of(group),), run=_squares,
+        phase=Phase.W, cost=Cost(2 * size, 4 * size),
+    )  # fmt: skip
+
+
+def _sum_op(groups: Sequence[FlatWeights], world: Axis) -> Op:
+    """Squares of all groups, summed over all ranks: float64 [], the same bits on every rank."""
+
+    def run(*squares: Tensor) -> Tensor | Pending:
+        total = torch.stack(squares).sum()
+        if world.size == 1:
+            return total
+        work = dist.all_reduce(total, group=world.group, async_op=True)
+        return Pending([work], lambda: total, NORM_BYTES)
+
+    alone = world.size == 1
+    return Op(
+        name="gradients.sum_squares" if alone else "gradients.norm_all_reduce",
+        reads=tuple(_squares_of(group) for group in groups), writes=("squares",), run=run, phase=Phase.W,
+        stream=Stream.COMPUTE if alone else Stream.INTER,
+        cost=Cost() if alone else Cost(wire_bytes=NORM_BYTES, axis=world.name),
+    )  # fmt: skip
+
+
+def _root(squares: Tensor) -> float:
+    """The norm as a number of the host, where clipping is decided; a meta tensor has none."""
+    return math.nan if squares.is_meta else float(squares.sqrt())
 
 
 def _squares(x: Tensor, row: int = 1024) -> Tensor:

@@ -1,13 +1,16 @@
-"""Sequence-parallel attention (Ulysses; paper, section 3.1).
+"""Attention, sequence-parallel (Ulysses) or tensor-parallel (paper, section 3.1).
 
-Projections, norms and rotary embedding run on this rank's slice of the sequence with all heads; an all-to-all turns
-that into all tokens of its share of the heads, attention runs there, and a second all-to-all turns back. Per rank
-(2 + 2/m) bsh (n-1)/n^2 elements travel, where tensor parallelism moves 2 bsh (n-1)/n.
+    sp    projections, norms and rotary embedding run on this rank's slice of the sequence with all heads; an
+          all-to-all turns that into all tokens of its share of the heads, attention runs there, and a second
+          all-to-all turns back: (2 + 2/m) bsh (n-1)/n^2 elements travel per rank
+    tp    all tokens are gathered, attention with this rank's share of the heads is the same list with fewer heads,
+          and the partial outputs are summed where the tokens belong: 2 bsh (n-1)/n
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from megascale_moe.model.attention import latent_heads
 from megascale_moe.model.counts import attention_flops_per_token
 from megascale_moe.model.rotary import rotate, softmax_scale
 from megascale_moe.model.segments import Segments
+from megascale_moe.parallel.collective import gather_tokens, scatter_sums
 from megascale_moe.parallel.dense import linear, norm
 from megascale_moe.parallel.layout import Layout
 
@@ -32,7 +36,9 @@ from megascale_moe.parallel.layout import Layout
 def attention_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
     """From `prefix`ln1_out to `prefix`attn_out, both [tokens, hidden]; reads "rope" and "segments"."""
     p, c = prefix, config
-    ops = _latent_head_ops(p, c, layout) if c.attention == "mla" else _head_ops(p, c, layout)
+    if layout.attention == "tp" and layout.node.size > 1:
+        return _tensor_parallel(p, c, layout)
+    ops = _latent_head_ops(p, c, layout, layout) if c.attention == "mla" else _head_ops(p, c, layout)
     heads = (f"{p}q", f"{p}k", f"{p}v")
     if layout.node.size > 1:
         gathered = (f"{p}q_a2a", f"{p}k_a2a", f"{p}v_a2a")
@@ -46,9 +52,37 @@ def attention_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
     return ops
 
 
-def _head_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+def _tensor_parallel(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+    """The list of one rank with a share of the heads, between an all-gather and a reduce-scatter."""
+    local, whole = local_heads(c, layout.node.size), layout.whole
+    if c.attention == "mla":
+        ops = _latent_head_ops(p, local, layout, whole)
+    else:
+        gather = gather_tokens(
+            f"{p}gather_tokens", f"{p}ln1_out", f"{p}ln1_out_ag", c.hidden, layout.node, layout, rows=True
+        )
+        ops = [gather, *_head_ops(p, local, whole, x=f"{p}ln1_out_ag")]
+    sizes = (local.heads * c.value_dim, c.hidden)
+    return [
+        *ops,
+        _core(f"{p}attention", (f"{p}q", f"{p}k", f"{p}v"), f"{p}attn", local, whole),
+        linear(f"{p}out", f"{p}attn", f"{p}attn_partial", f"{p}attention.out.weight", sizes, whole),
+        scatter_sums(
+            f"{p}scatter_tokens", f"{p}attn_partial", f"{p}attn_out", c.hidden, layout.node, layout, rows=True
+        ),
+    ]
+
+
+def local_heads(c: ModelConfig, parts: int) -> ModelConfig:
+    """The same attention with 1 / parts of the heads."""
+    head_dim = c.head_dim if c.attention == "mla" else c.query_dim
+    kv_heads = c.kv_heads if c.attention == "mla" else c.kv_heads // parts
+    return replace(c, head_dim=head_dim, heads=c.heads // parts, kv_heads=kv_heads)
+
+
+def _head_ops(p: str, c: ModelConfig, layout: Layout, x: str = "") -> list[Op]:
     width = (c.heads + c.kv_heads) * c.query_dim + c.kv_heads * c.value_dim
-    qkv = linear(f"{p}qkv", f"{p}ln1_out", f"{p}qkv", f"{p}attention.qkv.weight", (c.hidden, width), layout)
+    qkv = linear(f"{p}qkv", x or f"{p}ln1_out", f"{p}qkv", f"{p}attention.qkv.weight", (c.hidden, width), layout)
     return [qkv, _rope(p, c, layout) if c.qk_norm == "none" else _norm_rope(p, c, layout)]
 
 
@@ -92,7 +126,12 @@ def _head_norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
     return F.rms_norm(flat, (flat.shape[-1],), weight, c.norm_eps).view(x.shape)
 
 
-def _latent_head_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+def _latent_head_ops(p: str, c: ModelConfig, layout: Layout, heads: Layout) -> list[Op]:
+    """Down-projections where tokens are sharded; from there on as `heads` says.
+
+    Tensor parallelism gathers behind the down-projections: the latents are narrower than hidden states, and the
+    replicated projections are not done n times.
+    """
     a, x = f"{p}attention.", f"{p}ln1_out"
     ops: list[Op] = []
     if c.q_lora_rank:
@@ -100,19 +139,33 @@ def _latent_head_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
             linear(f"{p}q_down", x, f"{p}q_low", f"{a}q_down.weight", (c.hidden, c.q_lora_rank), layout),
             norm(f"{p}q_norm", f"{p}q_low", f"{p}q_low_norm", f"{a}q_norm.weight", 1e-6, layout, width=c.q_lora_rank),
         ]
-    low, rank = (f"{p}q_low_norm", c.q_lora_rank) if c.q_lora_rank else (x, c.hidden)
-    latent, shared = f"{p}kv_latent", f"{p}k_shared"
-    sizes_kv = (c.kv_lora_rank, c.heads * (c.qk_nope_head_dim + c.value_dim))
-    return [
-        *ops,
-        linear(f"{p}q_up", low, f"{p}q_flat", f"{a}q_up.weight", (rank, c.heads * c.query_dim), layout),
+    ops += [
         linear(f"{p}kv_down", x, f"{p}kv_low", f"{a}kv_down.weight",
                (c.hidden, c.kv_lora_rank + c.qk_rope_head_dim), layout),
         autograd_op(
             f"{p}kv_norm", lambda kv, w: _latent(kv, w, c), reads=(f"{p}kv_low",), differentiable=(f"{p}kv_low",),
-            writes=(latent, shared), weights=(f"{a}kv_norm.weight",),
+            writes=(f"{p}kv_latent", f"{p}k_shared"), weights=(f"{a}kv_norm.weight",),
             cost=Cost(4.0 * layout.tokens * c.kv_lora_rank, layout.bytes(2 * layout.tokens * c.kv_lora_rank)),
         ),
+    ]
+    low, rank = (f"{p}q_low_norm", c.q_lora_rank) if c.q_lora_rank else (x, c.hidden)
+    names = {low: rank, f"{p}kv_latent": c.kv_lora_rank, f"{p}k_shared": c.qk_rope_head_dim}
+    if heads is not layout:
+        ops += [
+            gather_tokens(f"{p}gather_{name.removeprefix(p)}", name, f"{name}_ag", size, layout.node, layout, rows=True)
+            for name, size in names.items()
+        ]
+        names = {f"{name}_ag": width for name, width in names.items()}
+    return ops + _up_projections(p, tuple(names), rank, c, heads)
+
+
+def _up_projections(p: str, names: tuple[str, ...], rank: int, c: ModelConfig, layout: Layout) -> list[Op]:
+    """From the latents (queries', keys' and values', the shared rotary key) to heads."""
+    a = f"{p}attention."
+    low, latent, shared = names
+    sizes_kv = (c.kv_lora_rank, c.heads * (c.qk_nope_head_dim + c.value_dim))
+    return [
+        linear(f"{p}q_up", low, f"{p}q_flat", f"{a}q_up.weight", (rank, c.heads * c.query_dim), layout),
         linear(f"{p}kv_up", latent, f"{p}kv_flat", f"{a}kv_up.weight", sizes_kv, layout),
         autograd_op(
             f"{p}rope", lambda q, kv, k, rope: latent_heads(q, kv, k, rope, c),

@@ -1,8 +1,9 @@
-"""Expert-parallel FFN, in both dispatch forms of the paper (section 3.2).
+"""The MoE FFN: experts parallel by index (ep), by width (etp), or both, in both dispatch forms of the paper (3.2).
 
-    all-to-all      each token's hidden state goes to the ranks of its k experts and comes back: 2k/n bsh (n-1)/n
+    all-to-all      each token's hidden state goes to the ranks of its k experts and comes back: 2k/n bsh (n-1)/n;
+                    where etp ranks share an expert's width they pass on to each other what they received
     all-gather      every rank sees all tokens, scatters and drops locally, a reduce-scatter brings sums back:
-                    2 bsh (n-1)/n, cheaper per byte and for large k
+                    2 bsh (n-1)/n, cheaper per byte and for large k; the only form of pure tensor parallelism
 
 Both begin with one small all-gather of the routing (k indices and weights per token), from which every rank works
 out all row maps, all message sizes and what capacity drops, with no further exchange. The gating weight is applied
@@ -18,18 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale_moe.comm.axis import Axis
-from megascale_moe.comm.collectives import Pending, all_gather, all_to_all, reduce_scatter, tag_of
+from megascale_moe.comm.collectives import (
+    Pending,
+    all_gather,
+    all_gather_rows,
+    all_to_all,
+    reduce_scatter,
+    reduce_scatter_rows,
+    tag_of,
+)
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.grouped import grouped_mm
-from megascale_moe.kernels.rows import RowMap, row_map, sum_rows, take_rows
+from megascale_moe.kernels.rows import RowMap, count, row_map, sum_rows, take_rows
 from megascale_moe.model.router import balance_weights, route, within_capacity, z_sum
 from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.dense import dense_ffn
+from megascale_moe.parallel.collective import gather_tokens, scatter_sums
+from megascale_moe.parallel.dense import add, dense_ffn
 from megascale_moe.parallel.layout import Layout
 
 
@@ -37,17 +46,31 @@ def moe_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
     """From `prefix`ln2_out to `prefix`ffn_out (and `prefix`shared_out), [tokens, hidden]; writes `prefix`load."""
     p, c = prefix, config
     ops = [_router(p, c, layout)]
-    if layout.ep.size > 1:
+    if layout.group.size > 1:
         ops.append(_gather_routing(p, c, layout))
     if c.balance_loss or c.z_loss:
         ops.append(_balance(p, c, layout))
-    form = layout.dispatch_for(c) if layout.ep.size > 1 else "local"
+    form = layout.dispatch_for(c) if layout.group.size > 1 else "local"
     ops.append(_plan(p, c, layout))
     ops += {"local": _local, "all_to_all": _all_to_all, "all_gather": _all_gather}[form](p, c, layout)
-    if c.shared_hidden:
-        args = (f"{p}ln2_out", f"{p}shared_out", c.hidden, c.shared_hidden, c.shared_gate, layout)
-        ops += dense_ffn(f"{p}shared.", f"{p}ffn.shared.", *args)
+    if c.shared_hidden and not layout.tensor_ffn:
+        ops += _shared(p, f"{p}ln2_out", f"{p}shared_out", c, c.shared_hidden, layout)
     return ops
+
+
+def _shared(p: str, x: str, y: str, c: ModelConfig, width: int, layout: Layout) -> list[Op]:
+    return dense_ffn(f"{p}shared.", f"{p}ffn.shared.", x, y, c.hidden, width, c.shared_gate, layout)
+
+
+def tensor_parallel_ffn(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+    """The FFN of a dense layer, its width over the ranks of a node: `p`ln2_out -> `p`ffn_out."""
+    n, everyone, partial = layout.etp.size, f"{p}ln2_out_ag", f"{p}ffn_partial"
+    width = c.dense_ffn_hidden // n
+    return [
+        gather_tokens(f"{p}gather_ffn", f"{p}ln2_out", everyone, c.hidden, layout.etp, layout),
+        *dense_ffn(p, f"{p}ffn.", everyone, partial, c.hidden, width, False, layout.whole),
+        scatter_sums(f"{p}scatter_ffn", partial, f"{p}ffn_out", c.hidden, layout.etp, layout),
+    ]
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
@@ -57,7 +80,7 @@ def _router(p: str, c: ModelConfig, layout: Layout) -> Op:
     def run(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
         logits = x.float() @ weight.float().t()
         gate, choice, probabilities = route(logits, bias[0] if bias else None, c)
-        load = torch.bincount(choice.flatten(), minlength=c.experts)
+        load = count(choice.flatten(), c.experts)
         return gate, choice, probabilities, z_sum(logits) if c.z_loss else logits.new_zeros(()), load
 
     writes = tuple(f"{p}{name}" for name in ("gate", "choice", "probabilities", "z", "load"))
@@ -71,7 +94,7 @@ def _router(p: str, c: ModelConfig, layout: Layout) -> Op:
 
 def _gather_routing(p: str, c: ModelConfig, layout: Layout) -> Op:
     """All ranks' choices and gating weights in one message: int32 and float32 side by side."""
-    name, axis, k = f"{p}gather_routing", layout.ep, c.top_k
+    name, axis, k = f"{p}gather_routing", layout.group, c.top_k
 
     def run(gate: Tensor, choice: Tensor) -> Pending:
         packed = torch.cat((gate.view(torch.int32), choice.int()), dim=1)
@@ -80,25 +103,26 @@ def _gather_routing(p: str, c: ModelConfig, layout: Layout) -> Op:
     def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, :k].contiguous().view(torch.float32), x[:, k:].long()
 
-    cost = Cost(wire_bytes=8.0 * layout.tokens * k * (axis.size - 1), axis="ep")
+    cost = Cost(wire_bytes=8.0 * layout.tokens * k * (axis.size - 1), axis=axis.name)
+    stream = layout.stream(axis)
     backward = Op(
-        name=name, phase=Phase.B, reads=(grad(f"{p}gate_all"),), writes=(grad(f"{p}gate"),), stream=Stream.INTRA,
+        name=name, phase=Phase.B, reads=(grad(f"{p}gate_all"),), writes=(grad(f"{p}gate"),), stream=stream,
         run=lambda d: reduce_scatter(d, axis, tag_of(name + " B")),
-        cost=Cost(wire_bytes=cost.wire_bytes / 2, axis="ep"),
+        cost=Cost(wire_bytes=cost.wire_bytes / 2, axis=axis.name),
     )
     return Op(
         name=name, reads=(f"{p}gate", f"{p}choice"), writes=(f"{p}gate_all", f"{p}choice_all"), run=run,
-        stream=Stream.INTRA, cost=cost, backward=(backward,),
+        stream=stream, cost=cost, backward=(backward,),
     )
 
 
 def _routing_names(p: str, layout: Layout) -> tuple[str, str]:
     """The routing of every token this rank's experts may see."""
-    return (f"{p}gate_all", f"{p}choice_all") if layout.ep.size > 1 else (f"{p}gate", f"{p}choice")
+    return (f"{p}gate_all", f"{p}choice_all") if layout.group.size > 1 else (f"{p}gate", f"{p}choice")
 
 
 def rows_in_order(x: Tensor, layout: Layout) -> Tensor:
-    """x [ep * tokens, k], slices of rows as ranks hold them -> [ep / node, rows * length, k], whole rows in order."""
+    """x [group * tokens, k], slices of rows as ranks hold them -> whole rows [group / node, rows * length, k]."""
     blocks = x.view(-1, layout.node.size, layout.rows, layout.length // layout.node.size, x.shape[-1])
     return blocks.transpose(1, 2).reshape(len(blocks), layout.rows * layout.length, x.shape[-1])
 
@@ -118,7 +142,7 @@ def _balance(p: str, c: ModelConfig, layout: Layout) -> Op:
     node = layout.node
 
     def run(probabilities: Tensor, z: Tensor, choice: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        whole = rows_in_order(choice, layout)[layout.ep.index // node.size]
+        whole = rows_in_order(choice, layout)[layout.group.index // node.size]
         device = whole.device
         weights = balance_weights(whole, segments.documents().to(device), segments.lengths.to(device), c)
         per_token = weights[segments.documents(node.index, node.size).to(device)] * c.balance_loss
@@ -141,9 +165,10 @@ class Dispatch:
     """Row maps of one layer.
 
     Attributes:
-        experts: this rank's routed rows out of all tokens of the expert-parallel ranks.
+        experts: this rank's routed rows out of all tokens of the group.
         own: routed rows of this rank's own tokens, grouped by global expert (all-to-all form only).
-        send, receive: rows to and from each rank.
+        send, receive: rows to and from each expert-parallel rank.
+        share: rows that each rank of the etp axis received; they all work on all of them.
         arrange: received rows, ordered by sender, into expert order; arrange_back its inverse.
     """
 
@@ -151,24 +176,25 @@ class Dispatch:
     own: RowMap
     send: list[int]
     receive: list[int]
+    share: list[int]
     arrange: Tensor
     arrange_back: Tensor
 
 
 def _plan(p: str, c: ModelConfig, layout: Layout) -> Op:
     """Row maps from the routing; the only operator whose result the host waits for."""
-    ep = layout.ep
+    group, ep = layout.group, layout.ep
     local = c.experts // ep.size
 
     def run(gate: Tensor, choice: Tensor) -> RowMap | Dispatch:
         kept = None
         if c.capacity_factor:
             whole = [rows_in_order(x, layout).flatten(0, 1) for x in (choice, gate)]
-            rows = layout.rows * ep.size // layout.node.size
+            rows = layout.rows * group.size // layout.node.size
             kept_rows = within_capacity(whole[0], whole[1], rows, c)
             kept = _slices_of_rows(kept_rows.view(-1, layout.rows * layout.length, c.top_k), layout)
-        experts = row_map(choice, ep.index * local, local, kept)
-        if ep.size == 1 or layout.dispatch_for(c) == "all_gather":
+        experts = row_map(choice, ep.index * local, local, kept, c.experts)
+        if group.size == 1 or layout.dispatch_for(c) == "all_gather":
             return experts
         return _dispatch(experts, choice, kept, c, layout)
 
@@ -176,18 +202,22 @@ def _plan(p: str, c: ModelConfig, layout: Layout) -> Op:
 
 
 def _dispatch(experts: RowMap, choice: Tensor, kept: Tensor | None, c: ModelConfig, layout: Layout) -> Dispatch:
-    ep, T = layout.ep, layout.tokens
+    group, ep, etp, T = layout.group, layout.ep, layout.etp, layout.tokens
     local = c.experts // ep.size
-    mine = slice(ep.index * T, (ep.index + 1) * T)
+    mine = slice(group.index * T, (group.index + 1) * T)
     own = row_map(choice[mine], 0, c.experts, None if kept is None else kept[mine])
     send = [sum(own.counts[rank * local : (rank + 1) * local]) for rank in range(ep.size)]
-    # Rows arrive ordered by (sender, expert); `experts` lists them by (expert, sender, token).
+    # Rows arrive ordered by (etp place of the sender, its ep place, expert); `experts` lists them by (expert, sender,
+    # token), where the group's ranks count ep x etp, etp fastest.
     sender = experts.source // T
     expert = choice.flatten()[experts.slot] - ep.index * local
-    arrange_back = (sender * local + expert).argsort(stable=True)
+    arrival = (sender % etp.size) * ep.size + sender // etp.size
+    arrange_back = (arrival * local + expert).argsort(stable=True)
     arrange = torch.empty_like(arrange_back)
     arrange[arrange_back] = torch.arange(len(arrange), device=arrange.device)
-    return Dispatch(experts, own, send, torch.bincount(sender, minlength=ep.size).tolist(), arrange, arrange_back)
+    received = experts.rows_of(sender, group.size)
+    share = [sum(received[place :: etp.size]) for place in range(etp.size)]
+    return Dispatch(experts, own, send, received[etp.index :: etp.size], share, arrange, arrange_back)
 
 
 # --- the three forms -------------------------------------------------------------------------------------------------
@@ -202,29 +232,45 @@ def _local(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
 
 
 def _all_gather(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
-    everyone, partial = f"{p}ln2_out_ag", f"{p}fc2_out_gathered"
-    return [
-        _collective(f"{p}dispatch_all_gather", f"{p}ln2_out", everyone, all_gather, reduce_scatter, c, layout),
+    everyone, partial, group = f"{p}ln2_out_ag", f"{p}fc2_out_gathered", layout.group
+    ops = [
+        gather_tokens(f"{p}dispatch_all_gather", f"{p}ln2_out", everyone, c.hidden, group, layout),
         _scatter(f"{p}scatter", p, everyone, f"{p}ffn_in", _itself, c, layout),
         *_expert_ops(p, c, layout),
         _gather(f"{p}gather", p, f"{p}fc2_out", partial, _itself, c, layout),
-        _collective(f"{p}combine_reduce_scatter", partial, f"{p}ffn_out", reduce_scatter, all_gather, c, layout),
     ]
+    if c.shared_hidden and layout.tensor_ffn:  # its partial sums travel with those of the routed experts
+        shared, both, whole = f"{p}shared_partial", f"{p}ffn_partial", layout.whole
+        ops += _shared(p, everyone, shared, c, c.shared_hidden // layout.etp.size, whole)
+        ops.append(add(f"{p}add_shared", (partial, shared), both, whole, c.hidden))
+        partial = both
+    return [*ops, scatter_sums(f"{p}combine_reduce_scatter", partial, f"{p}ffn_out", c.hidden, group, layout)]
 
 
 def _all_to_all(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
-    return [
+    several = layout.etp.size > 1
+    arrived, leaving = (f"{p}dispatch_all", f"{p}combine_all") if several else (f"{p}dispatch_out", f"{p}combine_in")
+    ops = [
         _scatter(f"{p}scatter", p, f"{p}ln2_out", f"{p}dispatch_in", _own, c, layout),
         _swap(f"{p}dispatch_all_to_all", p, f"{p}dispatch_in", f"{p}dispatch_out", True, c, layout),
+    ]
+    if several:
+        ops.append(_spread(f"{p}dispatch_etp_all_gather", p, f"{p}dispatch_out", arrived, True, c, layout))
+    ops += [
         _moved(
-            f"{p}arrange", p, f"{p}dispatch_out", f"{p}ffn_in",
+            f"{p}arrange", p, arrived, f"{p}ffn_in",
             lambda x, rows: take_rows(x, rows.arrange), lambda d, rows: take_rows(d, rows.arrange_back), c, layout,
         ),
         *_expert_ops(p, c, layout),
         _moved(
-            f"{p}arrange_back", p, f"{p}fc2_out", f"{p}combine_in",
+            f"{p}arrange_back", p, f"{p}fc2_out", leaving,
             lambda x, rows: take_rows(x, rows.arrange_back), lambda d, rows: take_rows(d, rows.arrange), c, layout,
         ),
+    ]
+    if several:
+        ops.append(_spread(f"{p}combine_etp_reduce_scatter", p, leaving, f"{p}combine_in", False, c, layout))
+    return [
+        *ops,
         _swap(f"{p}combine_all_to_all", p, f"{p}combine_in", f"{p}combine_out", False, c, layout),
         _gather(f"{p}gather", p, f"{p}combine_out", f"{p}ffn_out", _own, c, layout),
     ]
@@ -233,7 +279,6 @@ def _all_to_all(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
 # --- their operators -------------------------------------------------------------------------------------------------
 
 Move = Callable[[Tensor, Any], Tensor]
-Collective = Callable[[Tensor, Axis, int], Pending]
 
 
 def _itself(rows: Any) -> RowMap:
@@ -245,8 +290,8 @@ def _own(rows: Any) -> RowMap:
 
 
 def _routed(c: ModelConfig, layout: Layout) -> float:
-    """Routed rows per rank when routing is balanced."""
-    return layout.tokens * c.top_k
+    """Rows that a rank's experts work on when routing is balanced: of its own tokens, and of those that share them."""
+    return layout.tokens * c.top_k * layout.etp.size
 
 
 def _moved(name: str, p: str, x: str, y: str, forward: Move, backward: Move, c: ModelConfig, layout: Layout) -> Op:
@@ -282,27 +327,10 @@ def _gather(name: str, p: str, x: str, y: str, part: Callable[[Any], RowMap], c:
     return _moved(name, p, x, y, forward, backward, c, layout)
 
 
-def _collective(
-    name: str, x: str, y: str, forward: Collective, backward: Collective, c: ModelConfig, layout: Layout
-) -> Op:
-    """All-gather or reduce-scatter of hidden states; each is the other's dual."""
-    axis = layout.ep
-    cost = Cost(wire_bytes=layout.bytes(layout.tokens * c.hidden) * (axis.size - 1), axis="ep")
-    b = Op(
-        name=name, phase=Phase.B, reads=(grad(y),), writes=(grad(x),), stream=Stream.INTRA, cost=cost,
-        run=lambda d: backward(d, axis, tag_of(name + " B")),
-    )
-    return Op(
-        name=name, reads=(x,), writes=(y,), stream=Stream.INTRA, cost=cost, backward=(b,),
-        run=lambda x: forward(x, axis, tag_of(name)),
-    )
-
-
 def _swap(name: str, p: str, x: str, y: str, outward: bool, c: ModelConfig, layout: Layout) -> Op:
     """All-to-all of routed rows, from tokens to experts (`outward`) or home."""
-    axis, rows = layout.ep, f"{p}rows"
-    wire = layout.bytes(_routed(c, layout) * c.hidden) * (axis.size - 1) / axis.size
-    cost = Cost(wire_bytes=wire, axis="ep")
+    axis = layout.ep
+    wire = layout.bytes(layout.tokens * c.top_k * c.hidden) * (axis.size - 1) / axis.size
 
     def mover(phase: Phase, outward: bool) -> Callable[[Tensor, Dispatch], Pending]:
         def run(x: Tensor, rows: Dispatch) -> Pending:
@@ -311,24 +339,42 @@ def _swap(name: str, p: str, x: str, y: str, outward: bool, c: ModelConfig, layo
 
         return run
 
+    cost = Cost(wire_bytes=wire, axis=axis.name)
+    return _both_ways(name, p, x, y, mover(Phase.F, outward), mover(Phase.B, not outward), cost, layout)
+
+
+def _spread(name: str, p: str, x: str, y: str, outward: bool, c: ModelConfig, layout: Layout) -> Op:
+    """Received rows to all ranks that share their experts (`outward`), or the sum of what each made of them back."""
+    axis = layout.etp
+    wire = layout.bytes(layout.tokens * c.top_k * c.hidden) * (axis.size - 1)
+
+    def mover(phase: Phase, outward: bool) -> Callable[[Tensor, Dispatch], Pending]:
+        move = all_gather_rows if outward else reduce_scatter_rows
+        return lambda x, rows: move(x, rows.share, axis, tag_of(f"{name} {phase}"))
+
+    cost = Cost(wire_bytes=wire, axis=axis.name)
+    return _both_ways(name, p, x, y, mover(Phase.F, outward), mover(Phase.B, not outward), cost, layout)
+
+
+def _both_ways(
+    name: str, p: str, x: str, y: str, forward: Callable[..., Pending], backward: Callable[..., Pending], cost: Cost,
+    layout: Layout,
+) -> Op:
+    """A communication of routed rows, the same number of bytes in each direction."""
+    rows, stream = f"{p}rows", layout.stream(layout.axes[cost.axis])
     b = Op(
-        name=name, phase=Phase.B, reads=(grad(y), rows), writes=(grad(x),), run=mover(Phase.B, not outward),
-        stream=Stream.INTRA, cost=cost,
+        name=name, phase=Phase.B, reads=(grad(y), rows), writes=(grad(x),), run=backward, stream=stream, cost=cost
     )
-    return Op(
-        name=name, reads=(x, rows), writes=(y,), run=mover(Phase.F, outward), stream=Stream.INTRA, cost=cost,
-        backward=(b,),
-    )
+    return Op(name=name, reads=(x, rows), writes=(y,), run=forward, stream=stream, cost=cost, backward=(b,))
 
 
 def _expert_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     """ffn_in [R, hidden] -> fc2_out [R, hidden], rows grouped by local expert."""
-    experts = f"{p}ffn.experts."
+    experts, width = f"{p}ffn.experts.", c.ffn_hidden // layout.etp.size
     return [
-        _grouped_linear(f"{p}fc13", p, f"{p}ffn_in", f"{p}fc13_out", f"{experts}w13", (c.hidden, 2 * c.ffn_hidden), c,
-                        layout),
+        _grouped_linear(f"{p}fc13", p, f"{p}ffn_in", f"{p}fc13_out", f"{experts}w13", (c.hidden, 2 * width), c, layout),
         _gated_swiglu(p, c, layout),
-        _grouped_linear(f"{p}fc2", p, f"{p}fc2_in", f"{p}fc2_out", f"{experts}w2", (c.ffn_hidden, c.hidden), c, layout),
+        _grouped_linear(f"{p}fc2", p, f"{p}fc2_in", f"{p}fc2_out", f"{experts}w2", (width, c.hidden), c, layout),
     ]
 
 
@@ -374,8 +420,8 @@ def _grouped_linear(
 def _gated_swiglu(p: str, c: ModelConfig, layout: Layout) -> Op:
     """fc2_in = silu(a) * b * gating weight for fc13_out = [a, b]."""
     gates, x, y, rows = _routing_names(p, layout)[0], f"{p}fc13_out", f"{p}fc2_in", f"{p}rows"
-    R = _routed(c, layout)
-    cost = Cost(6.0 * R * c.ffn_hidden, layout.bytes(3 * R * c.ffn_hidden))
+    elements = _routed(c, layout) * c.ffn_hidden / layout.etp.size
+    cost = Cost(6.0 * elements, layout.bytes(3 * elements))
 
     def forward(x: Tensor, gates: Tensor, rows: RowMap | Dispatch) -> Tensor:
         return swiglu(x, gates.flatten()[_expert_rows(rows).slot])

@@ -1,4 +1,4 @@
-"""The whole model as one list: embedding, blocks, norm, head and loss."""
+"""The model, or the part of it that a pipeline stage has, as one list: embedding, blocks, norm, head and loss."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from megascale_moe.config import ModelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_loss
+from megascale_moe.model.rotary import rotary_table
+from megascale_moe.model.segments import Segments
 from megascale_moe.parallel.attention import attention_ops
 from megascale_moe.parallel.dense import add, add_norm, dense_ffn, norm
-from megascale_moe.parallel.experts import moe_ops
+from megascale_moe.parallel.experts import moe_ops, tensor_parallel_ffn
 from megascale_moe.parallel.layout import Layout
+from megascale_moe.parallel.stages import Part
+from megascale_moe.parallel.vocabulary import embedding_ops, head_ops, rank_order
 
 Head = Literal["train", "loss", "logits"]
 INPUTS = ("tokens", "targets", "rope", "segments", "loss_scale", "auxiliary_scale")
@@ -30,12 +34,14 @@ def block_ops(prefix: str, config: ModelConfig, layout: Layout, x: str, y: str, 
         f"{p}ffn_norm", (f"{p}hidden", f"{p}attn_out"), f"{p}ln2_in", f"{p}ln2_out", f"{p}ffn_norm.weight", c.norm_eps,
         layout, c.hidden,
     )
-    if dense:
+    if dense and layout.tensor_ffn:
+        ffn = tensor_parallel_ffn(p, c, layout)
+    elif dense:
         ffn = dense_ffn(p, f"{p}ffn.", f"{p}ln2_out", f"{p}ffn_out", c.hidden, c.dense_ffn_hidden, False, layout)
     else:
         ffn = moe_ops(p, c, layout)
     terms = [f"{p}ln2_in", f"{p}ffn_out"]
-    if not dense and c.shared_hidden:
+    if not dense and c.shared_hidden and not layout.tensor_ffn:
         terms.append(f"{p}shared_out")
     residual = add(f"{p}residual", tuple(terms), y, layout, c.hidden)
     return [attention_norm, *attention_ops(p, c, layout), ffn_norm, *ffn, residual]
@@ -46,26 +52,45 @@ def model_ops(config: ModelConfig, layout: Layout, head: Head = "train") -> list
 
     Reads the names in `INPUTS`; per MoE layer writes "layers.i.load" and, with auxiliary losses, "layers.i.auxiliary".
     """
+    return part_ops(config, layout, Part.whole(config), head)
+
+
+def part_ops(config: ModelConfig, layout: Layout, part: Part, head: Head = "train") -> list[Op]:
+    """The list of consecutive layers: reads "hidden_i" of its first layer i unless it has the embedding, and writes
+    "hidden_j" of the layer j behind its last unless it has the head.
+    """
     c = config
-    ops = [_embedding(c, layout)]
-    for index in range(c.layers):
+    ops: list[Op] = []
+    if part.first:
+        ops += embedding_ops(c, layout) if layout.shards_vocabulary else [_embedding(c, layout)]
+    for index in part.layers:
         names = (f"hidden_{index}", f"hidden_{index + 1}")
         ops += block_ops(f"layers.{index}.", c, layout, *names, dense=index < c.dense_layers)
+    if not part.last:
+        return ops
     ops.append(norm("norm", f"hidden_{c.layers}", "final", "norm.weight", c.norm_eps, layout, width=c.hidden))
     weight = "embedding.weight" if c.tied_embeddings else "head.weight"
+    if layout.shards_vocabulary:
+        return ops + head_ops(weight, head, c, layout)
     return [*ops, {"train": _train_head, "loss": _loss_head, "logits": _logits_head}[head](weight, c, layout)]
 
 
-def auxiliary_names(config: ModelConfig) -> list[str]:
+def moe_layers(config: ModelConfig, part: Part | None = None) -> list[int]:
+    """The layers with experts."""
+    layers = range(config.layers) if part is None else part.layers
+    return [index for index in layers if index >= config.dense_layers]
+
+
+def auxiliary_names(config: ModelConfig, part: Part | None = None) -> list[str]:
     """The auxiliary losses of the list, one per MoE layer; none where the model has no such loss."""
     if not (config.balance_loss or config.z_loss):
         return []
-    return [f"layers.{index}.auxiliary" for index in range(config.dense_layers, config.layers)]
+    return [f"layers.{index}.auxiliary" for index in moe_layers(config, part)]
 
 
-def load_names(config: ModelConfig) -> list[str]:
+def load_names(config: ModelConfig, part: Part | None = None) -> list[str]:
     """Tokens per expert of every MoE layer, int64 [E], of this rank's tokens."""
-    return [f"layers.{index}.load" for index in range(config.dense_layers, config.layers)]
+    return [f"layers.{index}.load" for index in moe_layers(config, part)]
 
 
 def _embedding(c: ModelConfig, layout: Layout) -> Op:
@@ -119,15 +144,21 @@ def _logits_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
 
 
 def local_inputs(
-    tokens: Tensor, targets: Tensor | None, layout: Layout, rope: tuple[Tensor, Tensor], segments: object
+    tokens: Tensor, targets: Tensor | None, layout: Layout, segments: Segments, config: ModelConfig
 ) -> dict[str, Any]:
-    """This rank's slice of a micro-batch's inputs: tokens and targets int64 [rows, length]."""
-    node = layout.node
+    """A micro-batch's inputs as this rank's list reads them: tokens and targets int64 [rows, length].
+
+    They are its slice of every row, but all tokens in rank order where the vocabulary is sharded; "rope" is for the
+    tokens that its attention projects.
+    """
+    node, device = layout.node, tokens.device
+    whole = layout.attention == "tp" or node.size == 1
+    positions = segments.positions() if whole else segments.positions(node.index, node.size)
     width = layout.length // node.size
     part = slice(node.index * width, (node.index + 1) * width)
-    values: dict[str, Any] = {"tokens": tokens[:, part].reshape(-1), "rope": rope, "segments": segments}
-    if targets is not None:
-        values["targets"] = targets[:, part].reshape(-1)
-    return values
 
+    def local(x: Tensor) -> Tensor:
+        return rank_order(x, node.size) if layout.shards_vocabulary else x[:, part].reshape(-1)
 
+    values = {"tokens": local(tokens), "rope": rotary_table(config, positions.to(device)), "segments": segments}
+    return values if targets is None else values | {"targets": local(targets)}

@@ -95,8 +95,8 @@ def number(name: str, default: int) -> int:
 def local_rank_count(config: Config) -> int:
     """How many ranks to start here: as the config's mesh says, or one per GPU, or one."""
     p = config.parallel
-    node = p.node or p.ep
-    if p.dp or node:
+    node = p.node or p.ep * p.etp
+    if p.dp or node or p.pp > 1:
         return p.pp * max(p.dp, 1) * max(node, 1)
     return max(torch.cuda.device_count(), 1) if config.train.device != "cpu" else 1
 

@@ -18,6 +18,8 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require, to_toml
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.model.counts import counts
+from megascale_moe.parallel.stages import stage_parts
+from megascale_moe.pipeline.schedule import schedule
 from megascale_moe.train.checkpoint import Checkpoint, latest, save
 from megascale_moe.train.data import (
     Corpus,
@@ -37,12 +39,6 @@ from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "parallel.pp": (1,),
-    "parallel.attention": ("sp",),
-    "parallel.ffn": ("ep",),
-    "parallel.etp": (1,),
-    "parallel.schedule": ("1f1b",),
-    "parallel.virtual_stages": (1,),
     "overlap.order": ("serial",),
     "overlap.split": ("none",),
     "overlap.remat": ("none",),
@@ -83,6 +79,9 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
         t.micro_batch == 0 or share % t.micro_batch == 0,
         f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
     )
+    stage_parts(config.parallel, config.model)
+    p = config.parallel
+    schedule(p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages)
     folder = Path(config.run.folder)
     _check_writable(folder)
     checkpoints = folder / "checkpoints"
@@ -99,6 +98,12 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
         "continue it with --resume or choose another folder",
     )
     return None
+
+
+def micro_batch(config: Config, mesh: Mesh) -> int:
+    """Sequences per micro-batch: as configured, or one through a pipeline and else all that a rank has."""
+    share = config.train.global_batch // mesh.dp
+    return config.train.micro_batch or (share if mesh.pp == 1 else 1)
 
 
 def _check_available(config: Config) -> None:
@@ -172,7 +177,7 @@ class Loop:
             training, global_batch=t.global_batch, sequence_length=m.sequence_length, dp_rank=self.dp_rank,
             dp_size=mesh.dp, seed=t.seed,
         )
-        self.micro = t.micro_batch or t.global_batch // mesh.dp
+        self.micro = micro_batch(config, mesh)
         self.validation = self._validation() if t.eval_rows else None
         self.flops_per_token = counts(m).flops_per_token
         self.peak = peak_flops(job.device, DTYPES[t.dtype], max(mesh.world, 1)) if job.leads else None
@@ -244,14 +249,13 @@ class Loop:
     def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
         tokens = self.config.train.global_batch * self.config.model.sequence_length
         flops = tokens / seconds * self.flops_per_token / self.mesh.world
-        trace, optimizer = result.trace, self.trainer.optimizer
+        trace = result.trace
         load = result.load.double()
         return StepMetrics(
             step=self.trainer.steps, loss=result.loss, aux_loss=result.auxiliary, grad_norm=result.grad_norm,
             lr=result.learning_rate, tokens_per_s=tokens / seconds, tflops=flops / 1e12,
             mfu=flops / self.peak.flops if self.peak else 0.0, step_s=seconds,
-            comm_s=trace.communication + optimizer.comm_s, exposed_comm_s=trace.exposed + optimizer.comm_s,
-            wire_bytes=sum(trace.wire_bytes().values()) + optimizer.wire_bytes,
+            comm_s=trace.communication, exposed_comm_s=trace.exposed, wire_bytes=sum(trace.wire_bytes().values()),
             peak_memory_bytes=peak_memory(self.job.device),
             expert_load=tuple((load.amax(1) / load.mean(1)).tolist()) if load.numel() else (),
             eval_loss=self.eval_loss,

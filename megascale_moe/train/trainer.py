@@ -18,20 +18,19 @@ from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.executor import Program, resolve
-from megascale_moe.engine.op import backward
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.model.counts import parameter_shapes
-from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.router import updated_bias
 from megascale_moe.model.segments import Segments
-from megascale_moe.model.transformer import initialise
 from megascale_moe.optim.flat import FlatWeights, Slot
 from megascale_moe.optim.schedule import learning_rate
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.layout import Layout
-from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, load_names, local_inputs, model_ops
+from megascale_moe.parallel.model import Head, auxiliary_names, load_names, local_inputs, moe_layers
+from megascale_moe.parallel.weights import initial, placements
+from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.step import SHARED, of_micro
 from megascale_moe.train.checkpoint import Checkpoint, Piece
 from megascale_moe.train.data import Batch
 
@@ -72,53 +71,53 @@ class Trainer:
             keep_freed_memory()
         wanted = config.train.compile
         Fusion.enabled = wanted == "on" or (wanted == "auto" and (device.type != "cpu" or config.train.steps >= 500))
-        groups = flat_groups(local_shapes(self.model, mesh.ep), axes, self.dtype, device)
+        plan = self.plan(1)
+        self.part, self.placements = plan.part, placements(self.model, plan.layout, plan.part)
+        groups = flat_groups(self.placements, axes, self.dtype, device)
         self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
-        self.buffers: dict[str, Tensor] = {}
-        if self.model.correction_bias:
-            for index in range(self.model.dense_layers, self.model.layers):
-                bias = torch.zeros(self.model.experts, device=device)
-                self.buffers[f"layers.{index}.ffn.router.bias"] = bias
+        self.buffers = {
+            name: torch.zeros(shape, device=device)
+            for layer, name, shape in buffer_shapes(self.model)
+            if layer in self.part.layers
+        }
         self.program = lru_cache(maxsize=None)(self._program)
+
+    def plan(self, rows: int, micros: int = 1, head: Head = "train") -> StepPlan:
+        """What this rank does with `micros` micro-batches of `rows` sequences."""
+        c = self.config
+        return StepPlan(self.model, c.parallel, self.axes, self.dtype, rows, micros, head, self.device)
 
     def initialise(self) -> None:
         """Fill the weights from the seed; the same whatever the layout."""
-        first = self.axes["ep"].index * (self.model.experts // self.mesh.ep)
         for group, slot in self._slots():
-            value = torch.empty(slot.shape)
-            initialise(slot.name, value, self.model, self.config.train.seed, first)
+            value = initial(slot.name, slot.placement, self.model, self.config.train.seed)
             group.set(slot, value.to(self.device))
 
     def set_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Take weights of the whole model (our names, float32), for example from another library's checkpoint."""
         for group, slot in self._slots():
-            _, offset, size = self._box(slot)
-            group.set(slot, parameters[slot.name][offset[0] : offset[0] + size[0]].float().to(self.device))
+            group.set(slot, slot.placement.take(parameters[slot.name]).float().to(self.device))
         for name, value in self.buffers.items():
             value.copy_(parameters[name])
 
     def _slots(self) -> Iterable[tuple[FlatWeights, Slot]]:
         return ((group, slot) for group in self.optimizer.groups for slot in group.slots)
 
-    def _program(self, rows: int, head: Head) -> tuple[Layout, Program]:
-        c = self.config
-        layout = Layout(rows, self.model.sequence_length, self.axes, self.dtype, c.parallel.dispatch)
-        ops = model_ops(self.model, layout, head)
-        kept = {"train": ["loss", *auxiliary_names(self.model), *load_names(self.model)], "loss": ["loss"],
-                "logits": ["logits"]}[head]
-        if head == "train":
-            ops = [*ops, *backward(ops)]
-        return layout, Program(ops, INPUTS, kept)
+    def _program(self, rows: int, micros: int, head: Head) -> tuple[StepPlan, Program]:
+        plan = self.plan(rows, micros, head)
+        return plan, plan.program()
 
-    def _run(self, batch: Batch, head: Head, trace: Trace | None = None, **more: Any) -> dict[str, Any]:
-        rows, length = batch.tokens.shape
-        layout, program = self.program(rows, head)
-        segments = Segments(rows, length, batch.boundaries)
-        node = self.axes["node"]
-        rope = rotary_table(self.model, segments.positions(node.index, node.size).to(self.device))
-        values = local_inputs(batch.tokens.to(self.device), batch.targets.to(self.device), layout, rope, segments)
+    def _run(self, batches: Sequence[Batch], head: Head, trace: Trace | None = None, **more: Any) -> dict[str, Any]:
+        rows, length = batches[0].tokens.shape
+        plan, program = self.program(rows, len(batches), head)
+        values: dict[str, Any] = dict.fromkeys(SHARED) | more
+        for micro, batch in enumerate(batches):
+            segments = Segments(rows, length, batch.boundaries)
+            tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+            inputs = local_inputs(tokens, targets, plan.layout, segments, self.model)
+            values |= {of_micro(name, micro): value for name, value in inputs.items()}
         weights = self.optimizer.weights | self.buffers
-        return program.run(values | more, weights, self.optimizer.gradients, trace)
+        return program.run(values, weights, self.optimizer.gradients, trace)
 
     def step(self, batches: Sequence[Batch], target_count: int) -> StepResult:
         """One update from this rank's micro-batches of a global batch with `target_count` targets."""
@@ -130,21 +129,24 @@ class Trainer:
         }
         layers = model.layers - model.dense_layers
         totals = torch.zeros(2 + layers * model.experts, dtype=torch.float64, device=self.device)
+        load = totals[2:].view(layers, model.experts)
         trace = Trace()
-        for batch in batches:
-            out = self._run(batch, "train", trace, **scales)
-            totals[0] += out["loss"]
-            for name in auxiliary_names(model):
-                totals[1] += out[name]
-            if layers:
-                totals[2:] += torch.stack([resolve(out, name) for name in load_names(model)]).flatten()
+        out = self._run(batches, "train", trace, **scales)
+        for micro in range(len(batches)):
+            if self.part.last:
+                totals[0] += out[of_micro("loss", micro)]
+            for name in auxiliary_names(model, self.part):
+                totals[1] += out[of_micro(name, micro)]
+            for layer, name in zip(moe_layers(model, self.part), load_names(model, self.part), strict=True):
+                load[layer - model.dense_layers] += resolve(out, of_micro(name, micro))
         self.steps += 1
         rate = learning_rate(train, self.steps)
-        norm = self.optimizer.step(rate)
+        norm = self.optimizer.step(rate, trace)
         all_reduce_sum(totals, self.axes["world"])
-        load = totals[2:].view(layers, model.experts).long()
-        for bias, counts in zip(self.buffers.values(), load, strict=bool(self.buffers)):
-            bias.copy_(updated_bias(bias, counts, model.bias_update_rate))
+        load = load.long()
+        if self.buffers:
+            for layer, bias in zip(moe_layers(model, self.part), self.buffers.values(), strict=True):
+                bias.copy_(updated_bias(bias, load[layer - model.dense_layers], model.bias_update_rate))
         loss, auxiliary = float(totals[0]) / max(target_count, 1), float(totals[1]) / tokens
         return StepResult(loss, auxiliary, norm, rate, load.cpu(), trace)
 
@@ -152,7 +154,9 @@ class Trainer:
         """Mean loss over held-out batches, of which every rank brings equally many."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            total += self._run(batch, "loss")["loss"]
+            out = self._run([batch], "loss")
+            if self.part.last:
+                total += out[of_micro("loss", 0)]
         return float(all_reduce_sum(total, self.axes["world"])) / max(target_count, 1)
 
     def next_token_logits(self, tokens: list[int]) -> Tensor:
@@ -160,10 +164,16 @@ class Trainer:
         length, node = self.model.sequence_length, self.axes["node"]
         padded = torch.zeros(1, length, dtype=torch.long)
         padded[0, : len(tokens)] = torch.tensor(tokens)
-        logits = self._run(Batch(padded, padded, (0, length)), "logits")["logits"]
-        owner, place = divmod(len(tokens) - 1, length // node.size)
-        mine = logits[place] if node.index == owner else torch.zeros_like(logits[0])
-        return all_reduce_sum(mine.contiguous(), node).cpu()
+        out = self._run([Batch(padded, padded, (0, length))], "logits")
+        mine = torch.zeros(self.model.vocab, device=self.device)
+        if self.part.last:
+            logits = out[of_micro("logits", 0)]
+            if self.plan(1).layout.shards_vocabulary:
+                width = logits.shape[1]
+                mine[node.index * width : (node.index + 1) * width] = logits[len(tokens) - 1]
+            elif (len(tokens) - 1) // (length // node.size) == node.index:
+                mine.copy_(logits[(len(tokens) - 1) % (length // node.size)])
+        return all_reduce_sum(all_reduce_sum(mine, node), self.axes["pp"]).cpu()
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -172,23 +182,15 @@ class Trainer:
         state = {"parameters": [group.master for group in self.optimizer.groups], **self.optimizer.state()}
         for index, group in enumerate(self.optimizer.groups):
             for slot in group.slots:
-                inside = group.overlap(slot)
-                if inside is not None:
+                whole = slot.placement.whole
+                for owned in group.owned(slot):
                     for kind, tensors in state.items():
-                        values = group.master_part(slot, *inside, of=tensors[index]).cpu()
-                        yield Piece(f"{kind}.{slot.name}", *self._box(slot), inside[0], values)
-        if self.axes["world"].index == 0:
+                        values = tensors[index][owned.place].cpu()
+                        yield Piece(f"{kind}.{slot.name}", whole, *owned.box, owned.first, values)
+        if self.axes["data"].index == 0:
             for name, value in self.buffers.items():
                 shape = tuple(value.shape)
                 yield Piece(f"buffers.{name}", shape, (0,) * len(shape), shape, 0, value.flatten().cpu())
-
-    def _box(self, slot: Slot) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """(global shape, offset, size) of a weight: experts are a slice of the stack of all."""
-        size, offset = tuple(slot.shape), (0,) * len(slot.shape)
-        if ".experts." not in slot.name:
-            return size, offset, size
-        ep = self.axes["ep"]
-        return (size[0] * ep.size, *size[1:]), (ep.index * size[0], *offset[1:]), size
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of any layout.
@@ -200,14 +202,13 @@ class Trainer:
         state = self.optimizer.state()
         for index, group in enumerate(self.optimizer.groups):
             for slot in group.slots:
-                _, offset, size = self._box(slot)
-                group.set(slot, checkpoint.read(f"parameters.{slot.name}", offset, size).to(self.device))
-                inside = group.overlap(slot)
-                if inside is not None:
-                    first, last = inside
+                parts = [checkpoint.read(f"parameters.{slot.name}", *box).flatten() for box, _, _ in slot.ranges]
+                group.set(slot, torch.cat(parts).view(slot.shape).to(self.device))
+                for owned in group.owned(slot):
+                    length = owned.last - owned.first
                     for kind, tensors in state.items():
-                        part = checkpoint.read_flat(f"{kind}.{slot.name}", offset, size, first, last - first)
-                        group.master_part(slot, first, last, of=tensors[index]).copy_(part)
+                        part = checkpoint.read_flat(f"{kind}.{slot.name}", *owned.box, owned.first, length)
+                        tensors[index][owned.place].copy_(part)
         for name, value in self.buffers.items():
             value.copy_(checkpoint.read(f"buffers.{name}", (0,), tuple(value.shape)))
         self.optimizer.restore(checkpoint.step)
@@ -216,15 +217,12 @@ class Trainer:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and global shape of everything a checkpoint of this model holds."""
         kinds = ("parameters", "exp_avg", "exp_avg_sq")
-        shapes = {
-            f"{kind}.{name}": shape for kind in kinds for name, shape in parameter_shapes(self.model).items()
-        }
-        return shapes | {f"buffers.{name}": tuple(value.shape) for name, value in self.buffers.items()}
+        shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in parameter_shapes(self.model).items()}
+        return shapes | {f"buffers.{name}": shape for _, name, shape in buffer_shapes(self.model)}
 
 
-def local_shapes(config: ModelConfig, ep: int) -> dict[str, torch.Size]:
-    """Shapes of one rank's weights: everything, and its share of the experts."""
-    return {
-        name: torch.Size((shape[0] // ep, *shape[1:]) if ".experts." in name else shape)
-        for name, shape in parameter_shapes(config).items()
-    }
+def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]:
+    """(layer, name, shape) of the state of the whole model that is no weight: the router's correction bias."""
+    if not config.correction_bias:
+        return []
+    return [(index, f"layers.{index}.ffn.router.bias", (config.experts,)) for index in moe_layers(config)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megascale_moe.comm.axis import single
+from megascale_moe.comm.axis import axes_of, single
 from megascale_moe.comm.mesh import AXES, Mesh, mesh_of
 from megascale_moe.config import ConfigError, ModelConfig, ParallelConfig
 
@@ -23,6 +23,8 @@ MESHES = [
     Mesh(dp=2, node=4, ep=1),
     Mesh(pp=3, dp=2, node=2, ep=4),
     Mesh(pp=15, dp=12, node=8, ep=8),  # the paper's 1,440 GPUs
+    Mesh(dp=2, node=4, ep=1, etp=4),  # tensor parallelism alone
+    Mesh(pp=2, dp=4, node=2, ep=2, etp=4),
 ]
 
 
@@ -31,7 +33,8 @@ MESHES = [
 def test_groups_of_an_axis_hold_every_rank_once(mesh: Mesh, axis: str) -> None:
     groups = mesh.groups(axis)
     assert sorted(rank for group in groups for rank in group) == list(range(mesh.world))
-    assert len({len(group) for group in groups}) == 1
+    if axis != "tied" or mesh.pp <= 2:  # stages between the first and the last share no embedding
+        assert len({len(group) for group in groups}) == 1
     assert all(mesh.ranks(axis, rank) == group for group in groups for rank in group)
 
 
@@ -39,17 +42,20 @@ def test_groups_of_an_axis_hold_every_rank_once(mesh: Mesh, axis: str) -> None:
 def test_sizes_of_axes(mesh: Mesh) -> None:
     sizes = {axis: len(mesh.ranks(axis, mesh.world - 1)) for axis in AXES}
     assert sizes == {
-        "node": mesh.node, "ep": mesh.ep, "expert_data": mesh.stage // mesh.ep, "data": mesh.dp * mesh.node,
-        "pp": mesh.pp, "world": mesh.pp * mesh.dp * mesh.node,
+        "node": mesh.node, "ffn": mesh.ep * mesh.etp, "ep": mesh.ep, "etp": mesh.etp, "data": mesh.dp * mesh.node,
+        "expert_data": mesh.stage // (mesh.ep * mesh.etp), "tensor_data": mesh.dp,
+        "tied": mesh.dp * min(mesh.pp, 2), "pp": mesh.pp, "world": mesh.pp * mesh.dp * mesh.node,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_each_expert_is_held_once_along_ep_and_synchronised_along_expert_data(mesh: Mesh) -> None:
-    """ep x expert_data is the stage: two ranks that share both are the same rank."""
+    """ffn x expert_data is the stage, ep x etp is ffn: two ranks that share both factors are the same rank."""
     for rank in range(mesh.world):
-        shared = set(mesh.ranks("ep", rank)) & set(mesh.ranks("expert_data", rank))
-        assert shared == {rank}
+        assert set(mesh.ranks("ffn", rank)) & set(mesh.ranks("expert_data", rank)) == {rank}
+        assert set(mesh.ranks("ep", rank)) & set(mesh.ranks("etp", rank)) == {rank}
+        assert {peer for ep in mesh.ranks("ep", rank) for peer in mesh.ranks("etp", ep)} == set(mesh.ranks("ffn", rank))
+        assert set(mesh.ranks("node", rank)) & set(mesh.ranks("tensor_data", rank)) == {rank}
         assert set(mesh.ranks("node", rank)) <= set(mesh.ranks("data", rank))
 
 
@@ -60,6 +66,22 @@ def test_groups_of_eight_ranks() -> None:
     assert mesh.groups("expert_data") == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert mesh.groups("data") == [tuple(range(8))]
     assert Mesh(pp=2, dp=2, node=2, ep=2).groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_groups_of_experts_that_are_cut_too() -> None:
+    mesh = Mesh(pp=3, dp=2, node=4, ep=2, etp=2)
+    assert mesh.groups("etp")[:2] == [(0, 1), (2, 3)]
+    assert mesh.groups("ep")[:2] == [(0, 2), (1, 3)]
+    assert mesh.groups("expert_data")[:2] == [(0, 4), (1, 5)]
+    assert mesh.ranks("tied", 1) == mesh.ranks("tied", 21) == (1, 5, 17, 21)
+    assert mesh.ranks("tied", 9) == (9,)  # between the first and the last stage there is no embedding
+
+
+def test_axes_of_a_rank_without_a_process_group() -> None:
+    axes = axes_of(Mesh(pp=2, dp=2, node=2, ep=2), 6)
+    found = {name: (axes[name].size, axes[name].index) for name in ("pp", "node", "tensor_data", "data", "world")}
+    assert found == {"pp": (2, 1), "node": (2, 0), "tensor_data": (2, 1), "data": (4, 2), "world": (8, 6)}
+    assert all(axis.group is None for axis in axes.values())
 
 
 def test_unknown_axis() -> None:
@@ -84,6 +106,12 @@ def test_single_has_every_axis_without_a_group() -> None:
         ({"node": 2, "ep": 8}, 8, (4, 2, 8)),
         ({"node": 1, "ep": 4}, 4, (4, 1, 4)),
         ({"dp": 4, "node": 2, "ep": 4}, 8, (4, 2, 4)),
+        ({"pp": 2}, 8, (1, 4, 4)),
+        ({"pp": 2, "dp": 2}, 8, (2, 2, 2)),
+        ({"node": 4, "ffn": "tp"}, 8, (2, 4, 1)),
+        ({"node": 4, "ffn": "ep+tp", "etp": 2}, 8, (2, 4, 2)),
+        ({"node": 2, "ffn": "ep+tp", "etp": 2, "ep": 4}, 8, (4, 2, 4)),
+        ({"ffn": "ep+tp", "etp": 2, "ep": 2}, 8, (2, 4, 2)),
     ],
 )
 def test_mesh_of_works_out_what_is_left_open(given: dict[str, Any], world: int, sizes: tuple[int, int, int]) -> None:
@@ -104,6 +132,22 @@ def test_mesh_of_works_out_what_is_left_open(given: dict[str, Any], world: int, 
         ({"node": 2, "ep": 1}, {}, 4, "parallel.ep = 1: must be a multiple of parallel.node = 2"),
         ({"node": 1, "ep": -2}, {}, 4, "parallel.ep = -2: must be a multiple of parallel.node = 1"),
         ({"node": 2, "ep": 6}, {}, 4, "that divides the 4 ranks"),
+        ({"pp": 3}, {}, 4, "parallel.pp = 3 does not divide the 4 ranks; use one of 1, 2, 4"),
+        ({"pp": 2, "node": 4}, {}, 4, "parallel.node = 4 does not divide the 2 ranks of a pipeline stage; use one of"),
+        ({"etp": 2}, {}, 4, "parallel.etp = 2 needs parallel.ffn = 'ep+tp'"),
+        ({"ffn": "tp", "ep": 2}, {}, 4, "parallel.ep = 2 with parallel.ffn = 'tp': use 1, or ffn = 'ep+tp'"),
+        ({"ffn": "tp", "etp": 2, "node": 4}, {}, 4, "parallel.etp = 2 with parallel.ffn = 'tp': every rank of a node"),
+        ({"ffn": "tp", "dispatch": "all_to_all"}, {}, 4, "with parallel.ffn = 'tp': use 'all_gather'"),
+        ({"ffn": "ep+tp", "ep": 3, "etp": 2, "node": 4}, {}, 8,
+         "parallel.ep x parallel.etp = 6: must be a multiple of parallel.node = 4 that divides the 8 ranks of a stage; "
+         "use one of 4, 8"),
+        ({"attention": "tp"}, {"kv_heads": 2}, 4, "model.kv_heads = 2 is not divisible by parallel.node = 4; use one "
+         "of 1, 2 (or parallel.attention = 'sp')"),
+        ({"attention": "tp", "node": 2}, {"qk_norm": "full"}, 4, "model.qk_norm = 'full' spans them; use attention"),
+        ({"ffn": "tp"}, {"ffn_hidden": 30}, 4, "model.ffn_hidden = 30 is not divisible by parallel.node = 4"),
+        ({"ffn": "tp"}, {"ffn_hidden": 32, "shared_ffn_hidden": 30}, 4, "the width of the shared experts = 30 is not"),
+        ({"vocabulary": "sharded"}, {"vocab": 30}, 4, "model.vocab = 30 is not divisible by parallel.node = 4; use one "
+         "of 1, 2, 3, 5, 6, 10, 15, 30 (or parallel.vocabulary = 'replicated')"),
         ({}, {"sequence_length": 62}, 4, "model.sequence_length = 62 is not divisible by parallel.node = 4"),
         ({}, {"heads": 6}, 4, "model.heads = 6 is not divisible by parallel.node = 4; use one of 1, 2, 3, 6"),
         ({}, {"experts": 6}, 4, "model.experts = 6 is not divisible by parallel.ep = 4; use one of 1, 2, 3, 6"),

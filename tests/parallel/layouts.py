@@ -16,11 +16,13 @@ from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import backward
 from megascale_moe.engine.trace import Trace
-from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Transformer, build
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.model import INPUTS, auxiliary_names, load_names, local_inputs, model_ops
+from megascale_moe.parallel.placement import Placement
+from megascale_moe.parallel.stages import Part
+from megascale_moe.parallel.weights import placements
 
 SCALE = 0.01
 
@@ -53,13 +55,14 @@ def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> Rows:
 
 @dataclass
 class Result:
-    """Loss sums and gradients; experts of a rank under their slice."""
+    """Loss sums, and gradients of a rank's parts of the weights."""
 
     loss: float
     auxiliary: float
     gradients: dict[str, Tensor]
     load: dict[str, Tensor] = field(default_factory=dict)
     wire: dict[tuple[str, Any], int] = field(default_factory=dict)
+    placements: dict[str, Placement] = field(default_factory=dict)
 
 
 def reference(config: ModelConfig, batch: Rows, seed: int = 0) -> Result:
@@ -71,48 +74,44 @@ def reference(config: ModelConfig, batch: Rows, seed: int = 0) -> Result:
     return Result(float(loss.detach()), float(auxiliary.detach()), gradients)
 
 
-def local_weights(model: Transformer, ep: int, index: int) -> dict[str, Tensor]:
-    """A rank's weights: everything, and its slice of the experts."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: (value.detach().chunk(ep)[index].clone() if ".experts." in name else value.detach().clone())
-        for name, value in named.items()
-    }
-
-
-def run_rank(config: ModelConfig, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0) -> Result:
+def run_rank(
+    config: ModelConfig, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0, **strategies: str
+) -> Result:
     """`run_model` with initial weights from the seed."""
-    return run_model(build(config, seed), batch, mesh, dispatch, micro)
+    return run_model(build(config, seed), batch, mesh, dispatch, micro, **strategies)
 
 
-def run_model(model: Transformer, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0) -> Result:
+def run_model(
+    model: Transformer, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, **strategies: str
+) -> Result:
     """One rank's share through the list, in micro-batches of `micro` rows; gradients summed over the right axes."""
     config = model.config
     axes = connect(mesh) if mesh.world > 1 else single()
     place = dist.get_rank() // mesh.node if mesh.world > 1 else 0
     share = len(batch.tokens) // mesh.dp
     micro = micro or share
-    layout = Layout(micro, config.sequence_length, axes, dispatch=dispatch)
+    layout = Layout(micro, config.sequence_length, axes, dispatch=dispatch, **strategies)
     ops = model_ops(config, layout)
     names = [*auxiliary_names(config), *load_names(config)]
     program = Program([*ops, *backward(ops)], INPUTS, ["loss", *names])
-    weights = local_weights(model, mesh.ep, axes["ep"].index)
-    sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items() if not name.endswith("bias")}
-    result, trace = Result(0.0, 0.0, {}), Trace()
+    placed = placements(config, layout, Part.whole(config))
+    weights = {name: placed[name].take(value.detach()) for name, value in model.named_parameters()}
+    sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items()}
+    weights |= dict(model.named_buffers())
+    result, trace = Result(0.0, 0.0, {}, placements=placed), Trace()
     for first in range(place * share, (place + 1) * share, micro):
         tokens, targets, segments = batch.part(slice(first, first + micro))
-        rope = rotary_table(config, segments.positions(axes["node"].index, mesh.node))
-        values = local_inputs(tokens, targets, layout, rope, segments)
+        values = local_inputs(tokens, targets, layout, segments, config)
         out = program.run(values | {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}, weights, sinks, trace)
         result.loss += float(out["loss"])
         result.auxiliary += sum(float(resolve(out, name)) for name in auxiliary_names(config))
         for name in load_names(config):
             result.load[name] = result.load.get(name, torch.zeros(config.experts)) + out[name]
     for name, sink in sinks.items():
-        axis = axes["expert_data" if ".experts." in name else "data"]
         result.gradients[name] = sink.value()
-        if axis.size > 1:
-            dist.all_reduce(result.gradients[name], group=axis.group)
+        for axis in placed[name].replicas:
+            if axis and axes[axis].size > 1:
+                dist.all_reduce(result.gradients[name], group=axes[axis].group)
     result.wire = trace.wire_bytes()
     return result
 
@@ -122,15 +121,14 @@ def relative(value: Tensor, wanted: Tensor) -> float:
     return float((value - wanted).norm() / wanted.norm().clamp(min=1e-12))
 
 
-def compare(results: list[Result], wanted: Result, ep: int) -> tuple[float, float, str]:
+def compare(results: list[Result], wanted: Result) -> tuple[float, float, str]:
     """(loss error, worst gradient error, its parameter) of all ranks' results against the reference."""
     loss = abs(sum(r.loss for r in results) - wanted.loss) / abs(wanted.loss)
     if wanted.auxiliary:
         loss = max(loss, abs(sum(r.auxiliary for r in results) - wanted.auxiliary) / wanted.auxiliary)
     worst = (0.0, "")
-    for rank, result in enumerate(results):
+    for result in results:
         for name, value in result.gradients.items():
-            full = wanted.gradients[name]
-            expected = full.chunk(ep)[rank % ep] if ".experts." in name else full
+            expected = result.placements[name].take(wanted.gradients[name])
             worst = max(worst, (relative(value, expected), name))
     return loss, *worst

@@ -17,7 +17,6 @@ from megascale_moe.comm.axis import single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.executor import Program
-from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Transformer
 from megascale_moe.parallel.layout import Layout
@@ -25,7 +24,7 @@ from megascale_moe.parallel.model import local_inputs, model_ops
 from megascale_moe.testing import run_ranks
 from tests.oracles import FAMILIES, Oracle, Result, batch, case, errors, oracle, worst
 from tests.parallel import layouts
-from tests.parallel.layouts import Rows, local_weights, run_model
+from tests.parallel.layouts import Rows, run_model
 
 # float32 carries 6e-8 per operation; two layers with their backward chain some hundred dependent sums of up to 64
 # terms, taken in another order by each side. The same bound, measured in the same way, as for the plain modules.
@@ -56,8 +55,8 @@ def logits(model: Transformer, tokens: Tensor) -> Tensor:
     rows, length = tokens.shape
     layout, segments = Layout(rows, length, single()), Segments.whole_rows(rows, length)
     program = Program(model_ops(model.config, layout, "logits"), ("tokens", "rope", "segments"), ["logits"])
-    values = local_inputs(tokens, None, layout, rotary_table(model.config, segments.positions()), segments)
-    out: Tensor = program.run(values, local_weights(model, 1, 0))["logits"]
+    values = local_inputs(tokens, None, layout, segments, model.config)
+    out: Tensor = program.run(values, dict(model.named_parameters()) | dict(model.named_buffers()))["logits"]
     return out.view(rows, length, -1)
 
 

@@ -39,7 +39,7 @@ Bytes = dict[tuple[str, Phase], float]
 
 def axes(n: int) -> Axes:
     """A node of n ranks as the cost functions see it; no process group."""
-    return single() | {name: Axis(name, n) for name in ("node", "ep", "data", "world")}
+    return single() | {name: Axis(name, n) for name in ("node", "ffn", "ep", "data", "world")}
 
 
 def layout(

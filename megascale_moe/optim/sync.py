@@ -1,0 +1,240 @@
+"""Synchronisation of flat weights over their replicas, as operators: four hierarchical steps (paper, section 3.1).
+
+Gradients are reduce-scattered inside the node and then between nodes, updated weights all-gathered between nodes and
+then inside the node. A rank of n in its node thus sends the n-th part of the P elements between nodes, 2P/n (d-1)/d
+for both directions, the slow link's share under tensor parallelism, and pays with 2P (n-1)/n on the fast link.
+
+To use both links at once, the shards are cut into chunks, and a chunk travels between nodes while the next one travels
+inside: the order of the list says so, a communication operator starts where it stands and is waited for where its
+result is read. Several groups are one pipeline, so that neither link idles between two groups.
+
+Without a second level there is nothing to overlap: the buffer itself is sent at once, without a copy. Sums are taken
+in rank order, first inside the node and then over nodes, so chunks do not change a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megascale_moe.comm.axis import Axis
+from megascale_moe.comm.collectives import Pending, all_gather, all_gather_in_place, reduce_scatter, tag_of
+from megascale_moe.engine.op import Cost, Op, Phase, Stream
+from megascale_moe.optim.flat import FlatWeights
+
+CHUNK = 1 << 19
+"""Elements of a shard per chunk: 2 MiB messages between nodes, long against a link's latency, short against a group."""
+
+Job = list[list[Op]]
+"""The way of one chunk, hop by hop; the operators of a hop stand together in the list."""
+
+
+def shard_of(flat: FlatWeights) -> str:
+    """The name of the summed gradients of this rank's shard, float32 [S]."""
+    return f"{flat.name}.shard"
+
+
+def updated_of(flat: FlatWeights) -> str:
+    """The name of the updated weights of this rank's shard, compute dtype [S]: that part of `flat.weights` itself."""
+    return f"{flat.name}.updated"
+
+
+def given(groups: Sequence[FlatWeights]) -> dict[str, Tensor]:
+    """What `reduce` reads, by name: the flat gradients; without replicas these are the summed shard already."""
+    return {_gradients_of(flat) if _levels(flat) else shard_of(flat): flat.gradients for flat in groups}
+
+
+def reduce(groups: Sequence[FlatWeights], chunk: int = CHUNK) -> list[Op]:
+    """Sum the gradients over the replicas: `given` -> `shard_of` each group. The gradient buffers are only read."""
+    jobs = [_reduce_job(part) for flat in groups if _levels(flat) for part in _chunks(flat, chunk)]
+    return [*pipelined(jobs), *(_assemble(flat, chunk) for flat in groups if len(_chunks(flat, chunk)) > 1)]
+
+
+def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Op], chunk: int = CHUNK) -> list[Op]:
+    """Fill the `weights` of every rank from the shards.
+
+    Args:
+        updates: by name of the group, the operator that writes `updated_of` it. It comes right before the group's
+            first chunk, so that the group before it travels while it runs.
+    """
+    jobs: list[Job] = []
+    for flat in groups:
+        first, *rest = [_gather_job(part) for part in _chunks(flat, chunk)]
+        jobs += [[[updates[flat.name], *first[0]], *first[1:]], *rest]
+    in_place = [flat for flat in groups if _levels(flat) and len(_chunks(flat, chunk)) == 1]
+    return [*pipelined(jobs), _ready(in_place)]
+
+
+def pipelined(jobs: Sequence[Job]) -> list[Op]:
+    """Hop h of job j at time j + h, later jobs first: a chunk's second hop starts behind the next one's first."""
+    times: dict[int, list[Op]] = {}
+    for start, job in enumerate(jobs):
+        for hop, ops in enumerate(job):
+            times.setdefault(start + hop, [])[:0] = ops
+    return [op for time in sorted(times) for op in times[time]]
+
+
+# --- chunks and levels -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Elements start .. stop of every rank's shard of a group; `alone` if that is all of them."""
+
+    flat: FlatWeights
+    start: int
+    stop: int
+    index: int
+    alone: bool
+
+    @property
+    def part(self) -> slice:
+        """Its place in a shard."""
+        return slice(self.start, self.stop)
+
+    @property
+    def size(self) -> int:
+        """Elements of one rank, s."""
+        return self.stop - self.start
+
+    @property
+    def total(self) -> int:
+        """Elements of all ranks, n * d * s."""
+        return self.size * self.flat.intra.size * self.flat.inter.size
+
+    def name(self, what: str) -> str:
+        """The name of a value that belongs to the chunk."""
+        return f"{self.flat.name}.{what}" if self.alone else f"{self.flat.name}.{what}.{self.index}"
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The view [n, d, s] of a flat buffer."""
+        return buffer.view(self.flat.intra.size, self.flat.inter.size, -1)[:, :, self.part]
+
+
+def _chunks(flat: FlatWeights, chunk: int) -> list[_Chunk]:
+    """As few as needed, of (almost) equal size; one where there are no two links to overlap."""
+    size = flat.master.numel()
+    count = -(-size // chunk) if len(_levels(flat)) == 2 else 1
+    bounds = [size * index // count for index in range(count + 1)]
+    return [_Chunk(flat, bounds[i], bounds[i + 1], i, count == 1) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One of a group's two axes. The outer one is `inter` also where its ranks happen to be on one host."""
+
+    axis: Axis
+    word: str
+    stream: Stream
+
+    def op(
+        self, kind: str, chunk: _Chunk, reads: str, writes: str, sent: int, phase: Phase,
+        collective: Callable[[Tensor, Axis, int], Pending],
+    ) -> Op:  # fmt: skip
+        """A collective over the axis in which a rank sends `sent` bytes to each of its peers."""
+        prefix = "gradients" if phase == Phase.W else "parameters"
+        name, axis = f"{prefix}.{chunk.flat.name}.{self.word}_{kind}", self.axis
+        tag = tag_of(f"{name} {chunk.index}")
+        return Op(
+            name=name, reads=(reads,), writes=(writes,), run=lambda x: collective(x, axis, tag), phase=phase,
+            stream=self.stream, cost=Cost(wire_bytes=sent * (axis.size - 1), axis=axis.name),
+        )  # fmt: skip
+
+
+def _levels(flat: FlatWeights) -> list[_Level]:
+    """The axes over which there is something to send, inside of the node first."""
+    levels = _Level(flat.intra, "intra", Stream.INTRA), _Level(flat.inter, "inter", Stream.INTER)
+    return [level for level in levels if level.axis.size > 1]
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _gradients_of(flat: FlatWeights) -> str:
+    return f"{flat.name}.gradients"
+
+
+def _reduce_job(chunk: _Chunk) -> Job:
+    """float32 [n, d, s] -> sums over the node [d, s] -> sums over all [s], each flattened."""
+    levels = _levels(chunk.flat)
+    packing = [] if chunk.alone else [_pack(chunk)]
+    reads = packing[0].writes[0] if packing else _gradients_of(chunk.flat)
+    job: Job = []
+    elements = chunk.total
+    for level in levels:
+        elements //= level.axis.size
+        writes = chunk.name("shard" if level is levels[-1] else "node_sums")
+        job.append([level.op("reduce_scatter", chunk, reads, writes, 4 * elements, Phase.W, reduce_scatter)])
+        reads = writes
+    return [[*packing, *job[0]], *job[1:]]
+
+
+def _pack(chunk: _Chunk) -> Op:
+    """The chunk's elements of all shards in one piece, in the order in which the reduce-scatters cut it."""
+    return Op(
+        name=f"gradients.{chunk.flat.name}.pack", reads=(_gradients_of(chunk.flat),), writes=(chunk.name("packed"),),
+        run=lambda gradients: chunk.of(gradients).flatten(), phase=Phase.W, cost=Cost(memory_bytes=8 * chunk.total),
+    )  # fmt: skip
+
+
+def _assemble(flat: FlatWeights, chunk: int) -> Op:
+    """One shard of its chunks."""
+    parts = _chunks(flat, chunk)
+    return Op(
+        name=f"gradients.{flat.name}.assemble", reads=tuple(part.name("shard") for part in parts),
+        writes=(shard_of(flat),), run=lambda *sums: torch.cat(sums), phase=Phase.W,
+        cost=Cost(memory_bytes=8 * sum(part.size for part in parts)),
+    )  # fmt: skip
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _gather_job(chunk: _Chunk) -> Job:
+    """Updated weights [s] -> those of the same place in all nodes [d, s] -> of all ranks [n, d, s], in `weights`.
+
+    The only chunk of a group is received where it belongs. Several arrive packed and are copied there, while later
+    ones travel.
+    """
+    flat, levels = chunk.flat, _levels(chunk.flat)
+    reads, sent = updated_of(flat), chunk.size * flat.weights.itemsize
+    job: Job = []
+    for level in reversed(levels):
+        writes = chunk.name("weights" if level is levels[0] else "row")
+        collective = _in_place(flat, level) if chunk.alone else _of_part(chunk) if not job else all_gather
+        job.append([level.op("all_gather", chunk, reads, writes, sent, Phase.F, collective)])
+        reads, sent = writes, sent * level.axis.size
+    if not chunk.alone:
+        job.append([_unpack(chunk, reads)])
+    return job or [[]]
+
+
+def _in_place(flat: FlatWeights, level: _Level) -> Callable[[Tensor, Axis, int], Pending]:
+    """Receive into the weights: between nodes this rank's row of [n, d * S], inside of the node the other rows."""
+    rows = flat.weights.view(flat.intra.size, -1)
+    buffer = flat.weights if level.word == "intra" else rows[flat.intra.index]
+    return lambda _, axis, tag: all_gather_in_place(buffer, axis, tag)
+
+
+def _of_part(chunk: _Chunk) -> Callable[[Tensor, Axis, int], Pending]:
+    return lambda updated, axis, tag: all_gather(updated[chunk.part], axis, tag)
+
+
+def _unpack(chunk: _Chunk, reads: str) -> Op:
+    """Copy a chunk of all ranks to where it belongs in the weights."""
+    flat = chunk.flat
+
+    def run(gathered: Tensor) -> None:
+        chunk.of(flat.weights).copy_(gathered.view(flat.intra.size, flat.inter.size, chunk.size))
+
+    cost = Cost(memory_bytes=2 * chunk.total * flat.weights.itemsize)
+    return Op(name=f"parameters.{flat.name}.unpack", reads=(reads,), writes=(), run=run, cost=cost)
+
+
+def _ready(groups: Sequence[FlatWeights]) -> Op:
+    """Waits for what is received in place, which nothing else in the list reads."""
+    reads = tuple(f"{flat.name}.weights" for flat in groups)
+    return Op(name="parameters.ready", reads=reads, writes=(), run=lambda *_: None)

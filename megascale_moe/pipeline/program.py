@@ -1,0 +1,100 @@
+"""From a config to the list that one rank runs in a step: the one place where layers, stages and schedule meet.
+
+Trainer, `verify` and `dryrun` call it with the same arguments, so what is checked and counted is what is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from megascale_moe.comm.axis import Axes
+from megascale_moe.config import ModelConfig, ParallelConfig
+from megascale_moe.engine.executor import Program
+from megascale_moe.engine.op import Op, backward, grad
+from megascale_moe.parallel.layout import Layout
+from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, load_names, part_ops
+from megascale_moe.parallel.stages import Part, parts_of_rank, stage_parts, together
+from megascale_moe.pipeline.schedule import Schedule, forward_only, schedule
+from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A rank's work on `micros` micro-batches of `rows` sequences each.
+
+    Attributes:
+        head: "train" for forward and backward; "loss" and "logits" for a forward of one micro-batch.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    axes: Axes
+    dtype: torch.dtype
+    rows: int
+    micros: int = 1
+    head: Head = "train"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where a micro-batch lies."""
+        return Layout.of(self.parallel, self.rows, self.model.sequence_length, self.axes, self.dtype)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What each stage of the pipeline has, of all ranks."""
+        return stage_parts(self.parallel, self.model)
+
+    @cached_property
+    def part(self) -> Part:
+        """All that this rank has."""
+        return together(parts_of_rank(self.parts, self.parallel.pp, self.axes["pp"].index))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The actions of every pipeline rank."""
+        p = self.parallel
+        if self.head != "train":
+            return forward_only(p.pp, p.virtual_stages)
+        return schedule(p.schedule, p.pp, self.micros, p.virtual_stages)
+
+    @cached_property
+    def stages(self) -> dict[int, Stage]:
+        """The lists of this rank's stages."""
+        mine = parts_of_rank(self.parts, self.parallel.pp, self.axes["pp"].index)
+        return {stage: self._stage(part) for stage, part in mine.items()}
+
+    def _stage(self, part: Part) -> Stage:
+        forward = part_ops(self.model, self.layout, part, self.head)
+        reads = "" if part.first else f"hidden_{part.layers[0]}"
+        writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"
+        seeds = [grad(writes)] if writes else []
+        return Stage(forward, backward(forward, seeds) if self.head == "train" else (), reads, writes)
+
+    @property
+    def message(self) -> Message:
+        """What travels between stages."""
+        return Message((self.layout.tokens, self.model.hidden), self.dtype, self.device)
+
+    @cached_property
+    def ops(self) -> list[Op]:
+        """The list."""
+        return step_ops(self.schedule, self.stages, len(self.parts) - 1, self.axes["pp"], self.message)
+
+    @property
+    def results(self) -> list[str]:
+        """Names of one micro-batch that the caller wants."""
+        if self.head != "train":
+            return [self.head] if self.part.last else []
+        names = [*auxiliary_names(self.model, self.part), *load_names(self.model, self.part)]
+        return [*names, "loss"] if self.part.last else names
+
+    def program(self) -> Program:
+        """The list, checked; reads what `given` names."""
+        micros = range(self.micros)
+        given = [of_micro(name, micro) for micro in micros for name in INPUTS if name not in SHARED]
+        kept = [of_micro(name, micro) for micro in micros for name in self.results]
+        return Program(self.ops, [*given, *SHARED], kept)

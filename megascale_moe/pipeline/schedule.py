@@ -1,0 +1,154 @@
+"""Pipeline schedules as data: for every pipeline rank the list of actions it executes, in order.
+
+A schedule is nothing but these lists. The runner walks one of them, the checker proves that they cannot deadlock, the
+planner prices them, and a picture of them is a picture of what runs. Schedules written as loops around sends and
+receives, as most trainers have them, can only be tried.
+
+Inside a schedule every stage sees its micro-batches in rising order, in F, in B and in W alike. Gradients are then
+summed over the micro-batches in the order they have without a pipeline, and the sums are bit-equal.
+
+| schedule | idle time per rank, p ranks | activations alive on rank r, micro-batches of a whole rank |
+|---|---|---|
+| 1f1b | (p - 1) (f + b + w) | p - r |
+| interleaved, v stages per rank | (p - 1) (f + b + w) / v | at most p + (p - 1) / v |
+| zero_bubble | (p - 1) (f + b - w) | p |
+
+f, b, w: time of forward, input gradient and weight gradient of one micro-batch on one rank; `checker.bubble` has the
+conditions and the sources, `checker.timeline` the simulation that agrees with them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megascale_moe.config import ConfigError, require
+
+
+@dataclass(frozen=True)
+class Action:
+    """One stage's work on one micro-batch; written "2F0": stage 2, forward, micro-batch 0.
+
+    `stage` counts virtual stages in the order of the model, 0 .. pp x virtual - 1; stage s lives on pipeline rank
+    s % pp. `phase` is F (forward), B (input gradient), W (weight gradient) or BW (both in one).
+    """
+
+    stage: int
+    phase: str
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.phase}{self.micro}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """The action written as `text`, such as "2BW0"; ValueError for anything else."""
+        found = re.fullmatch(r"(\d+)(F|B|W|BW)(\d+)", text, re.ASCII)
+        if found is None:
+            raise ValueError(f"{text!r} is not an action: write stage, F, B, W or BW, micro-batch, such as 2F0")
+        return cls(int(found[1]), found[2], int(found[3]))
+
+
+Schedule = list[list[Action]]  # [pipeline rank][position]
+
+
+def schedule(name: str, pp: int, micros: int, virtual_stages: int = 1) -> Schedule:
+    """Actions of one training step, one list per pipeline rank.
+
+    `name` is "1f1b", "interleaved" or "zero_bubble", `micros` the number of micro-batches of the step and
+    `virtual_stages` the number of stages on each rank. `ConfigError` for numbers that the schedule does not have.
+    """
+    _require_legal(name, pp, micros, virtual_stages)
+    if name == "1f1b":
+        return [_one_f_one_b(rank, pp, micros) for rank in range(pp)]
+    if name == "interleaved":
+        return [_interleaved(rank, pp, micros, virtual_stages) for rank in range(pp)]
+    return [_zero_bubble(rank, pp, micros) for rank in range(pp)]
+
+
+def forward_only(pp: int, virtual_stages: int = 1) -> Schedule:
+    """Actions of one evaluation micro-batch, one list per pipeline rank: F of each of its stages, micro-batch 0."""
+    return [[Action(rank + chunk * pp, "F", 0) for chunk in range(virtual_stages)] for rank in range(pp)]
+
+
+def _one_f_one_b(rank: int, pp: int, micros: int) -> list[Action]:
+    """One forward, one backward (PipeDream-Flush in Narayanan et al. 2021, arXiv 2006.09503).
+
+    The warm-up is just long enough that the first gradient finds the rank free, so p - rank micro-batches are alive.
+    """
+    forwards = [Action(rank, "F", micro) for micro in range(micros)]
+    backwards = [Action(rank, "BW", micro) for micro in range(micros)]
+    return _alternate(forwards, backwards, pp - rank - 1)
+
+
+def _interleaved(rank: int, pp: int, micros: int, virtual: int) -> list[Action]:
+    """Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2).
+
+    Order and warm-up are those of Megatron-LM: micro-batches move in groups of p, each group through all stages of
+    the rank. The warm-up is all but the last stage of the first group, and two forwards more per rank further from the
+    last: a forward passes p - 1 - r ranks on its way to the end, the first gradient as many on its way back.
+    """
+    order = [
+        (chunk, group + offset) for group in range(0, micros, pp) for chunk in range(virtual) for offset in range(pp)
+    ]
+    forwards = [Action(rank + chunk * pp, "F", micro) for chunk, micro in order]
+    backwards = [Action(rank + (virtual - 1 - chunk) * pp, "BW", micro) for chunk, micro in order]
+    return _alternate(forwards, backwards, (pp - rank - 1) * 2 + (virtual - 1) * pp)
+
+
+def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> list[Action]:
+    """`warm_up` forwards (or all), then forward and backward in turn, then the backwards that remain."""
+    warm_up = min(warm_up, len(forwards))
+    actions = forwards[:warm_up]
+    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
+        actions += [forward, backward]
+    return actions + backwards[len(forwards) - warm_up :]
+
+
+def _zero_bubble(rank: int, pp: int, micros: int) -> list[Action]:
+    """ZB-H1 (Qi et al. 2023, arXiv 2401.10241, section 2): 1F1B in which W lags `rank` micro-batches behind B.
+
+    Rank r has p - r forwards in flight as in 1F1B and may hold r more micro-batches whose W is still to come, which
+    makes p on every rank: the peak of 1F1B. The held weight gradients fill the end, where 1F1B waits; the last rank,
+    which has most of them, sends its last input gradient p - 1 weight gradients earlier. A greedy choice,
+    whatever is ready in the order B, F, W under the same limit, was tried and misses the bound for most sizes.
+    """
+    actions = [Action(rank, "F", micro) for micro in range(min(pp - rank, micros))]
+    for micro in range(micros):
+        actions.append(Action(rank, "B", micro))
+        if micro >= rank:
+            actions.append(Action(rank, "W", micro - rank))
+        if micro + pp - rank < micros:
+            actions.append(Action(rank, "F", micro + pp - rank))
+    return actions + [Action(rank, "W", micro) for micro in range(max(0, micros - rank), micros)]
+
+
+def _require_legal(name: str, pp: int, micros: int, virtual: int) -> None:
+    if name not in ("1f1b", "interleaved", "zero_bubble"):
+        raise ConfigError(f"parallel.schedule = {name!r}: must be one of 1f1b, interleaved, zero_bubble")
+    for what, value in (("parallel.pp", pp), ("number of micro-batches", micros), ("parallel.virtual_stages", virtual)):
+        require(value >= 1, f"{what} = {value}: must be at least 1")
+    if name == "interleaved":
+        _require_interleaved(pp, micros, virtual)
+    else:
+        require(
+            virtual == 1,
+            f"parallel.virtual_stages = {virtual}: parallel.schedule = {name!r} has one stage per rank; "
+            "use 1, or parallel.schedule = 'interleaved'",
+        )
+
+
+def _require_interleaved(pp: int, micros: int, virtual: int) -> None:
+    """One rank may have any numbers: there is nothing to interleave with."""
+    require(
+        virtual >= 2 or pp == 1,
+        f"parallel.virtual_stages = {virtual}: parallel.schedule = 'interleaved' needs at least 2 stages per rank; "
+        "use 2, or parallel.schedule = '1f1b'",
+    )
+    below = micros // pp * pp
+    nearest = f"{below} or {below + pp}" if below else f"{pp}"
+    require(
+        micros % pp == 0,
+        f"number of micro-batches = {micros}: parallel.schedule = 'interleaved' needs a multiple of "
+        f"parallel.pp = {pp}; use {nearest} (train.global_batch and train.micro_batch set it)",
+    )

@@ -1,0 +1,204 @@
+"""A training step of one rank as one list: its stages' lists strung together by a schedule.
+
+An action such as 2F5 becomes the forward list of stage 2 with every name prefixed "5/", and messages to neighbouring
+stages become operators like all others. So whatever reads lists (executor, dry run, passes, planner) sees the whole
+step and knows nothing of pipelines, and without a pipeline the list is the same with the messages gone.
+
+Receives stand one action before the one that needs them: they travel while it computes. A send is over when the
+schedule shows that its receiver has gone on (this rank has heard from it since, directly or through others); there,
+its buffer is let go. Waiting earlier could block a schedule that the checker, for which sends never block, calls good.
+
+Considered and rejected: a runner that executes actions one by one on a dictionary per micro-batch (less to build, but
+then nothing could move across the border of an action), and a list per micro-batch with real loops (the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megascale_moe.comm.axis import Axis
+from megascale_moe.comm.collectives import receive, send, tag_of
+from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
+from megascale_moe.pipeline.checker import awaited, execute, message_of
+from megascale_moe.pipeline.schedule import Action, Schedule
+
+SHARED = frozenset({"loss_scale", "auxiliary_scale"})
+"""Names that all micro-batches read; every other name belongs to one."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank runs for one of its stages.
+
+    Attributes:
+        reads, writes: the hidden states that come in and go out, "" where the model begins and ends.
+    """
+
+    forward: Sequence[Op]
+    backward: Sequence[Op]
+    reads: str
+    writes: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """A hidden state, or its gradient, between stages; shape and dtype of both."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def of_micro(name: str, micro: int) -> str:
+    """The name of a tensor of one micro-batch in the list of a step."""
+    return name if not name or name in SHARED else f"{micro}/{name}"
+
+
+def step_ops(schedule: Schedule, stages: Mapping[int, Stage], last: int, pp: Axis, message: Message) -> list[Op]:
+    """The list of this rank, whose index on the axis `pp` says which actions of the schedule are its own.
+
+    Args:
+        last: the last stage of the model.
+    """
+    builder = _Builder(stages, last, pp, message)
+    actions = schedule[pp.index]
+    over = _acknowledged(schedule, last, pp.index)
+    ops: list[Op] = []
+    for place, action in enumerate(actions):
+        if place == 0:
+            ops += builder.receives(action)
+        if place + 1 < len(actions):
+            ops += builder.receives(actions[place + 1])
+        ops += builder.work(action)
+        ops += builder.sends(action)
+        ops += [builder.sent(earlier) for earlier in over.get(place, [])]
+    return ops
+
+
+@dataclass(frozen=True)
+class _Builder:
+    stages: Mapping[int, Stage]
+    last: int
+    pp: Axis
+    message: Message
+
+    def work(self, action: Action) -> Iterator[Op]:
+        """The operators of an action."""
+        stage, micro = self.stages[action.stage], action.micro
+        for op in _operators(stage, action.phase):
+            yield replace(
+                op,
+                reads=tuple(of_micro(name, micro) for name in op.reads),
+                writes=tuple(of_micro(name, micro) for name in op.writes),
+            )
+
+    def receives(self, action: Action) -> list[Op]:
+        """What an action needs from another rank."""
+        source = awaited(action, self.last)
+        if source is None or self._rank(source) == self.pp.index:
+            return []
+        stage, backward = self.stages[action.stage], action.phase != "F"
+        name = of_micro(grad(stage.writes) if backward else stage.reads, action.micro)
+        tag, peer, message, pp = _tag(source), self._rank(source), self.message, self.pp
+
+        def run() -> object:
+            out = torch.empty(message.shape, dtype=message.dtype, device=message.device)
+            return receive(out, peer, pp, tag, backward=backward)
+
+        return [Op(name=f"receive_{_what(backward)}", reads=(), writes=(name,), run=run, stream=Stream.INTER,
+                   phase=Phase.B if backward else Phase.F, cost=Cost(axis="pp"))]  # fmt: skip
+
+    def sends(self, action: Action) -> list[Op]:
+        """What another rank needs from an action."""
+        target = _receiver(action, self.last)
+        if target is None or target % self.pp.size == self.pp.index:
+            return []
+        stage, backward = self.stages[action.stage], action.phase != "F"
+        name = of_micro(grad(stage.reads) if backward else stage.writes, action.micro)
+        tag, peer, pp = _tag(action), target % self.pp.size, self.pp
+        return [Op(name=f"send_{_what(backward)}", reads=(name,), writes=(_token(action),), stream=Stream.INTER,
+                   phase=Phase.B if backward else Phase.F, cost=Cost(wire_bytes=self.message.nbytes, axis="pp"),
+                   run=lambda x: send(x, peer, pp, tag, backward=backward))]  # fmt: skip
+
+    def sent(self, action: Action) -> Op:
+        """The end of what an action sent."""
+        return Op(name="sent", reads=(_token(action),), writes=(), run=lambda _: None)
+
+    def _rank(self, action: Action) -> int:
+        return action.stage % self.pp.size
+
+
+def _operators(stage: Stage, phase: str) -> Sequence[Op]:
+    if phase == "F":
+        return stage.forward
+    if phase == "BW":
+        return stage.backward
+    return [op for op in stage.backward if (op.phase == Phase.W) == (phase == "W")]
+
+
+def _what(backward: bool) -> str:
+    return "gradient" if backward else "hidden"
+
+
+def _receiver(action: Action, last: int) -> int | None:
+    """The stage that an action's result goes to."""
+    if action.phase == "F":
+        return action.stage + 1 if action.stage < last else None
+    return action.stage - 1 if "B" in action.phase and action.stage else None
+
+
+def _tag(action: Action) -> int:
+    return tag_of(f"{'F' if action.phase == 'F' else 'B'} {action.stage} {action.micro}")
+
+
+def _token(action: Action) -> str:
+    return f"sent:{action}"
+
+
+def _acknowledged(schedule: Schedule, last: int, rank: int) -> dict[int, list[Action]]:
+    """Place in this rank's list -> its sends that are certainly received when the action there is done.
+
+    Every action knows how far each rank had come when it ran: its own rank's knowledge and that of the action it
+    waited for (a vector clock). At the end of the list all sends are waited for.
+    """
+    known = _knowledge(schedule, last)
+    place = {
+        message_of(action): (where, index)
+        for where, actions in enumerate(schedule)
+        for index, action in enumerate(actions)
+        if action.phase != "W"
+    }
+    mine = schedule[rank]
+    found: dict[int, list[Action]] = {}
+    for action in mine:
+        target = _receiver(action, last)
+        if target is None or target % len(schedule) == rank:
+            continue
+        where, index = place[Action(target, action.phase[0], action.micro)]
+        heard = (at for at, mark in enumerate(known[rank]) if mark[where] > index)
+        found.setdefault(next(heard, len(mine) - 1), []).append(action)
+    return found
+
+
+def _knowledge(schedule: Schedule, last: int) -> list[list[list[int]]]:
+    """Per rank and action: how many actions of each rank are certainly done when it is."""
+    known: list[list[list[int]]] = [[] for _ in schedule]
+    sent: dict[Action, list[int]] = {}
+    for rank, action in execute(schedule, last, [0] * len(schedule)):
+        source = awaited(action, last)
+        heard = [known[rank][-1]] if known[rank] else [[0] * len(schedule)]
+        if source is not None:
+            heard.append(sent[source])
+        clock = [max(marks) for marks in zip(*heard, strict=True)]
+        clock[rank] += 1
+        known[rank].append(clock)
+        sent[message_of(action)] = clock
+    return known
