@@ -26,8 +26,11 @@ from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.presets import PRESETS
 from megascale_moe.train import doctor
 from megascale_moe.train.checkpoint import SaveError
+from megascale_moe.train.dryrun import dry_run
+from megascale_moe.train.dryrun_table import show
 from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
+from megascale_moe.train.progress import counted_progress
 
 OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
 
@@ -59,11 +62,14 @@ def _main(arguments: list[str]) -> int:
     options, unknown = _parser().parse_known_args(rest)
     unknown += overrides if options.command == "doctor" else []
     if unknown:
-        hint = "config keys are overridden as --section.key=value" if options.command == "train" else "leave it out"
+        takes = options.command != "doctor"
+        hint = "config keys are overridden as --section.key=value" if takes else "leave it out"
         raise ConfigError(f"argument {unknown[0]!r} is unknown; {hint}; see megascale {options.command} --help")
     if options.command == "doctor":
         return doctor.main(options.json)
     config = load(options.config, overrides, PRESETS)
+    if options.command == "dryrun":
+        return _dryrun(config, options)
     if options.resume:
         config = replace(config, run=replace(config.run, resume=config.run.resume or "auto"))
     return _train(config, options.nproc, options.json)
@@ -90,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as the mesh needs)")
     run.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
     run.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    dry = commands.add_parser(
+        "dryrun", help="what one rank of a job of any size holds, sends and computes, without the job",
+        allow_abbrev=False,
+        usage="megascale dryrun CONFIG.toml --gpus N [--rank R] [--section.key=value ...] [--skip-messages] [--json]",
+        epilog="Runs the training step of one rank on fake process groups and tensors without storage. Exit status: 0 "
+        "fine, 1 ranks disagree about a message, 2 the input is wrong.",
+    )
+    dry.add_argument("config", metavar="CONFIG.toml", help="the model, its layout and batch; see configs/")
+    dry.add_argument("--gpus", type=_count, required=True, metavar="N", help="ranks of the job")
+    dry.add_argument("--rank", type=_place, default=0, metavar="R", help="the rank that is run (default: 0)")
+    dry.add_argument("--skip-messages", action="store_true", help="do not compare the messages of all ranks")
+    dry.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     examine = commands.add_parser(
         "doctor", help="what this machine has, what will be used, what is missing", allow_abbrev=False
     )
@@ -100,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks; give 1 or more")
+    return int(text)
+
+
+def _place(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank; give 0 or more")
     return int(text)
 
 
@@ -120,6 +144,16 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(argument)
     return overrides, rest
+
+
+def _dryrun(config: Config, options: argparse.Namespace) -> int:
+    with counted_progress() as progress:
+        found = dry_run(config, options.gpus, options.rank, all_ranks=not options.skip_messages, progress=progress)
+    if options.json:
+        print(json.dumps(found.document(), allow_nan=False))
+    else:
+        show(found)
+    return 1 if found.agreement is not None and found.agreement.disagreement else 0
 
 
 def _train(config: Config, nproc: int | None, as_json: bool) -> int:

@@ -18,6 +18,7 @@ class Axis:
 
     Attributes:
         links: groups for messages from one stage of a pipeline to the next, see `link`.
+        backend: what the group answers, "" without one.
     """
 
     name: str
@@ -25,14 +26,16 @@ class Axis:
     index: int = 0
     group: dist.ProcessGroup | None = None
     links: tuple[dist.ProcessGroup | None, ...] = ()
+    backend: str = ""
 
     @property
     def native(self) -> bool:
         """True where the backend's own collectives are the fastest form (NCCL); gloo's are not.
 
         A group made for both kinds of tensors answers "cpu:gloo,cuda:nccl"; its CPU tensors still go through gloo.
+        The fake backend stands for NCCL: dry runs are of clusters.
         """
-        return self.group is not None and "nccl" in dist.get_backend(self.group)
+        return self.size > 1 and any(name in self.backend for name in ("nccl", "fake"))
 
     def link(self, sender: int, backward: bool) -> dist.ProcessGroup | None:
         """The group for messages along a pipeline, forward or backward.
@@ -70,7 +73,8 @@ def connect(mesh: Mesh, *, own_groups: bool = False) -> Axes:
         for ranks in [mine] if own_groups else mesh.groups(name):
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks))
-        axes[name] = Axis(name, len(mine), mine.index(rank), made.get(mine), _links(name, mesh, mine))
+        links = _links(name, mesh, mine)
+        axes[name] = Axis(name, len(mine), mine.index(rank), made.get(mine), links, dist.get_backend())
     return axes
 
 
@@ -82,7 +86,7 @@ def _links(name: str, mesh: Mesh, mine: tuple[int, ...]) -> tuple[dist.ProcessGr
     return made[mine]
 
 
-def axes_of(mesh: Mesh, rank: int) -> Axes:
+def axes_of(mesh: Mesh, rank: int, backend: str = "") -> Axes:
     """The sizes and places of a rank's axes without any process group: for building lists that are not run."""
     places = {name: mesh.ranks(name, rank) for name in AXES}
-    return {name: Axis(name, len(ranks), ranks.index(rank)) for name, ranks in places.items()}
+    return {name: Axis(name, len(ranks), ranks.index(rank), backend=backend) for name, ranks in places.items()}

@@ -56,7 +56,7 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
     receive[me].copy_(send[me])
     peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
     wire = sum(send[peer].nbytes for peer in peers)
-    if axis.native and send[me].is_cuda:
+    if axis.native and not send[me].is_cpu:
         empty = receive[me].new_empty(0)
         works = [
             dist.all_to_all(
@@ -85,8 +85,8 @@ def all_gather(x: Tensor, axis: Axis, tag: int) -> Pending:
     """x [T, ...] of every rank, finishes with [size * T, ...] in rank order."""
     x = x.contiguous()
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    if axis.native and x.is_cuda:
-        work = dist.all_gather_into_tensor(out, x, axis.group, async_op=True)
+    if axis.native and not x.is_cpu:
+        work = _all_gather(out, x, axis.group, async_op=True)
         return Pending([work], lambda: out, x.nbytes * (axis.size - 1), keep=x)
     return exchange([x] * axis.size, out.chunk(axis.size), axis, tag).then(lambda _: out)
 
@@ -95,8 +95,8 @@ def all_gather_in_place(buffer: Tensor, axis: Axis, tag: int) -> Pending:
     """Fill the other ranks' equal shares of `buffer` [size * T, ...]; this rank's own share is already there."""
     parts = buffer.chunk(axis.size)
     mine = parts[axis.index]
-    if axis.native and buffer.is_cuda:
-        work = dist.all_gather_into_tensor(buffer, mine, axis.group, async_op=True)
+    if axis.native and not buffer.is_cpu:
+        work = _all_gather(buffer, mine, axis.group, async_op=True)
         return Pending([work], lambda: buffer, mine.nbytes * (axis.size - 1), keep=buffer)
     return exchange([mine] * axis.size, parts, axis, tag).then(lambda _: buffer)
 
@@ -104,9 +104,9 @@ def all_gather_in_place(buffer: Tensor, axis: Axis, tag: int) -> Pending:
 def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
     """Sum of x [size * T, ...] over the ranks, finishes with this rank's [T, ...]; sums in float32, in rank order."""
     x = x.contiguous()
-    if axis.native and x.is_cuda:
+    if axis.native and not x.is_cpu:
         out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-        work = dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True)
+        work = _reduce_scatter(out, x, group=axis.group, async_op=True)
         return Pending([work], lambda: out, x.nbytes // axis.size * (axis.size - 1), keep=x)
     parts = x.new_empty(x.shape).chunk(axis.size)
     return exchange(x.chunk(axis.size), parts, axis, tag).then(sum_in_order)
@@ -136,6 +136,16 @@ def receive(out: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = Fa
     """What `peer` sends, into `out`; finishes with `out`."""
     work = dist.irecv(out, group=axis.link(peer, backward), group_src=peer, tag=tag)
     return Pending([work], lambda: out, 0)
+
+
+def _all_gather(out: Tensor, x: Tensor, group: Any, *, async_op: bool) -> Any:
+    """torch's own, which 2.13 gave another name."""
+    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group, async_op=async_op)
+
+
+def _reduce_scatter(out: Tensor, x: Tensor, *, group: Any, async_op: bool) -> Any:
+    """torch's own, which 2.13 gave another name."""
+    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group, async_op=async_op)
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:

@@ -90,7 +90,12 @@ class Mesh:
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """All groups of an axis; together they hold every rank once."""
-        return sorted({self.ranks(axis, rank) for rank in range(self.world)})
+        found, seen = [], set[int]()
+        for rank in range(self.world):
+            if rank not in seen:
+                found.append(self.ranks(axis, rank))
+                seen.update(found[-1])
+        return found
 
 
 def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:

@@ -7,7 +7,7 @@ after its last reader. Both follow from the order of the list, so passes control
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from megascale_moe.comm.collectives import Pending
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, check
 from megascale_moe.engine.trace import Event, Trace, now
+
+Observer = Callable[[Op, dict[str, Any]], None]
 
 
 class Program:
@@ -45,12 +47,20 @@ class Program:
         weights: Mapping[str, Tensor],
         gradients: Mapping[str, Gradient] | None = None,
         trace: Trace | None = None,
+        observe: Observer | None = None,
     ) -> dict[str, Any]:
-        """Execute the list on `values` (changed in place and returned: what is still alive)."""
+        """Execute the list on `values` (changed in place and returned: what is still alive).
+
+        Args:
+            observe: called after each operator with all that is alive then, its results among them; `resolve` waits
+                for those that are still travelling.
+        """
         gradients = gradients or {}
         with torch.no_grad():
             for op, dead in zip(self.ops, self.release, strict=True):
                 _step(op, values, weights, gradients, trace)
+                if observe is not None:
+                    observe(op, values)
                 for name in dead:
                     values.pop(name, None)
         return values

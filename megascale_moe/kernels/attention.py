@@ -61,7 +61,12 @@ class Graph:
 def causal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
 ) -> tuple[Tensor, Graph | None]:
-    """`causal_attention`, and what its backward needs beside q, k, v."""
+    """`causal_attention`, and what its backward needs beside q, k, v.
+
+    Without storage (meta tensors) neither way makes scores, as no fused kernel does; torch's own meta form would.
+    """
+    if q.is_meta:
+        return q.new_empty(*q.shape[:3], v.shape[3]), None
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for part in _parts(q, spans):
@@ -82,6 +87,8 @@ def causal_attention_backward(
     if graph is not None:
         return torch.autograd.grad(graph.out, graph.leaves, gradient)  # type: ignore[return-value]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.is_meta:
+        return dq, dk, dv
     for part in _parts(q, spans):
         dq[part], dk[part], dv[part] = _documents_backward(gradient[part], q[part], k[part], v[part], scale, window)
     return dq, dk, dv

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megascale_moe.kernels.blocks import Rowwise
 
-BLOCK_TOKENS = {"cpu": 256, "cuda": 4096}  # a block of logits in the cache; enough rows to fill a GPU
+BLOCK_TOKENS = {"cpu": 256, "cuda": 4096, "meta": 4096}  # a block of logits in the cache; enough rows to fill a GPU
 
 
 def linear_cross_entropy(
@@ -33,7 +33,7 @@ def linear_cross_entropy(
     """
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(x)
-    block = BLOCK_TOKENS.get(x.device.type, len(x))
+    block = BLOCK_TOKENS[x.device.type]
     for start in range(0, x.shape[0], block):
         part, target = x[start : start + block], targets[start : start + block]
         slope, losses = _loss_and_slope(part @ weight.t(), target, scale)
@@ -59,7 +59,7 @@ _loss_and_slope = Rowwise(_slope_formula, shared=1)
 def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed loss alone, for evaluation."""
     total = torch.zeros((), dtype=torch.float32, device=x.device)
-    block = BLOCK_TOKENS.get(x.device.type, len(x))
+    block = BLOCK_TOKENS[x.device.type]
     for part, target in zip(x.split(block), targets.split(block), strict=True):
         total += F.cross_entropy((part @ weight.t()).float(), target, ignore_index=-100, reduction="sum")
     return total
@@ -94,7 +94,7 @@ def _local(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    block = BLOCK_TOKENS.get(logits.device.type, len(logits))
+    block = BLOCK_TOKENS[logits.device.type]
     return list(zip(logits.split(block), targets.split(block), strict=True))
 
 
@@ -112,7 +112,7 @@ def sharded_slope(logits: Tensor, log_sum: Tensor, targets: Tensor, first: int, 
         log_sum: of the exponentials of the whole vocabulary, float32 [T].
     """
     out = torch.empty_like(logits)
-    block = BLOCK_TOKENS.get(logits.device.type, len(logits))
+    block = BLOCK_TOKENS[logits.device.type]
     for start in range(0, len(logits), block):
         part = slice(start, start + block)
         p = (logits[part].float() - log_sum[part, None]).exp_()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
@@ -19,11 +22,12 @@ class Counts:
     flops_per_token: float
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=32)  # building hundreds of layers takes a second, and every rank of a layout asks
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every parameter of the whole model."""
     with torch.device("meta"):
         model = Transformer(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return MappingProxyType({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
 def counts(config: ModelConfig) -> Counts:

@@ -4,7 +4,8 @@
           all-to-all turns that into all tokens of its share of the heads, attention runs there, and a second
           all-to-all turns back: (2 + 2/m) bsh (n-1)/n^2 elements travel per rank
     tp    all tokens are gathered, attention with this rank's share of the heads is the same list with fewer heads,
-          and the partial outputs are summed where the tokens belong: 2 bsh (n-1)/n
+          and the partial outputs are summed where the tokens belong: 2 bsh (n-1)/n. The gathered tokens are not
+          kept but gathered again in backward, behind the input gradient (as Megatron-LM does)
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def _tensor_parallel(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
         gather = gather_tokens(
             f"{p}gather_tokens", f"{p}ln1_out", f"{p}ln1_out_ag", c.hidden, layout.node, layout, rows=True
         )
-        ops = [gather, *_head_ops(p, local, whole, x=f"{p}ln1_out_ag")]
+        again = replace(gather, phase=Phase.R, writes=(f"{p}ln1_out_again",), backward=())
+        ops = [gather, *_head_ops(p, local, whole, f"{p}ln1_out_ag", again)]
     sizes = (local.heads * c.value_dim, c.hidden)
     return [
         *ops,
@@ -80,9 +82,9 @@ def local_heads(c: ModelConfig, parts: int) -> ModelConfig:
     return replace(c, head_dim=head_dim, heads=c.heads // parts, kv_heads=kv_heads)
 
 
-def _head_ops(p: str, c: ModelConfig, layout: Layout, x: str = "") -> list[Op]:
+def _head_ops(p: str, c: ModelConfig, layout: Layout, x: str = "", again: Op | None = None) -> list[Op]:
     width = (c.heads + c.kv_heads) * c.query_dim + c.kv_heads * c.value_dim
-    qkv = linear(f"{p}qkv", x or f"{p}ln1_out", f"{p}qkv", f"{p}attention.qkv.weight", (c.hidden, width), layout)
+    qkv = linear(f"{p}qkv", x or f"{p}ln1_out", f"{p}qkv", f"{p}attention.qkv.weight", (c.hidden, width), layout, again)
     return [qkv, _rope(p, c, layout) if c.qk_norm == "none" else _norm_rope(p, c, layout)]
 
 

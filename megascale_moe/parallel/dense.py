@@ -15,11 +15,15 @@ from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from megascale_moe.parallel.layout import Layout
 
 
-def linear(name: str, x: str, y: str, weight: str, sizes: tuple[int, int], layout: Layout) -> Op:
+def linear(
+    name: str, x: str, y: str, weight: str, sizes: tuple[int, int], layout: Layout, again: Op | None = None
+) -> Op:
     """y = x @ weight.T with the input gradient and the weight gradient as separate operators.
 
     Args:
         sizes: (inputs, outputs); the weight is [outputs, inputs].
+        again: makes x once more for the weight gradient, so that x itself is not kept; it stands before the input
+            gradient, which hides it where it is a communication.
     """
     inputs, outputs = sizes
     T = layout.tokens
@@ -31,13 +35,14 @@ def linear(name: str, x: str, y: str, weight: str, sizes: tuple[int, int], layou
     return Op(
         name=name, reads=(x,), writes=(y,), weights=(weight,), run=lambda x, w: x @ w.t(), cost=cost,
         backward=(
+            *((again,) if again else ()),
             Op(
                 name=name, phase=Phase.B, reads=(grad(y),), writes=(grad(x),), weights=(weight,),
                 run=lambda dy, w: dy @ w, cost=cost,
             ),
             Op(
-                name=name, phase=Phase.W, reads=(x, grad(y)), writes=(), gradients=(weight,),
-                run=weight_gradient, cost=cost,
+                name=name, phase=Phase.W, reads=(again.writes[0] if again else x, grad(y)), writes=(),
+                gradients=(weight,), run=weight_gradient, cost=cost,
             ),
         ),
     )

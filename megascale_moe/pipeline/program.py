@@ -65,9 +65,10 @@ class StepPlan:
     def stages(self) -> dict[int, Stage]:
         """The lists of this rank's stages."""
         mine = parts_of_rank(self.parts, self.parallel.pp, self.axes["pp"].index)
-        return {stage: self._stage(part) for stage, part in mine.items()}
+        return {stage: self.stage(part) for stage, part in mine.items()}
 
-    def _stage(self, part: Part) -> Stage:
+    def stage(self, part: Part) -> Stage:
+        """The lists of some layers, where this rank stands in its stage."""
         forward = part_ops(self.model, self.layout, part, self.head)
         reads = "" if part.first else f"hidden_{part.layers[0]}"
         writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"

@@ -93,7 +93,7 @@ class _Builder:
     def work(self, action: Action) -> Iterator[Op]:
         """The operators of an action."""
         stage, micro = self.stages[action.stage], action.micro
-        for op in _operators(stage, action.phase):
+        for op in action_ops(stage, action.phase):
             yield replace(
                 op,
                 reads=tuple(of_micro(name, micro) for name in op.reads),
@@ -102,41 +102,68 @@ class _Builder:
 
     def receives(self, action: Action) -> list[Op]:
         """What an action needs from another rank."""
-        source = awaited(action, self.last)
-        if source is None or self._rank(source) == self.pp.index:
+        transfer = incoming(action, self.last, self.pp.size)
+        if transfer is None:
             return []
-        stage, backward = self.stages[action.stage], action.phase != "F"
+        stage, backward, message, pp = self.stages[action.stage], transfer.backward, self.message, self.pp
         name = of_micro(grad(stage.writes) if backward else stage.reads, action.micro)
-        tag, peer, message, pp = _tag(source), self._rank(source), self.message, self.pp
 
         def run() -> object:
             out = torch.empty(message.shape, dtype=message.dtype, device=message.device)
-            return receive(out, peer, pp, tag, backward=backward)
+            return receive(out, transfer.sender, pp, transfer.tag, backward=backward)
 
-        return [Op(name=f"receive_{_what(backward)}", reads=(), writes=(name,), run=run, stream=Stream.INTER,
+        return [Op(name=f"receive_{transfer.what}", reads=(), writes=(name,), run=run, stream=Stream.INTER,
                    phase=Phase.B if backward else Phase.F, cost=Cost(axis="pp"))]  # fmt: skip
 
     def sends(self, action: Action) -> list[Op]:
         """What another rank needs from an action."""
-        target = _receiver(action, self.last)
-        if target is None or target % self.pp.size == self.pp.index:
+        transfer = outgoing(action, self.last, self.pp.size)
+        if transfer is None:
             return []
-        stage, backward = self.stages[action.stage], action.phase != "F"
+        stage, backward, pp = self.stages[action.stage], transfer.backward, self.pp
         name = of_micro(grad(stage.reads) if backward else stage.writes, action.micro)
-        tag, peer, pp = _tag(action), target % self.pp.size, self.pp
-        return [Op(name=f"send_{_what(backward)}", reads=(name,), writes=(_token(action),), stream=Stream.INTER,
+        return [Op(name=f"send_{transfer.what}", reads=(name,), writes=(_token(action),), stream=Stream.INTER,
                    phase=Phase.B if backward else Phase.F, cost=Cost(wire_bytes=self.message.nbytes, axis="pp"),
-                   run=lambda x: send(x, peer, pp, tag, backward=backward))]  # fmt: skip
+                   run=lambda x: send(x, transfer.receiver, pp, transfer.tag, backward=backward))]  # fmt: skip
 
     def sent(self, action: Action) -> Op:
         """The end of what an action sent."""
         return Op(name="sent", reads=(_token(action),), writes=(), run=lambda _: None)
 
-    def _rank(self, action: Action) -> int:
-        return action.stage % self.pp.size
+
+@dataclass(frozen=True)
+class Transfer:
+    """A message between two pipeline ranks, by their indices on the axis."""
+
+    sender: int
+    receiver: int
+    backward: bool
+    tag: int
+
+    @property
+    def what(self) -> str:
+        """What travels."""
+        return "gradient" if self.backward else "hidden"
 
 
-def _operators(stage: Stage, phase: str) -> Sequence[Op]:
+def incoming(action: Action, last: int, pp: int) -> Transfer | None:
+    """The message from another rank that an action needs."""
+    source = awaited(action, last)
+    return None if source is None else outgoing(source, last, pp)
+
+
+def outgoing(action: Action, last: int, pp: int) -> Transfer | None:
+    """The message that an action sends to another rank."""
+    target = _receiver(action, last)
+    if target is None or target % pp == action.stage % pp:
+        return None
+    backward = action.phase != "F"
+    tag = tag_of(f"{'B' if backward else 'F'} {action.stage} {action.micro}")
+    return Transfer(action.stage % pp, target % pp, backward, tag)
+
+
+def action_ops(stage: Stage, phase: str) -> Sequence[Op]:
+    """The operators of an action of a stage, without their micro-batch."""
     if phase == "F":
         return stage.forward
     if phase == "BW":
@@ -144,19 +171,11 @@ def _operators(stage: Stage, phase: str) -> Sequence[Op]:
     return [op for op in stage.backward if (op.phase == Phase.W) == (phase == "W")]
 
 
-def _what(backward: bool) -> str:
-    return "gradient" if backward else "hidden"
-
-
 def _receiver(action: Action, last: int) -> int | None:
     """The stage that an action's result goes to."""
     if action.phase == "F":
         return action.stage + 1 if action.stage < last else None
     return action.stage - 1 if "B" in action.phase and action.stage else None
-
-
-def _tag(action: Action) -> int:
-    return tag_of(f"{'F' if action.phase == 'F' else 'B'} {action.stage} {action.micro}")
 
 
 def _token(action: Action) -> str:

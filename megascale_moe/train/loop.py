@@ -69,19 +69,7 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
             checkpoint that does not exist.
     """
     _check_available(config)
-    t = config.train
-    require(
-        t.global_batch % mesh.dp == 0,
-        f"train.global_batch = {t.global_batch} is not divisible by parallel.dp = {mesh.dp}",
-    )
-    share = t.global_batch // mesh.dp
-    require(
-        t.micro_batch == 0 or share % t.micro_batch == 0,
-        f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
-    )
-    stage_parts(config.parallel, config.model)
-    p = config.parallel
-    schedule(p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages)
+    check_batches(config, mesh)
     folder = Path(config.run.folder)
     _check_writable(folder)
     checkpoints = folder / "checkpoints"
@@ -98,6 +86,22 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
         "continue it with --resume or choose another folder",
     )
     return None
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Refuse batch sizes that do not divide, and stages and schedules that do not fit the model or the batch."""
+    t, p = config.train, config.parallel
+    require(
+        t.global_batch % mesh.dp == 0,
+        f"train.global_batch = {t.global_batch} is not divisible by parallel.dp = {mesh.dp}",
+    )
+    share = t.global_batch // mesh.dp
+    require(
+        t.micro_batch == 0 or share % t.micro_batch == 0,
+        f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
+    )
+    stage_parts(p, config.model)
+    schedule(p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages)
 
 
 def micro_batch(config: Config, mesh: Mesh) -> int:

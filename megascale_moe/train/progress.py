@@ -18,7 +18,7 @@ from rich.console import Console
 
 SMOOTHING = 0.9  # weight of the past in the seconds per step that the time left is worked out from
 REDRAW_SECONDS = 0.1
-PREPARATION_LINE_SECONDS = 10.0  # between plain lines
+PLAIN_LINE_SECONDS = 10.0  # between plain lines
 
 
 class Progress:
@@ -84,40 +84,47 @@ def preparation_progress(shown: bool, stream: TextIO | None = None) -> Iterator[
     if not shown:
         yield None
         return
-    preparation = _Preparation(stream or sys.stderr)
+    with counted_progress(stream) as update:
+        yield lambda done, total: update("preparing the corpus", done, total)
+
+
+@contextmanager
+def counted_progress(stream: TextIO | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """A function to call with (what is being done, how much is done, of how much); before that nothing appears."""
+    line = _Counted(stream or sys.stderr)
     try:
-        yield preparation.update
+        yield line.update
     finally:
-        preparation.close()
+        line.close()
 
 
-class _Preparation:
-    """The line of `preparation_progress`."""
+class _Counted:
+    """The line of `counted_progress`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._bar: rich.progress.Progress | None = None
         self._drawn = 0.0
         self._redraw = 0.0  # 0: nothing shown yet
-        self._done = -1
+        self._done = ("", -1)
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == self._done or (now - self._drawn < self._redraw and done < total):
+        if (what, done) == self._done or (now - self._drawn < self._redraw and done < total):
             return
         if not self._redraw:
             self._start()
-        self._drawn, self._done = now, done
+        self._drawn, self._done = now, (what, done)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, refresh=True)
+            self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total, refresh=True)
         else:
-            print(f"preparing the corpus: {100 * done / max(total, 1):.0f} %", file=self._stream, flush=True)
+            print(f"{what}: {100 * done / max(total, 1):.0f} %", file=self._stream, flush=True)
 
     def _start(self) -> None:
         self._bar = _bar(self._stream)
-        self._redraw = PREPARATION_LINE_SECONDS if self._bar is None else REDRAW_SECONDS
+        self._redraw = PLAIN_LINE_SECONDS if self._bar is None else REDRAW_SECONDS
         if self._bar is not None:
-            self._bar.add_task("preparing the corpus")
+            self._bar.add_task("")
             _start(self._bar)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from megascale_moe.comm.axis import Axes
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig
-from megascale_moe.engine.executor import Program, resolve
+from megascale_moe.engine.executor import Observer, Program, resolve
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.kernels.blocks import Fusion
@@ -107,17 +107,25 @@ class Trainer:
         plan = self.plan(rows, micros, head)
         return plan, plan.program()
 
-    def _run(self, batches: Sequence[Batch], head: Head, trace: Trace | None = None, **more: Any) -> dict[str, Any]:
+    def run(
+        self, batches: Sequence[Batch], head: Head, shared: Mapping[str, Any] | None = None,
+        trace: Trace | None = None, observe: Observer | None = None,
+    ) -> dict[str, Any]:
+        """Run a list on micro-batches of equal size; what is kept, by name.
+
+        Args:
+            shared: values that all micro-batches read (`pipeline.step.SHARED`).
+        """
         rows, length = batches[0].tokens.shape
         plan, program = self.program(rows, len(batches), head)
-        values: dict[str, Any] = dict.fromkeys(SHARED) | more
+        values: dict[str, Any] = dict.fromkeys(SHARED) | dict(shared or {})
         for micro, batch in enumerate(batches):
             segments = Segments(rows, length, batch.boundaries)
             tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
             inputs = local_inputs(tokens, targets, plan.layout, segments, self.model)
             values |= {of_micro(name, micro): value for name, value in inputs.items()}
         weights = self.optimizer.weights | self.buffers
-        return program.run(values, weights, self.optimizer.gradients, trace)
+        return program.run(values, weights, self.optimizer.gradients, trace, observe)
 
     def step(self, batches: Sequence[Batch], target_count: int) -> StepResult:
         """One update from this rank's micro-batches of a global batch with `target_count` targets."""
@@ -131,7 +139,7 @@ class Trainer:
         totals = torch.zeros(2 + layers * model.experts, dtype=torch.float64, device=self.device)
         load = totals[2:].view(layers, model.experts)
         trace = Trace()
-        out = self._run(batches, "train", trace, **scales)
+        out = self.run(batches, "train", scales, trace)
         for micro in range(len(batches)):
             if self.part.last:
                 totals[0] += out[of_micro("loss", micro)]
@@ -154,7 +162,7 @@ class Trainer:
         """Mean loss over held-out batches, of which every rank brings equally many."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            out = self._run([batch], "loss")
+            out = self.run([batch], "loss")
             if self.part.last:
                 total += out[of_micro("loss", 0)]
         return float(all_reduce_sum(total, self.axes["world"])) / max(target_count, 1)
@@ -164,7 +172,7 @@ class Trainer:
         length, node = self.model.sequence_length, self.axes["node"]
         padded = torch.zeros(1, length, dtype=torch.long)
         padded[0, : len(tokens)] = torch.tensor(tokens)
-        out = self._run([Batch(padded, padded, (0, length))], "logits")
+        out = self.run([Batch(padded, padded, (0, length))], "logits")
         mine = torch.zeros(self.model.vocab, device=self.device)
         if self.part.last:
             logits = out[of_micro("logits", 0)]

@@ -1,0 +1,216 @@
+"""`megascale dryrun`: the training step of one rank of a job of any size, on this machine, without a tensor's storage.
+
+The trainer of that rank is built on the meta device with fake process groups, and its two lists (the micro-batches
+through its stages, the optimizer) go through the executor as they would on the cluster. Nothing is modelled twice:
+memory is what the lists make torch allocate, bytes are what the collectives counted, FLOPs what the operators declare.
+Routing counts as balanced. What a real job has besides is not in it: the CUDA context, cuBLAS workspaces, NCCL's own
+buffers, allocator fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megascale_moe.comm.axis import connect, single
+from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.config import Config, require
+from megascale_moe.engine.memory import Meter
+from megascale_moe.engine.op import Op
+from megascale_moe.engine.trace import Trace
+from megascale_moe.model.counts import counts
+from megascale_moe.model.segments import Segments
+from megascale_moe.parallel.model import local_inputs
+from megascale_moe.pipeline.checker import Timeline, timeline
+from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.schedule import Action
+from megascale_moe.pipeline.step import SHARED, action_ops, of_micro
+from megascale_moe.train.loop import check_batches, micro_batch
+from megascale_moe.train.messages import Agreement, check_messages
+from megascale_moe.train.trainer import Trainer
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        activations: the most that is alive between two operators. buffers: what the operators at the peak make
+            besides (messages, intermediate results). peak: of everything together.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Bytes that one rank sends in a step by one operator of all layers and micro-batches, in `count` messages."""
+
+    op: str
+    axis: str
+    phase: str
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step is, for one rank and for the job."""
+
+    parameters_total: int
+    parameters_active: int
+    flops_per_token: float
+    tokens_per_step: int
+    ranks: int
+    mesh: dict[str, int]
+    micro_batches: int
+    bubble: float
+    rank: dict[str, Any]
+    agreement: Agreement | None
+
+    def document(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def dry_run(
+    config: Config, gpus: int, rank: int, *, all_ranks: bool = True,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> DryRun:
+    """Run rank `rank` of `gpus`.
+
+    Args:
+        all_ranks: also build the messages of every rank and compare them.
+        progress: called with what is being done, and how far.
+
+    Raises:
+        ConfigError: the layout does not fit `gpus` ranks or the model, or there is no such rank.
+    """
+    require(gpus > 0, f"--gpus {gpus}: must be at least 1")
+    mesh = mesh_of(config.parallel, config.model, gpus)
+    check_batches(config, mesh)
+    require(0 <= rank < gpus, f"--rank {rank}: a job of {gpus} ranks has ranks 0 to {gpus - 1}")
+    rows = micro_batch(config, mesh)
+    micros = config.train.global_batch // mesh.dp // rows
+    trainer = _trainer(config, mesh, rank)
+    try:
+        found = _run(trainer, rows, micros, progress)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    plan = trainer.plan(rows, micros)
+    agreement = None
+    if all_ranks:
+        agreement = check_messages(
+            config, mesh, rows, micros, trainer.dtype, lambda done: progress("messages of all ranks", done, gpus)
+        )
+    size, times = counts(config.model), step_timeline(plan)
+    stages = sorted(plan.stages)
+    return DryRun(
+        size.parameters_total, size.parameters_active, size.flops_per_token,
+        config.train.global_batch * config.model.sequence_length, gpus, asdict(mesh), micros, times.bubble,
+        {"index": rank, "stage": mesh.stage_of(rank), "stages": stages, "layers": list(plan.part.layers), **found},
+        agreement,
+    )  # fmt: skip
+
+
+def _trainer(config: Config, mesh: Mesh, rank: int) -> Trainer:
+    """The rank's trainer; kernels stay as they are written, there is nothing to compile for."""
+    config = replace(config, train=replace(config.train, compile="off"))
+    if mesh.world == 1:
+        return Trainer(config, mesh, single(), META)
+    dist.init_process_group("fake", rank=rank, world_size=mesh.world, store=FakeStore())
+    return Trainer(config, mesh, connect(mesh, own_groups=True), META)
+
+
+def _run(
+    trainer: Trainer, rows: int, micros: int, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """One step; what it took."""
+    plan, program = trainer.program(rows, micros, "train")
+    optimizer, trace = trainer.optimizer, Trace()
+    done, total = 0, len(program.ops)
+
+    def observe(op: Op, values: dict[str, Any]) -> None:
+        nonlocal done
+        meter.between()
+        done += 1
+        if done % 500 == 0 or done == total:
+            progress("one step of one rank", done, total)
+
+    meter = Meter()
+    with meter:
+        values = _inputs(plan, trainer)
+        program.run(values, optimizer.weights | trainer.buffers, optimizer.gradients, trace, observe)
+        values.clear()
+        held = meter.held
+        optimizer.step(trainer.config.train.learning_rate, trace)
+    ops = [*program.ops, *optimizer.ops]
+    return {
+        "memory": asdict(_memory(trainer, held, meter.peak)),
+        "wire": [asdict(wire) for wire in _wire(ops, trace)],
+        "flops": sum(op.cost.flops for op in ops),
+    }
+
+
+def _inputs(plan: StepPlan, trainer: Trainer) -> dict[str, Any]:
+    """Inputs of all micro-batches: every row one document."""
+    shape = (plan.rows, plan.model.sequence_length)
+    tokens = torch.empty(shape, dtype=torch.int64, device=META)
+    inputs = local_inputs(tokens, tokens, plan.layout, Segments.whole_rows(*shape), trainer.model)
+    values: dict[str, Any] = {"loss_scale": 1.0, "auxiliary_scale": torch.empty((), device=META)}
+    assert set(values) == SHARED
+    return values | {of_micro(name, micro): inputs[name] for micro in range(plan.micros) for name in inputs}
+
+
+def _memory(trainer: Trainer, held: int, peak: int) -> Memory:
+    optimizer = trainer.optimizer
+    parameters = sum(group.weights.nbytes for group in optimizer.groups)
+    parameters += sum(buffer.nbytes for buffer in trainer.buffers.values())
+    gradients = sum(group.gradients.nbytes for group in optimizer.groups)
+    masters = [group.master for group in optimizer.groups if not group.shares_memory]
+    state = sum(tensor.nbytes for tensor in [*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq])
+    return Memory(parameters, gradients, state, held, peak - held, parameters + gradients + state + peak)
+
+
+def _wire(ops: list[Op], trace: Trace) -> list[Wire]:
+    """What was sent, in the order in which operators come first; layers and micro-batches added up."""
+    totals: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for op, event in zip(ops, trace.events, strict=True):
+        assert op.name == event.name
+        if event.wire_bytes:
+            key = (_stem(op.name), op.cost.axis, str(op.phase))
+            size, count = totals.get(key, (0, 0))
+            totals[key] = (size + event.wire_bytes, count + 1)
+    return [Wire(*key, *value) for key, value in totals.items()]
+
+
+def _stem(name: str) -> str:
+    """An operator's name without its layer."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def step_timeline(plan: StepPlan) -> Timeline:
+    """The schedule with each action as long as its declared FLOPs: the bubbles that the layout itself makes."""
+    flops: dict[tuple[int, str], float] = {}
+    for stage, part in enumerate(plan.parts):
+        lists = plan.stage(part)
+        for phase in ("F", "B", "W", "BW"):
+            flops[stage, phase] = sum(op.cost.flops for op in action_ops(lists, phase))
+
+    def cost(action: Action) -> float:
+        return flops[action.stage, action.phase]
+
+    return timeline(plan.schedule, plan.parallel.pp, cost)
