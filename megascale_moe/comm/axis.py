@@ -57,16 +57,19 @@ def single(names: Iterable[str] = AXES) -> Axes:
     return {name: Axis(name) for name in names}
 
 
-def connect(mesh: Mesh, *, own_groups: bool = False) -> Axes:
+def connect(
+    mesh: Mesh, *, own_groups: bool = False, made: dict[tuple[int, ...], dist.ProcessGroup | None] | None = None
+) -> Axes:
     """Create the process groups of every axis; all ranks call this together, after init_process_group.
 
     Axes with the same groups share one process group: each costs connections and threads.
 
     Args:
         own_groups: make only this rank's groups, where nobody else is there (the fake backend of a dry run).
+        made: groups by their ranks, used again and added to; for many meshes of the same ranks.
     """
     rank = dist.get_rank()
-    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    made = {} if made is None else made
     axes: Axes = {}
     for name in AXES:
         mine = mesh.ranks(name, rank)

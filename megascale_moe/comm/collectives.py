@@ -125,6 +125,34 @@ def reduce_scatter_rows(x: Tensor, rows: Sequence[int], axis: Axis, tag: int) ->
     return exchange(x.contiguous().split(list(rows)), parts, axis, tag).then(sum_in_order)
 
 
+def shift(
+    send: Sequence[Tensor], receive: Sequence[Tensor], distances: Sequence[int], axis: Axis, tag: int
+) -> Pending:
+    """A part of an exchange: `send[i]` goes `distances[i]` ranks on, `receive[i]` comes from as many ranks back.
+
+    Tensors are contiguous, of any sizes that both sides agree on; finishes with `receive`. All distances from 1 to
+    size - 1 together are `exchange` without the own part.
+    """
+    targets = [(axis.index + distance) % axis.size for distance in distances]
+    sources = [(axis.index - distance) % axis.size for distance in distances]
+    wire = sum(part.nbytes for part in send)
+    expected = [(part, source) for part, source in zip(receive, sources, strict=True) if part.numel()]
+    given = [(part, target) for part, target in zip(send, targets, strict=True) if part.numel()]
+    if axis.native and not send[0].is_cpu:
+        works = _batched(given, expected, axis)
+    else:
+        works = [dist.irecv(part, group=axis.group, group_src=source, tag=tag) for part, source in expected]
+        works += [dist.isend(part, group=axis.group, group_dst=target, tag=tag) for part, target in given]
+    return Pending(works, lambda: receive, wire, keep=(send, receive))
+
+
+def _batched(given: list[tuple[Tensor, int]], expected: list[tuple[Tensor, int]], axis: Axis) -> list[Any]:
+    """Point to point on NCCL: in one launch, or sends and receives of two ranks wait for each other."""
+    ops = [dist.P2POp(dist.isend, part, group=axis.group, group_peer=target) for part, target in given]
+    ops += [dist.P2POp(dist.irecv, part, group=axis.group, group_peer=source) for part, source in expected]
+    return dist.batch_isend_irecv(ops) if ops else []
+
+
 def send(x: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) -> Pending:
     """x to the rank at index `peer` of a pipeline; finishes with nothing."""
     x = x.contiguous()

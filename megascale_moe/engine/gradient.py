@@ -40,6 +40,14 @@ class Gradient:
         self._add_mm(self.buffer, a, b)
         self.fresh = False
 
+    def add_mm_at(self, part: tuple[slice, ...], a: Tensor, b: Tensor) -> None:
+        """Add a @ b to a part of the buffer, as `buffer[part]` says; parts together need not be everything."""
+        total = self.value()[part]
+        if total.dtype == a.dtype:
+            total.addmm_(a, b)
+        else:
+            total += a @ b
+
     def add_grouped_mm(self, a: Tensor, b: Tensor, counts: list[int]) -> None:
         """Add, for each group g of consecutive rows, a[rows of g].T @ b[rows of g] to buffer[g].
 

@@ -53,6 +53,9 @@ class Op:
     `run(*reads, *weights, *gradients)` returns the values of `writes`: a tuple, a lone value for one write, None for
     none, or a `Pending` that finishes with one of these. Reads named "" arrive as None. `gradients` are weights
     whose gradient the operator adds to; it receives their `Gradient`. Operators never change what they read.
+
+    `backward` are the operators of its own backward. `redo` are ways to make some of its results again from others,
+    cheaper than the operator itself.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Op:
     stream: Stream = Stream.COMPUTE
     cost: Cost = Cost()
     backward: tuple[Op, ...] = ()
+    redo: tuple[Op, ...] = ()
 
 
 class ProgramError(RuntimeError):

@@ -27,11 +27,13 @@ from megascale_moe.kernels.attention import Graph, Spans, causal_attention_backw
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
 from megascale_moe.model.attention import latent_heads
 from megascale_moe.model.counts import attention_flops_per_token
-from megascale_moe.model.rotary import rotate, softmax_scale
+from megascale_moe.model.rotary import softmax_scale
 from megascale_moe.model.segments import Segments
 from megascale_moe.parallel.collective import gather_tokens, scatter_sums
 from megascale_moe.parallel.dense import linear, norm
+from megascale_moe.parallel.heads import head_norm, heads_of_rank
 from megascale_moe.parallel.layout import Layout
+from megascale_moe.parallel.split_attention import can_split_attention, split_output, split_projection
 
 
 def attention_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
@@ -39,10 +41,13 @@ def attention_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
     p, c = prefix, config
     if layout.attention == "tp" and layout.node.size > 1:
         return _tensor_parallel(p, c, layout)
+    gathered = (f"{p}q_a2a", f"{p}k_a2a", f"{p}v_a2a")
+    if layout.pieces > 1 and can_split_attention(c, layout):
+        core = _core(f"{p}attention", gathered, f"{p}attn", c, layout)
+        return [*split_projection(p, c, layout), core, *split_output(p, c, layout)]
     ops = _latent_head_ops(p, c, layout, layout) if c.attention == "mla" else _head_ops(p, c, layout)
     heads = (f"{p}q", f"{p}k", f"{p}v")
     if layout.node.size > 1:
-        gathered = (f"{p}q_a2a", f"{p}k_a2a", f"{p}v_a2a")
         ops.append(_scatter_heads(f"{p}scatter_heads", heads, gathered, c, layout))
         ops.append(_core(f"{p}attention", gathered, f"{p}attn", c, layout))
         ops.append(_gather_heads(f"{p}gather_heads", f"{p}attn", f"{p}attn_a2a", c, layout))
@@ -108,24 +113,13 @@ def _rope(p: str, c: ModelConfig, layout: Layout) -> Op:
 
 
 def _norm_rope(p: str, c: ModelConfig, layout: Layout) -> Op:
-    def run(qkv: Tensor, rope: tuple[Tensor, Tensor], wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.split([c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim], dim=-1)
-        q, k, v = q.unflatten(1, (c.heads, -1)), k.unflatten(1, (c.kv_heads, -1)), v.unflatten(1, (c.kv_heads, -1))
-        q, k = _head_norm(q, wq, c), _head_norm(k, wk, c)
-        return rotate(q, *rope, c.rope_interleaved), rotate(k, *rope, c.rope_interleaved), v
-
     elements = layout.tokens * (c.heads + c.kv_heads) * c.query_dim
     return autograd_op(
-        f"{p}rope", run, reads=(f"{p}qkv", "rope"), differentiable=(f"{p}qkv",), writes=(f"{p}q", f"{p}k", f"{p}v"),
+        f"{p}rope", lambda qkv, rope, wq, wk: head_norm(qkv, rope, wq, wk, c), reads=(f"{p}qkv", "rope"),
+        differentiable=(f"{p}qkv",), writes=(f"{p}q", f"{p}k", f"{p}v"),
         weights=(f"{p}attention.q_norm.weight", f"{p}attention.k_norm.weight"),
         cost=Cost(7.0 * elements, layout.bytes(2 * elements)),
     )
-
-
-def _head_norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
-    """RMSNorm over each head, or over all heads at once where the weight spans them."""
-    flat = x if c.qk_norm == "head" else x.flatten(1)
-    return F.rms_norm(flat, (flat.shape[-1],), weight, c.norm_eps).view(x.shape)
 
 
 def _latent_head_ops(p: str, c: ModelConfig, layout: Layout, heads: Layout) -> list[Op]:
@@ -217,19 +211,6 @@ def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout
         cost=Cost(2.5 * cost.flops, 2 * cost.memory_bytes),
     )
     return Op(name=name, reads=(*heads, "segments"), writes=(y, kept), run=run, cost=cost, backward=(backward,))
-
-
-def heads_of_rank(rank: int, size: int, c: ModelConfig) -> tuple[range, Sequence[int]]:
-    """Query heads and key heads a rank attends with.
-
-    Where ranks outnumber key heads several ranks get the same one. Where the shares do not align with the groups of
-    query heads, each query head brings its own copy.
-    """
-    mine = range(rank * c.heads // size, (rank + 1) * c.heads // size)
-    per_key = c.heads // c.key_heads
-    if len(mine) % per_key == 0 or per_key % len(mine) == 0:
-        return mine, range(mine[0] // per_key, mine[-1] // per_key + 1)
-    return mine, [head // per_key for head in mine]
 
 
 def _select(x: Tensor, heads: Sequence[int]) -> Tensor:

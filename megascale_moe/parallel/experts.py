@@ -13,7 +13,6 @@ before FC2, so FC2's output need not be kept. On one rank the communication is g
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,30 +31,50 @@ from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Cost, Op, Phase, grad
-from megascale_moe.kernels.activation import swiglu, swiglu_backward
-from megascale_moe.kernels.grouped import grouped_mm
-from megascale_moe.kernels.rows import RowMap, count, row_map, sum_rows, take_rows
-from megascale_moe.model.router import balance_weights, route, within_capacity, z_sum
+from megascale_moe.kernels.rows import RowMap, count, row_map, take_rows
+from megascale_moe.model.router import balance_weights, route, z_sum
 from megascale_moe.model.segments import Segments
 from megascale_moe.parallel.collective import gather_tokens, scatter_sums
 from megascale_moe.parallel.dense import add, dense_ffn
+from megascale_moe.parallel.expert_ops import (
+    Dispatch,
+    expert_ops,
+    gather,
+    moved,
+    routing_names,
+    rows_in_order,
+    rows_within_capacity,
+    scatter,
+)
 from megascale_moe.parallel.layout import Layout
+from megascale_moe.parallel.split_experts import split_all_gather, split_all_to_all, split_plan
 
 
 def moe_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
     """From `prefix`ln2_out to `prefix`ffn_out (and `prefix`shared_out), [tokens, hidden]; writes `prefix`load."""
     p, c = prefix, config
-    ops = [_router(p, c, layout)]
+    ops = _router(p, c, layout)
     if layout.group.size > 1:
         ops.append(_gather_routing(p, c, layout))
     if c.balance_loss or c.z_loss:
         ops.append(_balance(p, c, layout))
     form = layout.dispatch_for(c) if layout.group.size > 1 else "local"
-    ops.append(_plan(p, c, layout))
-    ops += {"local": _local, "all_to_all": _all_to_all, "all_gather": _all_gather}[form](p, c, layout)
+    if layout.pieces > 1 and can_split_experts(form, c, layout):
+        ops.append(split_plan(p, c, layout))
+        ops += {"all_to_all": split_all_to_all, "all_gather": split_all_gather}[form](p, c, layout)
+    else:
+        ops.append(_plan(p, c, layout))
+        ops += {"local": _local, "all_to_all": _all_to_all, "all_gather": _all_gather}[form](p, c, layout)
     if c.shared_hidden and not layout.tensor_ffn:
         ops += _shared(p, f"{p}ln2_out", f"{p}shared_out", c, c.shared_hidden, layout)
     return ops
+
+
+def can_split_experts(form: str, c: ModelConfig, layout: Layout) -> bool:
+    """Whether the FFN can be cut by peer: not where it passes two axes, or a shared expert's sums join the others'."""
+    if form == "all_to_all":
+        return layout.etp.size == 1
+    return form == "all_gather" and not (layout.tensor_ffn and c.shared_hidden)
 
 
 def _shared(p: str, x: str, y: str, c: ModelConfig, width: int, layout: Layout) -> list[Op]:
@@ -76,19 +95,43 @@ def tensor_parallel_ffn(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
-def _router(p: str, c: ModelConfig, layout: Layout) -> Op:
-    def run(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-        logits = x.float() @ weight.float().t()
+def _router(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
+    """Logits, always in float32, with an explicit backward: a graph would keep the tokens in float32 as well."""
+    T, weight = layout.tokens, f"{p}ffn.router.weight"
+    x, logits = f"{p}ln2_out", f"{p}logits"
+    cost = Cost(2.0 * T * c.hidden * c.experts, layout.bytes(T * c.hidden) + 4.0 * T * c.experts)
+
+    def weight_gradient(x: Tensor, d: Tensor, sink: Gradient) -> None:
+        sink.add(d.t() @ x.float())
+
+    product = Op(
+        name=f"{p}router", reads=(x,), writes=(logits,), weights=(weight,), cost=cost,
+        run=lambda x, w: x.float() @ w.float().t(),
+        backward=(
+            Op(
+                name=f"{p}router", phase=Phase.B, reads=(grad(logits),), writes=(grad(x),), weights=(weight,),
+                run=lambda d, w: (d @ w.float()).to(layout.dtype), cost=cost,
+            ),
+            Op(
+                name=f"{p}router", phase=Phase.W, reads=(x, grad(logits)), writes=(), gradients=(weight,), cost=cost,
+                run=weight_gradient,
+            ),
+        ),
+    )
+    return [product, _route(p, c, layout)]
+
+
+def _route(p: str, c: ModelConfig, layout: Layout) -> Op:
+    def run(logits: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
         gate, choice, probabilities = route(logits, bias[0] if bias else None, c)
         load = count(choice.flatten(), c.experts)
         return gate, choice, probabilities, z_sum(logits) if c.z_loss else logits.new_zeros(()), load
 
-    writes = tuple(f"{p}{name}" for name in ("gate", "choice", "probabilities", "z", "load"))
-    T = layout.tokens
     return autograd_op(
-        f"{p}router", run, reads=(f"{p}ln2_out",), differentiable=(f"{p}ln2_out",), writes=writes,
-        weights=(f"{p}ffn.router.weight",), constants=(f"{p}ffn.router.bias",) if c.correction_bias else (),
-        cost=Cost(2.0 * T * c.hidden * c.experts, layout.bytes(T * c.hidden) + 16.0 * T * c.experts),
+        f"{p}route", run, reads=(f"{p}logits",), differentiable=(f"{p}logits",),
+        writes=tuple(f"{p}{name}" for name in ("gate", "choice", "probabilities", "z", "load")),
+        constants=(f"{p}ffn.router.bias",) if c.correction_bias else (),
+        cost=Cost(memory_bytes=16.0 * layout.tokens * c.experts),
     )
 
 
@@ -116,23 +159,6 @@ def _gather_routing(p: str, c: ModelConfig, layout: Layout) -> Op:
     )
 
 
-def _routing_names(p: str, layout: Layout) -> tuple[str, str]:
-    """The routing of every token this rank's experts may see."""
-    return (f"{p}gate_all", f"{p}choice_all") if layout.group.size > 1 else (f"{p}gate", f"{p}choice")
-
-
-def rows_in_order(x: Tensor, layout: Layout) -> Tensor:
-    """x [group * tokens, k], slices of rows as ranks hold them -> whole rows [group / node, rows * length, k]."""
-    blocks = x.view(-1, layout.node.size, layout.rows, layout.length // layout.node.size, x.shape[-1])
-    return blocks.transpose(1, 2).reshape(len(blocks), layout.rows * layout.length, x.shape[-1])
-
-
-def _slices_of_rows(x: Tensor, layout: Layout) -> Tensor:
-    """The inverse of `rows_in_order`."""
-    blocks = x.view(len(x), layout.rows, layout.node.size, layout.length // layout.node.size, x.shape[-1])
-    return blocks.transpose(1, 2).reshape(-1, x.shape[-1])
-
-
 def _balance(p: str, c: ModelConfig, layout: Layout) -> Op:
     """The auxiliary losses: value for the metrics, gradient straight into probabilities and z.
 
@@ -152,33 +178,12 @@ def _balance(p: str, c: ModelConfig, layout: Layout) -> Op:
         return per_token * scale, scale * c.z_loss
 
     auxiliary, per_token = f"{p}auxiliary", f"{p}balance_weights"
-    reads = (f"{p}probabilities", f"{p}z", _routing_names(p, layout)[1], "segments")
+    reads = (f"{p}probabilities", f"{p}z", routing_names(p, layout)[1], "segments")
     backward = Op(
         name=f"{p}balance", phase=Phase.B, reads=(per_token, "auxiliary_scale"),
         writes=(grad(f"{p}probabilities"), grad(f"{p}z")), run=run_backward,
     )
     return Op(name=f"{p}balance", reads=reads, writes=(auxiliary, per_token), run=run, backward=(backward,))
-
-
-@dataclass(frozen=True)
-class Dispatch:
-    """Row maps of one layer.
-
-    Attributes:
-        experts: this rank's routed rows out of all tokens of the group.
-        own: routed rows of this rank's own tokens, grouped by global expert (all-to-all form only).
-        send, receive: rows to and from each expert-parallel rank.
-        share: rows that each rank of the etp axis received; they all work on all of them.
-        arrange: received rows, ordered by sender, into expert order; arrange_back its inverse.
-    """
-
-    experts: RowMap
-    own: RowMap
-    send: list[int]
-    receive: list[int]
-    share: list[int]
-    arrange: Tensor
-    arrange_back: Tensor
 
 
 def _plan(p: str, c: ModelConfig, layout: Layout) -> Op:
@@ -189,16 +194,13 @@ def _plan(p: str, c: ModelConfig, layout: Layout) -> Op:
     def run(gate: Tensor, choice: Tensor) -> RowMap | Dispatch:
         kept = None
         if c.capacity_factor:
-            whole = [rows_in_order(x, layout).flatten(0, 1) for x in (choice, gate)]
-            rows = layout.rows * group.size // layout.node.size
-            kept_rows = within_capacity(whole[0], whole[1], rows, c)
-            kept = _slices_of_rows(kept_rows.view(-1, layout.rows * layout.length, c.top_k), layout)
+            kept = rows_within_capacity(choice, gate, c, layout)
         experts = row_map(choice, ep.index * local, local, kept, c.experts)
         if group.size == 1 or layout.dispatch_for(c) == "all_gather":
             return experts
         return _dispatch(experts, choice, kept, c, layout)
 
-    return Op(name=f"{p}plan", reads=_routing_names(p, layout), writes=(f"{p}rows",), run=run)
+    return Op(name=f"{p}plan", reads=routing_names(p, layout), writes=(f"{p}rows",), run=run)
 
 
 def _dispatch(experts: RowMap, choice: Tensor, kept: Tensor | None, c: ModelConfig, layout: Layout) -> Dispatch:
@@ -225,9 +227,9 @@ def _dispatch(experts: RowMap, choice: Tensor, kept: Tensor | None, c: ModelConf
 
 def _local(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     return [
-        _scatter(f"{p}scatter", p, f"{p}ln2_out", f"{p}ffn_in", _itself, c, layout),
-        *_expert_ops(p, c, layout),
-        _gather(f"{p}gather", p, f"{p}fc2_out", f"{p}ffn_out", _itself, c, layout),
+        scatter(f"{p}scatter", f"{p}rows", f"{p}ln2_out", f"{p}ffn_in", _itself, c, layout),
+        *expert_ops(p, c, layout),
+        gather(f"{p}gather", f"{p}rows", f"{p}fc2_out", f"{p}ffn_out", _itself, c, layout),
     ]
 
 
@@ -235,9 +237,9 @@ def _all_gather(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     everyone, partial, group = f"{p}ln2_out_ag", f"{p}fc2_out_gathered", layout.group
     ops = [
         gather_tokens(f"{p}dispatch_all_gather", f"{p}ln2_out", everyone, c.hidden, group, layout),
-        _scatter(f"{p}scatter", p, everyone, f"{p}ffn_in", _itself, c, layout),
-        *_expert_ops(p, c, layout),
-        _gather(f"{p}gather", p, f"{p}fc2_out", partial, _itself, c, layout),
+        scatter(f"{p}scatter", f"{p}rows", everyone, f"{p}ffn_in", _itself, c, layout),
+        *expert_ops(p, c, layout),
+        gather(f"{p}gather", f"{p}rows", f"{p}fc2_out", partial, _itself, c, layout),
     ]
     if c.shared_hidden and layout.tensor_ffn:  # its partial sums travel with those of the routed experts
         shared, both, whole = f"{p}shared_partial", f"{p}ffn_partial", layout.whole
@@ -251,19 +253,19 @@ def _all_to_all(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     several = layout.etp.size > 1
     arrived, leaving = (f"{p}dispatch_all", f"{p}combine_all") if several else (f"{p}dispatch_out", f"{p}combine_in")
     ops = [
-        _scatter(f"{p}scatter", p, f"{p}ln2_out", f"{p}dispatch_in", _own, c, layout),
+        scatter(f"{p}scatter", f"{p}rows", f"{p}ln2_out", f"{p}dispatch_in", _own, c, layout),
         _swap(f"{p}dispatch_all_to_all", p, f"{p}dispatch_in", f"{p}dispatch_out", True, c, layout),
     ]
     if several:
         ops.append(_spread(f"{p}dispatch_etp_all_gather", p, f"{p}dispatch_out", arrived, True, c, layout))
     ops += [
-        _moved(
-            f"{p}arrange", p, arrived, f"{p}ffn_in",
+        moved(
+            f"{p}arrange", f"{p}rows", arrived, f"{p}ffn_in",
             lambda x, rows: take_rows(x, rows.arrange), lambda d, rows: take_rows(d, rows.arrange_back), c, layout,
         ),
-        *_expert_ops(p, c, layout),
-        _moved(
-            f"{p}arrange_back", p, f"{p}fc2_out", leaving,
+        *expert_ops(p, c, layout),
+        moved(
+            f"{p}arrange_back", f"{p}rows", f"{p}fc2_out", leaving,
             lambda x, rows: take_rows(x, rows.arrange_back), lambda d, rows: take_rows(d, rows.arrange), c, layout,
         ),
     ]
@@ -272,13 +274,11 @@ def _all_to_all(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     return [
         *ops,
         _swap(f"{p}combine_all_to_all", p, f"{p}combine_in", f"{p}combine_out", False, c, layout),
-        _gather(f"{p}gather", p, f"{p}combine_out", f"{p}ffn_out", _own, c, layout),
+        gather(f"{p}gather", f"{p}rows", f"{p}combine_out", f"{p}ffn_out", _own, c, layout),
     ]
 
 
-# --- their operators -------------------------------------------------------------------------------------------------
-
-Move = Callable[[Tensor, Any], Tensor]
+# --- their messages --------------------------------------------------------------------------------------------------
 
 
 def _itself(rows: Any) -> RowMap:
@@ -287,44 +287,6 @@ def _itself(rows: Any) -> RowMap:
 
 def _own(rows: Any) -> RowMap:
     return rows.own  # type: ignore[no-any-return]
-
-
-def _routed(c: ModelConfig, layout: Layout) -> float:
-    """Rows that a rank's experts work on when routing is balanced: of its own tokens, and of those that share them."""
-    return layout.tokens * c.top_k * layout.etp.size
-
-
-def _moved(name: str, p: str, x: str, y: str, forward: Move, backward: Move, c: ModelConfig, layout: Layout) -> Op:
-    """y = forward(x, row maps); the gradient moves by `backward`."""
-    rows, cost = f"{p}rows", Cost(memory_bytes=layout.bytes(2 * _routed(c, layout) * c.hidden))
-    b = Op(name=name, phase=Phase.B, reads=(grad(y), rows), writes=(grad(x),), run=backward, cost=cost)
-    return Op(name=name, reads=(x, rows), writes=(y,), run=forward, cost=cost, backward=(b,))
-
-
-def _scatter(
-    name: str, p: str, x: str, y: str, part: Callable[[Any], RowMap], c: ModelConfig, layout: Layout
-) -> Op:
-    """Token rows to routed rows."""
-
-    def forward(x: Tensor, rows: Any) -> Tensor:
-        return take_rows(x, part(rows).source)
-
-    def backward(d: Tensor, rows: Any) -> Tensor:
-        return sum_rows(d, part(rows).by_token, part(rows).token_start)
-
-    return _moved(name, p, x, y, forward, backward, c, layout)
-
-
-def _gather(name: str, p: str, x: str, y: str, part: Callable[[Any], RowMap], c: ModelConfig, layout: Layout) -> Op:
-    """Sum of each token's routed rows; the dual of `_scatter`."""
-
-    def forward(x: Tensor, rows: Any) -> Tensor:
-        return sum_rows(x, part(rows).by_token, part(rows).token_start)
-
-    def backward(d: Tensor, rows: Any) -> Tensor:
-        return take_rows(d, part(rows).source)
-
-    return _moved(name, p, x, y, forward, backward, c, layout)
 
 
 def _swap(name: str, p: str, x: str, y: str, outward: bool, c: ModelConfig, layout: Layout) -> Op:
@@ -368,74 +330,3 @@ def _both_ways(
     return Op(name=name, reads=(x, rows), writes=(y,), run=forward, stream=stream, cost=cost, backward=(b,))
 
 
-def _expert_ops(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
-    """ffn_in [R, hidden] -> fc2_out [R, hidden], rows grouped by local expert."""
-    experts, width = f"{p}ffn.experts.", c.ffn_hidden // layout.etp.size
-    return [
-        _grouped_linear(f"{p}fc13", p, f"{p}ffn_in", f"{p}fc13_out", f"{experts}w13", (c.hidden, 2 * width), c, layout),
-        _gated_swiglu(p, c, layout),
-        _grouped_linear(f"{p}fc2", p, f"{p}fc2_in", f"{p}fc2_out", f"{experts}w2", (width, c.hidden), c, layout),
-    ]
-
-
-def _expert_rows(rows: RowMap | Dispatch) -> RowMap:
-    return rows.experts if isinstance(rows, Dispatch) else rows
-
-
-def _grouped_linear(
-    name: str, p: str, x: str, y: str, weight: str, sizes: tuple[int, int], c: ModelConfig, layout: Layout
-) -> Op:
-    """y = x @ weight[expert of the row].T; weight [experts, outputs, inputs]."""
-    inputs, outputs = sizes
-    R, rows = _routed(c, layout), f"{p}rows"
-    local = c.experts // layout.ep.size
-    cost = Cost(2.0 * R * inputs * outputs, layout.bytes(R * inputs, R * outputs, local * inputs * outputs))
-
-    def forward(x: Tensor, rows: RowMap | Dispatch, w: Tensor) -> Tensor:
-        m = _expert_rows(rows)
-        return grouped_mm(x, w.transpose(1, 2), m.counts, m.offsets)
-
-    def input_gradient(dy: Tensor, rows: RowMap | Dispatch, w: Tensor) -> Tensor:
-        m = _expert_rows(rows)
-        return grouped_mm(dy, w, m.counts, m.offsets)
-
-    def weight_gradient(x: Tensor, dy: Tensor, rows: RowMap | Dispatch, sink: Gradient) -> None:
-        sink.add_grouped_mm(dy, x, _expert_rows(rows).counts)
-
-    return Op(
-        name=name, reads=(x, rows), writes=(y,), weights=(weight,), run=forward, cost=cost,
-        backward=(
-            Op(
-                name=name, phase=Phase.B, reads=(grad(y), rows), writes=(grad(x),), weights=(weight,),
-                run=input_gradient, cost=cost,
-            ),
-            Op(
-                name=name, phase=Phase.W, reads=(x, grad(y), rows), writes=(), gradients=(weight,),
-                run=weight_gradient, cost=cost,
-            ),
-        ),
-    )
-
-
-def _gated_swiglu(p: str, c: ModelConfig, layout: Layout) -> Op:
-    """fc2_in = silu(a) * b * gating weight for fc13_out = [a, b]."""
-    gates, x, y, rows = _routing_names(p, layout)[0], f"{p}fc13_out", f"{p}fc2_in", f"{p}rows"
-    elements = _routed(c, layout) * c.ffn_hidden / layout.etp.size
-    cost = Cost(6.0 * elements, layout.bytes(3 * elements))
-
-    def forward(x: Tensor, gates: Tensor, rows: RowMap | Dispatch) -> Tensor:
-        return swiglu(x, gates.flatten()[_expert_rows(rows).slot])
-
-    def backward(x: Tensor, gates: Tensor, rows: RowMap | Dispatch, dy: Tensor) -> tuple[Tensor, Tensor]:
-        slot = _expert_rows(rows).slot
-        dx, dgate = swiglu_backward(dy, x, gates.flatten()[slot])
-        assert dgate is not None  # there was a gate
-        dgates = torch.zeros_like(gates)
-        dgates.view(-1)[slot] = dgate
-        return dx, dgates
-
-    b = Op(
-        name=f"{p}swiglu", phase=Phase.B, reads=(x, gates, rows, grad(y)), writes=(grad(x), grad(gates)), run=backward,
-        cost=Cost(2 * cost.flops, 5 / 3 * cost.memory_bytes),
-    )
-    return Op(name=f"{p}swiglu", reads=(x, gates, rows), writes=(y,), run=forward, cost=cost, backward=(b,))

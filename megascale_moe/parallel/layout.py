@@ -21,6 +21,7 @@ class Layout:
     Attributes:
         attention: "sp" or "tp". ffn: "ep", "tp" or "ep+tp". dispatch: "auto", "all_to_all" or "all_gather".
         vocabulary: "replicated" or "sharded": embedding and head by vocabulary over the node.
+        pieces: into how many a communication and the computation next to it are cut, by peers; 1: not cut.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Layout:
     attention: str = "sp"
     ffn: str = "ep"
     vocabulary: str = "replicated"
+    pieces: int = 1
 
     @classmethod
     def alone(cls, rows: int, length: int, dtype: torch.dtype = torch.float32) -> Layout:

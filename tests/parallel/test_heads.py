@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megascale_moe.comm.mesh import Mesh
-from megascale_moe.parallel.attention import heads_of_rank
+from megascale_moe.parallel.heads import heads_of_rank
 from megascale_moe.testing import run_ranks
 from tests.parallel.layouts import compare, random_rows, reference, run_rank
 from tests.parallel.test_layouts import SMALL, TOLERANCE

@@ -1,0 +1,191 @@
+"""Orders of a list: which operators may change places, and two ways to use it.
+
+An executor walks a list from front to back; a communication starts where it stands and is waited for where its result
+is first read. So hiding a communication means putting operators between the two that need neither. What may move is
+said by names (readers after writers) and by gradients (additions to one buffer keep their order, so that sums keep
+their bits).
+
+    serial      as strategies write it: each module's operators one after the other
+    paper       by hand, as the paper does: in backward a weight gradient goes behind the next communication, what is
+                made again goes behind the communication before it, and communications start as soon as they can
+    scheduled   by a list scheduler from the operators' times: at each point the operator that can run at once, the one
+                with the longest way to the end first; weight gradients have the shortest way and so fill the waits
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megascale_moe.engine.op import Op, Phase, Stream
+
+Seconds = Callable[[Op], float]
+
+
+def dependencies(ops: Sequence[Op]) -> list[set[int]]:
+    """For each operator the positions of those that must come before it."""
+    writer: dict[str, int] = {}
+    added: dict[str, int] = {}
+    before: list[set[int]] = []
+    for place, op in enumerate(ops):
+        needed = {writer[name] for name in op.reads if name in writer}
+        needed |= {added[name] for name in op.gradients if name in added}
+        before.append(needed)
+        writer.update(dict.fromkeys(op.writes, place))
+        added.update(dict.fromkeys(op.gradients, place))
+    return before
+
+
+@dataclass(frozen=True)
+class Span:
+    """When an operator runs, in seconds; `exposed`: how long the computation stood still for it."""
+
+    start: float
+    end: float
+    exposed: float = 0.0
+
+
+def simulate(ops: Sequence[Op], seconds: Seconds) -> list[Span]:
+    """When each operator of a list runs, by the executor's rules.
+
+    Computation and the launch of communications follow the list; each link does one communication at a time.
+    """
+    clock = 0.0
+    free: dict[Stream, float] = {}
+    ready: dict[str, tuple[float, int]] = {}
+    spans: list[Span] = []
+    for place, op in enumerate(ops):
+        for name in op.reads:
+            at, source = ready.get(name, (0.0, -1))
+            if at > clock:
+                spans[source] = Span(spans[source].start, spans[source].end, spans[source].exposed + at - clock)
+                clock = at
+        start = clock
+        if op.stream != Stream.COMPUTE:
+            start = max(clock, free.get(op.stream, 0.0))
+        end = start + seconds(op)
+        if op.stream == Stream.COMPUTE:
+            clock = end
+        else:
+            free[op.stream] = end
+        spans.append(Span(start, end))
+        ready.update(dict.fromkeys(op.writes, (end, place)))
+    return spans
+
+
+def makespan(spans: Sequence[Span]) -> float:
+    """Until the last operator has ended."""
+    return max((span.end for span in spans), default=0.0)
+
+
+def paper_order(ops: Sequence[Op]) -> list[Op]:
+    """The paper's hand-written order, as rules on a serial list (its section 4.1)."""
+    out: list[Op] = []
+    waiting: list[Op] = []  # weight gradients, until there is a communication to stand behind
+    for op in _early_communication(ops):
+        if op.phase == Phase.W and op.stream == Stream.COMPUTE:
+            waiting.append(op)
+            continue
+        out.append(op)
+        if op.stream != Stream.COMPUTE and op.writes:
+            out += waiting
+            waiting = []
+    return out + waiting
+
+
+def _early_communication(ops: Sequence[Op]) -> list[Op]:
+    """Each communication right behind the last operator that it needs."""
+    before = dependencies(ops)
+    followers: dict[int, list[int]] = {}
+    moved = set()
+    for place, op in enumerate(ops):
+        if op.stream != Stream.COMPUTE:
+            followers.setdefault(max(before[place], default=-1), []).append(place)
+            moved.add(place)
+
+    def with_followers(place: int) -> list[Op]:
+        own = [ops[place]] if place >= 0 else []
+        return own + [op for follower in followers.get(place, []) for op in with_followers(follower)]
+
+    out = with_followers(-1)
+    for place in range(len(ops)):
+        if place not in moved:
+            out += with_followers(place)
+    return out
+
+
+def scheduled_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
+    """List scheduling (Graham 1966) on one computing stream and the links, priority the longest way to the end."""
+    before = dependencies(ops)
+    after: list[list[int]] = [[] for _ in ops]
+    for place, needed in enumerate(before):
+        for source in needed:
+            after[source].append(place)
+    way = _longest_ways(ops, after, seconds)
+    missing = [len(needed) for needed in before]
+    state = _State(ops, seconds, way)
+    for place, count in enumerate(missing):
+        if not count:
+            state.add(place, 0.0)
+    done: list[int] = []
+    ends = [0.0] * len(ops)
+    while state:
+        place, ends[place] = state.next()
+        done.append(place)
+        for follower in after[place]:
+            missing[follower] -= 1
+            if not missing[follower]:
+                state.add(follower, max(ends[source] for source in before[follower]))
+    return [ops[place] for place in done]
+
+
+def _longest_ways(ops: Sequence[Op], after: Sequence[Sequence[int]], seconds: Seconds) -> list[float]:
+    """From the start of each operator to the end of the list, seconds, over its successors."""
+    way = [0.0] * len(ops)
+    for place in reversed(range(len(ops))):
+        way[place] = seconds(ops[place]) + max((way[follower] for follower in after[place]), default=0.0)
+    return way
+
+
+class _State:
+    """Operators whose predecessors have been placed, and the clocks of computation and links."""
+
+    def __init__(self, ops: Sequence[Op], seconds: Seconds, way: Sequence[float]) -> None:
+        self.ops, self.seconds, self.way = ops, seconds, way
+        self.clock = 0.0
+        self.free: dict[Stream, float] = {}
+        self.startable: list[tuple[int, float, int]] = []  # inputs are there: (kind, -way, place)
+        self.coming: list[tuple[float, float, int]] = []  # inputs arrive later: (when, -way, place)
+
+    def __bool__(self) -> bool:
+        return bool(self.startable or self.coming)
+
+    def add(self, place: int, ready: float) -> None:
+        """An operator all of whose inputs have been placed, the last arrives at `ready`."""
+        heapq.heappush(self.coming, (ready, -self.way[place], place))
+
+    def next(self) -> tuple[int, float]:
+        """The operator to place now, and when it ends."""
+        if not self._arrived() and not self.startable:
+            self.clock = self.coming[0][0]  # nothing to do but wait
+            self._arrived()
+        _, _, place = heapq.heappop(self.startable)
+        op = self.ops[place]
+        took = self.seconds(op)
+        if op.stream == Stream.COMPUTE:
+            self.clock += took
+            return place, self.clock
+        end = max(self.clock, self.free.get(op.stream, 0.0)) + took
+        self.free[op.stream] = end
+        return place, end
+
+    def _arrived(self) -> bool:
+        """Move what has arrived by now; communications go before computation: starting one takes no time."""
+        moved = False
+        while self.coming and self.coming[0][0] <= self.clock:
+            _, priority, place = heapq.heappop(self.coming)
+            kind = 0 if self.ops[place].stream != Stream.COMPUTE else 1
+            heapq.heappush(self.startable, (kind, priority, place))
+            moved = True
+        return moved
