@@ -31,6 +31,7 @@ from megascale_moe.train.dryrun_table import show
 from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
 from megascale_moe.train.progress import counted_progress
+from megascale_moe.train.verify.command import verify
 
 OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
 
@@ -70,6 +71,8 @@ def _main(arguments: list[str]) -> int:
     config = load(options.config, overrides, PRESETS)
     if options.command == "dryrun":
         return _dryrun(config, options)
+    if options.command == "verify":
+        return verify(config, options.nproc, only=options.only, as_json=options.json)
     if options.resume:
         config = replace(config, run=replace(config.run, resume=config.run.resume or "auto"))
     return _train(config, options.nproc, options.json)
@@ -96,6 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as the mesh needs)")
     run.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
     run.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    proof = commands.add_parser(
+        "verify", help="show that outputs and gradients of every layout are those of one device", allow_abbrev=False,
+        usage="megascale verify CONFIG.toml [--section.key=value ...] [--nproc N] [--only] [--json]",
+        epilog="Scales the config's model down and runs a training step of every layout that fits N ranks. Exit "
+        "status: 0 all right, 1 a layout differs (the first operator that does is named), 2 the input is wrong.",
+    )
+    proof.add_argument("config", metavar="CONFIG.toml", help="the model and its layout; see configs/")
+    proof.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as many as GPUs, or 8)")
+    proof.add_argument("--only", action="store_true", help="verify the config's own layout alone")
+    proof.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     dry = commands.add_parser(
         "dryrun", help="what one rank of a job of any size holds, sends and computes, without the job",
         allow_abbrev=False,

@@ -227,8 +227,23 @@ class OverlapConfig:
     """How communication hides behind computation."""
 
     order: Literal["serial", "paper", "scheduled"] = "serial"
-    split: str = "none"
-    remat: Literal["none", "paper", "full", "budget"] = "none"
+    split: str = "none"  # "none", "auto", or how many pieces a communication and the product next to it are cut into
+    remat: Literal["none", "paper", "full", "budget"] = "none"  # what backward makes again instead of keeping
+    activation_bytes: int = 0  # remat "budget": what a micro-batch may keep of a rank's layers
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values outside their range."""
+        pieces = self.split.isascii() and self.split.isdigit() and int(self.split) > 0
+        require(
+            self.split in ("none", "auto") or pieces,
+            f"overlap.split = {self.split!r}: must be 'none', 'auto' or a number of pieces",
+        )
+        wanted = self.remat == "budget"
+        require(
+            (self.activation_bytes > 0) == wanted,
+            f"overlap.activation_bytes = {self.activation_bytes} with overlap.remat = {self.remat!r}: "
+            + ("give the bytes that may be kept" if wanted else "use remat = 'budget', or leave it 0"),
+        )
 
 
 WireFormat = Literal["fp32", "bf16", "fp8", "auto"]
@@ -324,6 +339,7 @@ class Config:
         """Raise `ConfigError` if any section contradicts itself."""
         self.model.check()
         self.parallel.check()
+        self.overlap.check()
         self.train.check()
         self.data.check()
 

@@ -15,12 +15,11 @@ their bits).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megascale_moe.engine.cost import Seconds
 from megascale_moe.engine.op import Op, Phase, Stream
-
-Seconds = Callable[[Op], float]
 
 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
@@ -138,6 +137,12 @@ def scheduled_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
             if not missing[follower]:
                 state.add(follower, max(ends[source] for source in before[follower]))
     return [ops[place] for place in done]
+
+
+def best_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
+    """The fastest of the scheduler's order, the hand-written one and the list as it is, by simulation."""
+    candidates = [scheduled_order(ops, seconds), paper_order(ops), list(ops)]
+    return min(candidates, key=lambda order: makespan(simulate(order, seconds)))
 
 
 def _longest_ways(ops: Sequence[Op], after: Sequence[Sequence[int]], seconds: Seconds) -> list[float]:

@@ -40,7 +40,7 @@ def rematerialize(
         """Append what makes `name` again, unless it was."""
         if name in there or name in made or name not in makers:
             return
-        op = _maker(makers[name], name)
+        op = _maker(makers[name], name, there)
         for read in op.reads:
             make(read)
         writes = tuple(again(written) for written in op.writes)
@@ -57,9 +57,9 @@ def rematerialize(
     return out
 
 
-def _maker(op: Op, name: str) -> Op:
-    """The operator that makes `name` again: one of `op.redo` that writes it, else `op` itself."""
-    return next((redo for redo in op.redo if name in redo.writes), op)
+def _maker(op: Op, name: str, there: set[str]) -> Op:
+    """The operator that makes `name` again: one of `op.redo` that needs nothing else made, else `op` itself."""
+    return next((redo for redo in op.redo if name in redo.writes and there.issuperset(redo.reads)), op)
 
 
 def kept_names(forward: Sequence[Op], backward: Sequence[Op]) -> list[str]:

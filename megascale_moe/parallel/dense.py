@@ -99,8 +99,13 @@ def add_norm(name: str, terms: tuple[str, str], total: str, y: str, weight: str,
         name=name, phase=Phase.B, reads=(total, scale, grad(y), grad(total)), writes=tuple(map(grad, terms)),
         weights=(weight,), gradients=(weight,), run=run_backward, cost=Cost(2 * cost.flops, 2 * cost.memory_bytes),
     )
+    again = Op(
+        name=name, reads=(total,), writes=(y, scale), weights=(weight,), run=lambda x, w: rms_norm(x, w, eps),
+        cost=Cost(4.0 * layout.tokens * width, layout.bytes(2 * layout.tokens * width)),
+    )
     return Op(
-        name=name, reads=terms, writes=(total, y, scale), weights=(weight,), run=run, cost=cost, backward=(backward,)
+        name=name, reads=terms, writes=(total, y, scale), weights=(weight,), run=run, cost=cost, backward=(backward,),
+        redo=(again,),
     )
 
 

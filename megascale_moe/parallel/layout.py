@@ -40,10 +40,12 @@ class Layout:
         return cls(rows, length, single(), dtype)
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, rows: int, length: int, axes: Axes, dtype: torch.dtype) -> Layout:
+    def of(
+        cls, parallel: ParallelConfig, rows: int, length: int, axes: Axes, dtype: torch.dtype, pieces: int = 1
+    ) -> Layout:
         """As a config says."""
         p = parallel
-        return cls(rows, length, axes, dtype, p.dispatch, p.attention, p.ffn, p.vocabulary)
+        return cls(rows, length, axes, dtype, p.dispatch, p.attention, p.ffn, p.vocabulary, pieces)
 
     @property
     def node(self) -> Axis:

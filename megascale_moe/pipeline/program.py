@@ -5,20 +5,38 @@ Trainer, `verify` and `dryrun` call it with the same arguments, so what is check
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from megascale_moe.comm.axis import Axes
-from megascale_moe.config import ModelConfig, ParallelConfig
+from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
+from megascale_moe.engine.cost import Measured, Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, backward, grad
+from megascale_moe.engine.order import best_order, paper_order
+from megascale_moe.engine.remat import rematerialize
+from megascale_moe.parallel.kept import Keeps, keeps_all, keeps_inputs, keeps_paper, keeps_within
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, load_names, part_ops
 from megascale_moe.parallel.stages import Part, parts_of_rank, stage_parts, together
 from megascale_moe.pipeline.schedule import Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a rank's operators when a plan is made.
+
+    Attributes:
+        cost: how long they take. sizes: bytes of the tensors of the forward lists. pieces: what `split = "auto"` is.
+    """
+
+    cost: Rates | Measured = field(default_factory=Rates)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -37,11 +55,22 @@ class StepPlan:
     micros: int = 1
     head: Head = "train"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    profile: Profile = field(default_factory=Profile)
 
     @cached_property
     def layout(self) -> Layout:
         """Where a micro-batch lies."""
-        return Layout.of(self.parallel, self.rows, self.model.sequence_length, self.axes, self.dtype)
+        length = self.model.sequence_length
+        return Layout.of(self.parallel, self.rows, length, self.axes, self.dtype, self.pieces)
+
+    @property
+    def pieces(self) -> int:
+        """Into how many a communication is cut; evaluation is not cut, and without measured times nor is "auto"."""
+        split = self.overlap.split
+        if split == "auto":
+            return self.profile.pieces
+        return 1 if split == "none" else int(split)
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -72,8 +101,25 @@ class StepPlan:
         forward = part_ops(self.model, self.layout, part, self.head)
         reads = "" if part.first else f"hidden_{part.layers[0]}"
         writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"
-        seeds = [grad(writes)] if writes else []
-        return Stage(forward, backward(forward, seeds) if self.head == "train" else (), reads, writes)
+        if self.head != "train":
+            return Stage(forward, (), reads, writes)
+        back = backward(forward, [grad(writes)] if writes else [])
+        given = [*INPUTS, reads]
+        back = rematerialize(forward, back, self._keeps(forward, back, given), given)
+        return Stage(self._ordered(forward), self._ordered(back), reads, writes)
+
+    def _keeps(self, forward: list[Op], back: list[Op], given: list[str]) -> Keeps:
+        o = self.overlap
+        if o.remat == "budget":
+            return keeps_within(o.activation_bytes, forward, back, given, self.profile.sizes, self.profile.cost.seconds)
+        return {"none": keeps_all, "paper": keeps_paper, "full": keeps_inputs}[o.remat]
+
+    def _ordered(self, ops: list[Op]) -> list[Op]:
+        if self.overlap.order == "paper":
+            return paper_order(ops)
+        if self.overlap.order == "scheduled":
+            return best_order(ops, self.profile.cost.seconds)
+        return ops
 
     @property
     def message(self) -> Message:

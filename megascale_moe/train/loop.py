@@ -39,9 +39,6 @@ from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "overlap.order": ("serial",),
-    "overlap.split": ("none",),
-    "overlap.remat": ("none",),
     "wire.gradients": ("fp32", "auto"),
     "wire.activations": ("auto",),
     "wire.parameters": ("auto",),

@@ -16,7 +16,7 @@ from torch import Tensor
 from megascale_moe.comm.axis import Axes
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import Config, ModelConfig
+from megascale_moe.config import Config, ModelConfig, OverlapConfig
 from megascale_moe.engine.executor import Observer, Program, resolve
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.allocator import keep_freed_memory
@@ -29,10 +29,11 @@ from megascale_moe.optim.schedule import learning_rate
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.model import Head, auxiliary_names, load_names, local_inputs, moe_layers
 from megascale_moe.parallel.weights import initial, placements
-from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import SHARED, of_micro
 from megascale_moe.train.checkpoint import Checkpoint, Piece
 from megascale_moe.train.data import Batch
+from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,6 +72,9 @@ class Trainer:
             keep_freed_memory()
         wanted = config.train.compile
         Fusion.enabled = wanted == "on" or (wanted == "auto" and (device.type != "cpu" or config.train.steps >= 500))
+        self.profiler = Profiler() if needs_profile(config.overlap) else None
+        self.overlap = plain(config.overlap) if self.profiler else config.overlap
+        self.profile = Profile()
         plan = self.plan(1)
         self.part, self.placements = plan.part, placements(self.model, plan.layout, plan.part)
         groups = flat_groups(self.placements, axes, self.dtype, device)
@@ -85,7 +89,10 @@ class Trainer:
     def plan(self, rows: int, micros: int = 1, head: Head = "train") -> StepPlan:
         """What this rank does with `micros` micro-batches of `rows` sequences."""
         c = self.config
-        return StepPlan(self.model, c.parallel, self.axes, self.dtype, rows, micros, head, self.device)
+        overlap = self.overlap if head == "train" else OverlapConfig()
+        return StepPlan(
+            self.model, c.parallel, self.axes, self.dtype, rows, micros, head, self.device, overlap, self.profile
+        )
 
     def initialise(self) -> None:
         """Fill the weights from the seed; the same whatever the layout."""
@@ -139,7 +146,9 @@ class Trainer:
         totals = torch.zeros(2 + layers * model.experts, dtype=torch.float64, device=self.device)
         load = totals[2:].view(layers, model.experts)
         trace = Trace()
-        out = self.run(batches, "train", scales, trace)
+        out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else None)
+        if self.profiler is not None:
+            self._learn(self.profiler, trace, batches)
         for micro in range(len(batches)):
             if self.part.last:
                 totals[0] += out[of_micro("loss", micro)]
@@ -157,6 +166,16 @@ class Trainer:
                 bias.copy_(updated_bias(bias, load[layer - model.dense_layers], model.bias_update_rate))
         loss, auxiliary = float(totals[0]) / max(target_count, 1), float(totals[1]) / tokens
         return StepResult(loss, auxiliary, norm, rate, load.cpu(), trace)
+
+    def _learn(self, profiler: Profiler, trace: Trace, batches: Sequence[Batch]) -> None:
+        """Once enough steps have been measured, go over to what was asked for."""
+        profiler.runs.append(list(trace.events))
+        if len(profiler.runs) < STEPS:
+            return
+        plan, _ = self.program(len(batches[0].tokens), len(batches), "train")
+        self.profile = profiler.profile(plan, self.config.overlap, self.axes["data"])
+        self.overlap, self.profiler = self.config.overlap, None
+        self.program.cache_clear()
 
     def evaluate(self, batches: Iterable[Batch], target_count: int) -> float:
         """Mean loss over held-out batches, of which every rank brings equally many."""

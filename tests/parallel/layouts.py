@@ -16,41 +16,16 @@ from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import backward
 from megascale_moe.engine.trace import Trace
-from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Transformer, build
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.model import INPUTS, auxiliary_names, load_names, local_inputs, model_ops
 from megascale_moe.parallel.placement import Placement
 from megascale_moe.parallel.stages import Part
 from megascale_moe.parallel.weights import placements
+from megascale_moe.train.verify.batch import Rows
+from megascale_moe.train.verify.batch import random_rows as random_rows  # for the tests that import it from here
 
 SCALE = 0.01
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A global batch: all its rows, and each row's document starts."""
-
-    tokens: Tensor
-    targets: Tensor
-    starts: tuple[tuple[int, ...], ...]
-
-    def part(self, rows: slice) -> tuple[Tensor, Tensor, Segments]:
-        length = self.tokens.shape[1]
-        picked = self.starts[rows]
-        bounds = [row * length + start for row, starts in enumerate(picked) for start in starts]
-        return self.tokens[rows], self.targets[rows], Segments(len(picked), length, (*bounds, len(picked) * length))
-
-
-def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> Rows:
-    """Rows with random tokens, some packed from several documents, some targets missing."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, config.sequence_length)
-    tokens = torch.randint(0, config.vocab, shape, generator=generator)
-    targets = torch.randint(0, config.vocab, shape, generator=generator)
-    targets[0, 3] = -100
-    starts = [(0,) if row % 2 else (0, 5, config.sequence_length // 2 + 1) for row in range(rows)]
-    return Rows(tokens, targets, tuple(starts))
 
 
 @dataclass

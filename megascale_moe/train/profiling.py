@@ -1,0 +1,81 @@
+"""Measuring a rank's operators in the first steps of a run, for orders and policies that are derived from times.
+
+The first steps run the plain list, in which each communication is waited for at once, so that its time can be seen.
+The ranks of a stage run the same list and must go on doing so: they average what they measured, and what follows from
+it is then the same on all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale_moe.comm.axis import Axis
+from megascale_moe.comm.collectives import all_reduce_sum
+from megascale_moe.config import OverlapConfig
+from megascale_moe.engine.cost import Measured, measured
+from megascale_moe.engine.executor import resolve
+from megascale_moe.engine.op import Op, Phase
+from megascale_moe.engine.order import best_order, makespan, simulate
+from megascale_moe.engine.trace import Event
+from megascale_moe.pipeline.program import Profile, StepPlan
+
+STEPS = 3
+"""Steps of the plain list; the first, which warms up, is not counted."""
+
+
+def needs_profile(overlap: OverlapConfig) -> bool:
+    """Whether anything is derived from measured times."""
+    return overlap.order == "scheduled" or overlap.split == "auto" or overlap.remat == "budget"
+
+
+def plain(overlap: OverlapConfig) -> OverlapConfig:
+    """What runs while measuring: nothing hidden, and no more memory than asked for."""
+    remat = "full" if overlap.remat == "budget" else overlap.remat
+    return OverlapConfig(remat=remat)
+
+
+class Profiler:
+    """Collects what the first steps show."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.runs: list[list[Event]] = []
+
+    def observe(self, op: Op, values: dict[str, Any]) -> None:
+        """Note the bytes of what a forward operator made, without the micro-batch in its name."""
+        if op.phase == Phase.F:
+            for name in op.writes:
+                value = resolve(values, name)
+                if isinstance(value, Tensor):
+                    self.sizes[name.split("/", 1)[-1]] = value.nbytes
+
+    def profile(self, plan: StepPlan, overlap: OverlapConfig, stage: Axis) -> Profile:
+        """The mean of all ranks of the stage."""
+        cost = measured(plan.ops, self.runs[1:])
+        names, kinds = sorted(self.sizes), sorted(cost.seconds_of)
+        numbers = [*(self.sizes[name] for name in names), *(cost.seconds_of[kind] for kind in kinds)]
+        mean = (all_reduce_sum(torch.tensor(numbers, dtype=torch.float64), stage) / stage.size).tolist()
+        sizes = {name: int(number) for name, number in zip(names, mean, strict=False)}
+        seconds = dict(zip(kinds, mean[len(names) :], strict=True))
+        found = Profile(Measured(seconds, cost.work, cost.rates), sizes)
+        return replace(found, pieces=_pieces(plan, overlap, found)) if overlap.split == "auto" else found
+
+
+def _pieces(plan: StepPlan, overlap: OverlapConfig, profile: Profile) -> int:
+    """Into how many pieces a step is cut where it is fastest by simulation."""
+    ranks = max(plan.layout.node.size, plan.layout.group.size)
+
+    def seconds(pieces: int) -> float:
+        cut = replace(plan, overlap=replace(overlap, split=str(pieces)), profile=profile)
+        cost, total = profile.cost.seconds, 0.0
+        for stage in cut.stages.values():
+            for ops in (stage.forward, stage.backward):
+                order = best_order(ops, cost) if overlap.order == "scheduled" else ops
+                total += makespan(simulate(order, cost))
+        return total
+
+    return min(sorted({1, 2, ranks}), key=seconds)

@@ -1,0 +1,96 @@
+"""A small model with the peculiarities of the user's own.
+
+What a layout can get wrong depends on how heads, experts and widths divide over ranks and on which parts the model
+has, not on how large they are. So every size becomes as small as it can be while N ranks divide it exactly as far as
+they divide the original (`alike`): a layout that the user's model cannot have does not fit the small one either, and
+one that copies key heads because there are fewer than ranks still does.
+
+Coefficients of auxiliary losses become large, if they are not zero: a wrong gradient of a loss that counts a
+thousandth would hide in the rounding of the others. Weights are spread wide (init_std), so that routers decide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from megascale_moe.config import ModelConfig
+
+HIDDEN, HEAD_DIM, WIDTH, VOCAB, LENGTH = 32, 4, 16, 64, 16
+EXPERTS, HEADS, WINDOW = 16, 64, 6
+BALANCE, Z, INIT_STD = 0.5, 0.1, 0.2
+
+
+def alike(size: int, ranks: int, least: int) -> int:
+    """The smallest number from `least` on that has the same common divisors with `ranks` as `size`; at most `size`."""
+    if size <= least:
+        return size
+    wanted = math.gcd(size, ranks)
+    return next(value for value in range(least, size + 1) if math.gcd(value, ranks) == wanted)
+
+
+def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
+    """The small model for `ranks` ranks; how many layers it has is up to the layout (`with_layers`)."""
+    c = model
+    small = replace(
+        c, preset="", hidden=HIDDEN, vocab=alike(c.vocab, ranks, VOCAB),
+        sequence_length=alike(c.sequence_length, ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
+        ffn_hidden=alike(c.ffn_hidden, ranks, WIDTH), shared_experts=min(c.shared_experts, 2),
+        shared_ffn_hidden=_width(c.shared_ffn_hidden, ranks, WIDTH + ranks),
+        dense_ffn_hidden=_width(c.dense_ffn_hidden, ranks, WIDTH + ranks),
+        balance_loss=BALANCE if c.balance_loss else 0.0, z_loss=Z if c.z_loss else 0.0,
+        sliding_window=min(c.sliding_window, WINDOW),
+    )  # fmt: skip
+    return with_layers(_experts(_heads(small, c, ranks), c, ranks), c, 2)
+
+
+def with_layers(small: ModelConfig, model: ModelConfig, layers: int) -> ModelConfig:
+    """`layers` layers, or as many more as it takes to have one of each kind the user's model has."""
+    dense = min(model.dense_layers, 1)
+    kinds = dense + (model.dense_layers < model.layers)
+    return replace(small, layers=max(layers, kinds), dense_layers=dense if kinds > dense else max(layers, kinds))
+
+
+def _width(size: int, ranks: int, least: int) -> int:
+    return alike(size, ranks, least) if size else 0
+
+
+def _heads(small: ModelConfig, c: ModelConfig, ranks: int) -> ModelConfig:
+    """As many key heads as the ranks can tell apart, and as many query heads for each as the model has."""
+    keys = math.gcd(c.kv_heads, ranks)
+    ratio = c.heads // c.kv_heads
+    if keys * ratio > HEADS:
+        ratio = alike(ratio, ranks, max(2, math.gcd(ratio, ranks)))
+    if c.attention == "mla":
+        keys, ratio = math.gcd(c.heads, ranks), 1
+    return replace(
+        small, heads=keys * ratio, kv_heads=keys, head_dim=HEAD_DIM, q_lora_rank=12 if c.q_lora_rank else 0,
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=_value_dim(c),
+    )  # fmt: skip
+
+
+def _value_dim(c: ModelConfig) -> int:
+    """Another width than that of the queries' part it belongs to, where the model has another."""
+    if not c.v_head_dim:
+        return 0
+    same = c.qk_nope_head_dim if c.attention == "mla" else c.query_dim
+    plain = 8 if c.attention == "mla" else HEAD_DIM
+    return plain if c.v_head_dim == same else 6
+
+
+def _experts(small: ModelConfig, c: ModelConfig, ranks: int) -> ModelConfig:
+    """At most 16 experts (or one per rank); groups and top-k still leave something to choose."""
+    most = min(c.experts, max(EXPERTS, ranks))
+    wanted = math.gcd(c.experts, ranks)
+    experts = next(count for count in range(most, 0, -1) if math.gcd(count, ranks) == wanted)
+    groups = math.gcd(c.expert_groups, experts)
+    while groups > 1 and experts // groups < 2 < c.experts // c.expert_groups:
+        groups = next(g for g in range(groups - 1, 0, -1) if experts % g == 0)
+    top_groups = max(1, groups * c.top_groups // c.expert_groups)
+    open_ = experts // groups * top_groups
+    all_of_them = c.top_k == c.experts // c.expert_groups * c.top_groups
+    top_k = open_ if all_of_them else min(c.top_k, max(1, open_ // 2))
+    return replace(
+        small, experts=experts, top_k=top_k, expert_groups=groups, top_groups=top_groups,
+        device_groups=math.gcd(c.device_groups, experts),
+    )  # fmt: skip
