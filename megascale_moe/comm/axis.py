@@ -91,5 +91,4 @@ def _links(name: str, mesh: Mesh, mine: tuple[int, ...]) -> tuple[dist.ProcessGr
 
 def axes_of(mesh: Mesh, rank: int, backend: str = "") -> Axes:
     """The sizes and places of a rank's axes without any process group: for building lists that are not run."""
-    places = {name: mesh.ranks(name, rank) for name in AXES}
-    return {name: Axis(name, len(ranks), ranks.index(rank), backend=backend) for name, ranks in places.items()}
+    return {name: Axis(name, *mesh.place(name, rank), backend=backend) for name in AXES}

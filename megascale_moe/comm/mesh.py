@@ -54,35 +54,38 @@ class Mesh:
         Raises:
             KeyError: no such axis.
         """
+        return tuple(member for part in self._parts(axis, rank) for member in part)
+
+    def place(self, axis: str, rank: int) -> tuple[int, int]:
+        """(ranks on the axis, where among them `rank` is), without listing them: an axis may have ten thousand."""
+        parts = self._parts(axis, rank)
+        before = 0
+        for part in parts:
+            if rank in part:
+                return sum(map(len, parts)), before + part.index(rank)
+            before += len(part)
+        raise AssertionError(f"rank {rank} is not on its own axis {axis}")
+
+    def _parts(self, axis: str, rank: int) -> list[range]:
+        """The ranks of an axis as ranges, ascending."""
         first = rank // self.stage * self.stage  # of the rank's stage
         place = rank - first
-        if axis in ("pp", "tied", "world"):
-            return self._across_stages(axis, first, place)
-        ffn = place // self.ffn * self.ffn
-        members = {
-            "node": range(place // self.node * self.node, (place // self.node + 1) * self.node),
-            "ffn": range(ffn, ffn + self.ffn),
-            "etp": range(place // self.etp * self.etp, (place // self.etp + 1) * self.etp),
-            "ep": range(ffn + place % self.etp, ffn + self.ffn, self.etp),
-            "expert_data": range(place % self.ffn, self.stage, self.ffn),
-            "tensor_data": range(place % self.node, self.stage, self.node),
-            "data": range(self.stage),
-        }[axis]
-        return tuple(first + member for member in members)
-
-    def _across_stages(self, axis: str, first: int, place: int) -> tuple[int, ...]:
-        if axis == "world":
-            return tuple(range(self.world))
-        if axis == "pp":
-            return tuple(range(place, self.world, self.stage))
+        node, ffn, etp = (place // size * size for size in (self.node, self.ffn, self.etp))
         last = self.world - self.stage
-        if first not in (0, last):
-            return (first + place,)
-        return tuple(
-            start + member
-            for start in sorted({0, last})
-            for member in range(place % self.node, self.stage, self.node)
-        )
+        tied = sorted({0, last}) if first in (0, last) else []  # stages between have no embedding
+        same_place = [range(start + place % self.node, start + self.stage, self.node) for start in (first, *tied)]
+        return {
+            "node": [range(first + node, first + node + self.node)],
+            "ffn": [range(first + ffn, first + ffn + self.ffn)],
+            "etp": [range(first + etp, first + etp + self.etp)],
+            "ep": [range(first + ffn + place % self.etp, first + ffn + self.ffn, self.etp)],
+            "expert_data": [range(first + place % self.ffn, first + self.stage, self.ffn)],
+            "tensor_data": same_place[:1],
+            "data": [range(first, first + self.stage)],
+            "tied": same_place[1:] or [range(rank, rank + 1)],
+            "pp": [range(place, self.world, self.stage)],
+            "world": [range(self.world)],
+        }[axis]
 
     def stage_of(self, rank: int) -> int:
         """The pipeline rank of a rank."""
