@@ -6,6 +6,7 @@ what it declares. Measuring is walking a trace of a serial run, where every comm
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from megascale_moe.engine.trace import Event
 Seconds = Callable[[Op], float]
 Kind = tuple[str, str]  # name without layer and piece, phase
 
+LAYER = re.compile(r"\blayers\.\d+\.")
 OVERHEAD = 5e-6
 """Seconds to start an operator from the host, where nothing better is known."""
 
@@ -28,8 +30,8 @@ def kind_of(op: Op) -> Kind:
 
 
 def stem(name: str) -> str:
-    """A name without its layer."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
+    """A name without its layer, wherever it stands in it."""
+    return LAYER.sub("", name)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,19 @@ from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Cost, Op, Phase, Stream
 from megascale_moe.engine.trace import Trace
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.sync import CHUNK, gather, given, reduce, shard_of, updated_of
+from megascale_moe.optim.hidden import hide, without_gathering
+from megascale_moe.optim.sync import (
+    CHUNK,
+    gather,
+    gather_job,
+    given,
+    pipelined,
+    ready,
+    reduce,
+    shard_of,
+    updated,
+    updated_of,
+)
 from megascale_moe.parallel.placement import Placement
 
 NAMES = {
@@ -43,29 +55,38 @@ NORM_BYTES = 16
 
 
 def flat_groups(
-    placements: Mapping[str, Placement], axes: Axes, dtype: torch.dtype, device: torch.device
-) -> list[FlatWeights]:
+    placements: Mapping[str, Placement], axes: Axes, dtype: torch.dtype, device: torch.device, *,
+    by_layer: bool = False,
+) -> list[FlatWeights]:  # fmt: skip
     """Weights by (replicas, with or without decay); vectors (norms) do not decay.
+
+    Args:
+        by_layer: also by layer, so that a layer's gradients can leave while the backward of others goes on.
 
     The order of the groups is that of NAMES, not that of the weights: a rank of the first pipeline stage and one of
     the last, which share tied weights but no others, issue their communication in the same order.
     """
-    groups: dict[tuple[tuple[str, str], bool], dict[str, Placement]] = {}
+    groups: dict[Key, dict[str, Placement]] = {}
     for name, placement in placements.items():
-        groups.setdefault((placement.replicas, len(placement.whole) > 1), {})[name] = placement
+        layer = ".".join(name.split(".")[:2]) + "." if by_layer and name.startswith("layers.") else ""
+        groups.setdefault((layer, placement.replicas, len(placement.whole) > 1), {})[name] = placement
     found = []
-    for replicas, decay in sorted(groups, key=_order):
+    for layer, replicas, decay in sorted(groups, key=_order):
         intra, inter = (axes[axis] if axis else Axis(axis) for axis in replicas)
-        name = _name(replicas) + ("" if decay else ".vectors")
-        members = groups[replicas, decay]
+        name = layer + _name(replicas) + ("" if decay else ".vectors")
+        members = groups[layer, replicas, decay]
         found.append(FlatWeights(members, intra, inter, decay=decay, dtype=dtype, device=device, name=name))
     return found
 
 
-def _order(key: tuple[tuple[str, str], bool]) -> tuple[int, tuple[str, str], bool]:
-    replicas, decay = key
+Key = tuple[str, tuple[str, str], bool]  # layer, replicas, decay
+
+
+def _order(key: Key) -> tuple[int, tuple[str, str], bool, int]:
+    layer, replicas, decay = key
     known = list(NAMES)
-    return known.index(replicas) if replicas in NAMES else len(known), replicas, not decay
+    number = int(layer.split(".")[1]) if layer else -1
+    return known.index(replicas) if replicas in NAMES else len(known), replicas, not decay, number
 
 
 def _name(replicas: tuple[str, str]) -> str:
@@ -105,6 +126,36 @@ class ShardedAdamW:
         """What `ops` read from outside, by name."""
         return {"learning_rate": learning_rate, **given(self.groups)}
 
+    def hidden(self, step: Sequence[Op]) -> list[Op]:
+        """The list of a whole training step: `step` (forward and backward) with synchronisation inside and the update.
+
+        Reads what `given` and `updated` name; the weights of others arrive in the next step, or by `settle`.
+        """
+        rest = [*self._norm_ops(), *without_gathering(self._updates())]
+        return hide(step, self.groups, rest)
+
+    def begin(self) -> None:
+        """Before a hidden step: the buffers are sent from inside of it, so those that nothing adds to must be zero."""
+        for gradient in self.gradients.values():
+            gradient.value()
+
+    def end(self, norm: float) -> float:
+        """After a step: what was summed is spent; returns the norm."""
+        for gradient in self.gradients.values():
+            gradient.reset()
+        return norm
+
+    def updated(self) -> dict[str, Tensor]:
+        """This rank's shards of the weights, by the names that gathers read."""
+        return updated(self.groups)
+
+    def settle(self, trace: Trace | None = None) -> None:
+        """Bring all weights up to date after a hidden step."""
+        jobs = [gather_job(group) for group in self.groups]
+        waiting = [group for group, job in zip(self.groups, jobs, strict=True) if job]
+        ops = [*pipelined(jobs), ready(waiting)]
+        Program(ops, self.updated()).run(dict(self.updated()), {}, trace=trace)
+
     def step(self, learning_rate: float, trace: Trace | None = None) -> float:
         """Update the weights from the summed gradients.
 
@@ -117,9 +168,7 @@ class ShardedAdamW:
         for gradient in self.gradients.values():
             gradient.value()  # a weight nothing flowed into counts as zero
         own = Trace()
-        norm: float = self._program.run(self.given(learning_rate), {}, trace=own)["norm"]
-        for gradient in self.gradients.values():
-            gradient.reset()
+        norm = self.end(self._program.run(self.given(learning_rate), {}, trace=own)["norm"])
         self.wire_bytes = sum(own.wire_bytes().values())
         self.comm_s, self.exposed_comm_s = own.communication, own.exposed
         if trace is not None:
@@ -138,14 +187,17 @@ class ShardedAdamW:
     # --- operators ---------------------------------------------------------------------------------------------------
 
     def _ops(self, chunk: int) -> list[Op]:
-        updates = {group.name: self._update_op(index) for index, group in enumerate(self.groups)}
+        return [*reduce(self.groups, chunk), *self._norm_ops(), *gather(self.groups, self._updates(), chunk)]
+
+    def _norm_ops(self) -> list[Op]:
         return [
-            *reduce(self.groups, chunk),
             *(_squares_op(group) for group in self.groups),
             _sum_op(self.groups, self.world),
             Op(name="gradients.norm", reads=("squares",), writes=("norm",), run=_root, phase=Phase.W),
-            *gather(self.groups, updates, chunk),
         ]
+
+    def _updates(self) -> dict[str, Op]:
+        return {group.name: self._update_op(index) for index, group in enumerate(self.groups)}
 
     def _update_op(self, index: int) -> Op:
         """Clip, AdamW on the shard of one group, and round the masters to the compute dtype."""

@@ -65,7 +65,23 @@ def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Op], chunk: int 
         first, *rest = [_gather_job(part) for part in _chunks(flat, chunk)]
         jobs += [[[updates[flat.name], *first[0]], *first[1:]], *rest]
     in_place = [flat for flat in groups if _levels(flat) and len(_chunks(flat, chunk)) == 1]
-    return [*pipelined(jobs), _ready(in_place)]
+    return [*pipelined(jobs), ready(in_place)]
+
+
+def reduce_job(flat: FlatWeights) -> Job:
+    """The hops of one group's gradients, uncut; none where nobody else holds its weights."""
+    return [job for part in _chunks(flat, flat.weights.numel()) for job in _reduce_job(part)] if _levels(flat) else []
+
+
+def gather_job(flat: FlatWeights) -> Job:
+    """The hops of one group's updated weights, uncut and received where they belong."""
+    (part,) = _chunks(flat, flat.weights.numel())
+    return _gather_job(part) if _levels(flat) else []
+
+
+def updated(groups: Sequence[FlatWeights]) -> dict[str, Tensor]:
+    """What `gather_job` reads, by name: this rank's shards of the weights."""
+    return {updated_of(flat): flat.weights[flat.shard] for flat in groups}
 
 
 def pipelined(jobs: Sequence[Job]) -> list[Op]:
@@ -234,7 +250,7 @@ def _unpack(chunk: _Chunk, reads: str) -> Op:
     return Op(name=f"parameters.{flat.name}.unpack", reads=(reads,), writes=(), run=run, cost=cost)
 
 
-def _ready(groups: Sequence[FlatWeights]) -> Op:
+def ready(groups: Sequence[FlatWeights]) -> Op:
     """Waits for what is received in place, which nothing else in the list reads."""
     reads = tuple(f"{flat.name}.weights" for flat in groups)
     return Op(name="parameters.ready", reads=reads, writes=(), run=lambda *_: None)

@@ -5,7 +5,7 @@ Trainer, `verify` and `dryrun` call it with the same arguments, so what is check
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -139,9 +139,15 @@ class StepPlan:
         names = [*auxiliary_names(self.model, self.part), *load_names(self.model, self.part)]
         return [*names, "loss"] if self.part.last else names
 
-    def program(self) -> Program:
-        """The list, checked; reads what `given` names."""
+    def program(
+        self, ops: Sequence[Op] | None = None, given: Sequence[str] = (), keep: Sequence[str] = ()
+    ) -> Program:
+        """The list, checked; it reads the inputs of all micro-batches and what they share.
+
+        Args:
+            ops: a list made of `ops`, that also reads `given` and of which `keep` is wanted, too.
+        """
         micros = range(self.micros)
-        given = [of_micro(name, micro) for micro in micros for name in INPUTS if name not in SHARED]
+        inputs = [of_micro(name, micro) for micro in micros for name in INPUTS if name not in SHARED]
         kept = [of_micro(name, micro) for micro in micros for name in self.results]
-        return Program(self.ops, [*given, *SHARED], kept)
+        return Program(self.ops if ops is None else ops, [*inputs, *SHARED, *given], [*kept, *keep])

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config, require
+from megascale_moe.engine.cost import stem
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.trace import Trace
@@ -127,7 +128,12 @@ def dry_run(
 
 
 def _trainer(config: Config, mesh: Mesh, rank: int) -> Trainer:
-    """The rank's trainer; kernels stay as they are written, there is nothing to compile for."""
+    """The rank's trainer; kernels stay as they are written, there is nothing to compile for and to measure."""
+    require(
+        config.overlap.remat != "budget" and config.overlap.split != "auto",
+        "a dry run measures no times, and overlap.remat = 'budget' and split = 'auto' follow from them; "
+        "use remat = 'none', 'paper' or 'full' and split = 'none' or a number",
+    )
     config = replace(config, train=replace(config.train, compile="off"))
     if mesh.world == 1:
         return Trainer(config, mesh, single(), META)
@@ -140,7 +146,8 @@ def _run(
 ) -> dict[str, Any]:
     """One step; what it took."""
     plan, program = trainer.program(rows, micros, "train")
-    optimizer, trace = trainer.optimizer, Trace()
+    optimizer, trace, hidden = trainer.optimizer, Trace(), trainer.hides
+    rate = trainer.config.train.learning_rate
     done, total = 0, len(program.ops)
 
     def observe(op: Op, values: dict[str, Any]) -> None:
@@ -153,11 +160,15 @@ def _run(
     meter = Meter()
     with meter:
         values = _inputs(plan, trainer)
+        if hidden:  # synchronisation and update are in the list
+            optimizer.begin()
+            values |= optimizer.given(rate) | optimizer.updated()
         program.run(values, optimizer.weights | trainer.buffers, optimizer.gradients, trace, observe)
         values.clear()
         held = meter.held
-        optimizer.step(trainer.config.train.learning_rate, trace)
-    ops = [*program.ops, *optimizer.ops]
+        if not hidden:
+            optimizer.step(rate, trace)
+    ops = [*program.ops, *(() if hidden else optimizer.ops)]
     return {
         "memory": asdict(_memory(trainer, held, meter.peak)),
         "wire": [asdict(wire) for wire in _wire(ops, trace)],
@@ -191,15 +202,10 @@ def _wire(ops: list[Op], trace: Trace) -> list[Wire]:
     for op, event in zip(ops, trace.events, strict=True):
         assert op.name == event.name
         if event.wire_bytes:
-            key = (_stem(op.name), op.cost.axis, str(op.phase))
+            key = (stem(op.name), op.cost.axis, str(op.phase))
             size, count = totals.get(key, (0, 0))
             totals[key] = (size + event.wire_bytes, count + 1)
     return [Wire(*key, *value) for key, value in totals.items()]
-
-
-def _stem(name: str) -> str:
-    """An operator's name without its layer."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def step_timeline(plan: StepPlan) -> Timeline:

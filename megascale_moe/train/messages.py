@@ -86,12 +86,16 @@ def check_messages(
 def rank_messages(config: Config, mesh: Mesh, rank: int, rows: int, micros: int, dtype: torch.dtype) -> RankMessages:
     """The messages of one rank."""
     axes = axes_of(mesh, rank, "nccl")
-    plan = StepPlan(config.model, config.parallel, axes, dtype, rows, micros, device=META)
+    plan = StepPlan(
+        config.model, config.parallel, axes, dtype, rows, micros, device=META, overlap=config.overlap
+    )
     collectives: dict[str, list[Collective]] = defaultdict(list)
     for stage in plan.stages.values():
         _collect(collectives, [*stage.forward, *stage.backward])
-    groups = flat_groups(placements(config.model, plan.layout, plan.part), axes, dtype, META)
-    _collect(collectives, ShardedAdamW(groups, axes["world"], config.train).ops)
+    hidden = config.overlap.order != "serial"
+    groups = flat_groups(placements(config.model, plan.layout, plan.part), axes, dtype, META, by_layer=hidden)
+    optimizer = ShardedAdamW(groups, axes["world"], config.train)
+    _collect(collectives, optimizer.hidden([]) if hidden else optimizer.ops)
     return RankMessages(_tuples(collectives), *_transfers(plan, mesh.ranks("pp", rank)))
 
 

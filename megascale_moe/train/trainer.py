@@ -68,16 +68,18 @@ class Trainer:
         self.model: ModelConfig = config.model
         self.dtype = DTYPES[config.train.dtype]
         self.steps = 0
+        self.stale = False
         if device.type == "cpu":
             keep_freed_memory()
         wanted = config.train.compile
         Fusion.enabled = wanted == "on" or (wanted == "auto" and (device.type != "cpu" or config.train.steps >= 500))
-        self.profiler = Profiler() if needs_profile(config.overlap) else None
+        self.profiler = Profiler() if needs_profile(config.overlap) and device.type != "meta" else None
         self.overlap = plain(config.overlap) if self.profiler else config.overlap
         self.profile = Profile()
         plan = self.plan(1)
         self.part, self.placements = plan.part, placements(self.model, plan.layout, plan.part)
-        groups = flat_groups(self.placements, axes, self.dtype, device)
+        by_layer = config.overlap.order != "serial"
+        groups = flat_groups(self.placements, axes, self.dtype, device, by_layer=by_layer)
         self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
         self.buffers = {
             name: torch.zeros(shape, device=device)
@@ -110,9 +112,24 @@ class Trainer:
     def _slots(self) -> Iterable[tuple[FlatWeights, Slot]]:
         return ((group, slot) for group in self.optimizer.groups for slot in group.slots)
 
+    def settle(self) -> None:
+        """Bring the weights up to date, of which a hidden step leaves those that other ranks own behind."""
+        if self.stale:
+            self.optimizer.settle()
+            self.stale = False
+
     def _program(self, rows: int, micros: int, head: Head) -> tuple[StepPlan, Program]:
         plan = self.plan(rows, micros, head)
+        if head == "train" and self.hides:
+            optimizer = self.optimizer
+            more = [*optimizer.given(0.0), *optimizer.updated()]
+            return plan, plan.program(optimizer.hidden(plan.ops), more, ["norm"])
         return plan, plan.program()
+
+    @property
+    def hides(self) -> bool:
+        """Whether synchronisation is among the operators of a step rather than behind them."""
+        return self.overlap.order != "serial"
 
     def run(
         self, batches: Sequence[Batch], head: Head, shared: Mapping[str, Any] | None = None,
@@ -138,7 +155,7 @@ class Trainer:
         """One update from this rank's micro-batches of a global batch with `target_count` targets."""
         train, model = self.config.train, self.model
         tokens = train.global_batch * model.sequence_length
-        scales = {
+        scales: dict[str, Any] = {
             "loss_scale": 1.0 / max(target_count, 1),
             "auxiliary_scale": torch.tensor(1.0 / tokens, device=self.device),
         }
@@ -146,6 +163,11 @@ class Trainer:
         totals = torch.zeros(2 + layers * model.experts, dtype=torch.float64, device=self.device)
         load = totals[2:].view(layers, model.experts)
         trace = Trace()
+        rate = learning_rate(train, self.steps + 1)
+        hidden = self.hides
+        if hidden:
+            self.optimizer.begin()
+            scales |= self.optimizer.given(rate) | self.optimizer.updated()
         out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else None)
         if self.profiler is not None:
             self._learn(self.profiler, trace, batches)
@@ -157,8 +179,8 @@ class Trainer:
             for layer, name in zip(moe_layers(model, self.part), load_names(model, self.part), strict=True):
                 load[layer - model.dense_layers] += resolve(out, of_micro(name, micro))
         self.steps += 1
-        rate = learning_rate(train, self.steps)
-        norm = self.optimizer.step(rate, trace)
+        norm = self.optimizer.end(out["norm"]) if hidden else self.optimizer.step(rate, trace)
+        self.stale = hidden
         all_reduce_sum(totals, self.axes["world"])
         load = load.long()
         if self.buffers:
@@ -179,6 +201,7 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Batch], target_count: int) -> float:
         """Mean loss over held-out batches, of which every rank brings equally many."""
+        self.settle()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             out = self.run([batch], "loss")
@@ -189,6 +212,7 @@ class Trainer:
     def next_token_logits(self, tokens: list[int]) -> Tensor:
         """Logits float32 [vocab] for the token after `tokens` (at most a sequence); all ranks call it together."""
         length, node = self.model.sequence_length, self.axes["node"]
+        self.settle()
         padded = torch.zeros(1, length, dtype=torch.long)
         padded[0, : len(tokens)] = torch.tensor(tokens)
         out = self.run([Batch(padded, padded, (0, length))], "logits")

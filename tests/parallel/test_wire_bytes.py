@@ -4,8 +4,16 @@ Volumes per rank, in elements, for b rows of s tokens of width h on n ranks (pap
 
     attention, sequence parallel    (2 + 2/m) bsh (n-1) / n^2
     attention, tensor parallel      2 bsh (n-1) / n
+    FFN, tensor parallel            2 bsh (n-1) / n
     experts, all-to-all             k/n bsh (n-1) / n each way, routing balanced
     experts, all-gather             bsh (n-1) / n each way
+
+and where the paper has none, ours: n = ep x etp, whose etp ranks share every expert's width, and the vocabulary over n:
+
+    experts, all-to-all             bsh/n k ((ep-1)/ep + etp-1) each way: to the experts' ranks, then on to their peers
+    embedding, before the head      bsh (n-1) / n each
+    softmax over n parts            3 numbers of 4 bytes for each of bs tokens to n-1 ranks
+    latent attention, tp            as tp, but what comes in are latents instead of h: bs (n-1) / n of their widths
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megascale_moe.comm.axis import Axes, Axis, connect, single
+from megascale_moe.comm.axis import axes_of, connect
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.op import Op, Phase, Stream
@@ -35,17 +43,19 @@ CONFIG = ModelConfig(
     layers=1, hidden=32, heads=8, kv_heads=4, experts=8, top_k=2, ffn_hidden=24, vocab=64, sequence_length=16
 )
 Bytes = dict[tuple[str, Phase], float]
-
-
-def axes(n: int) -> Axes:
-    """A node of n ranks as the cost functions see it; no process group."""
-    return single() | {name: Axis(name, n) for name in ("node", "ffn", "ep", "data", "world")}
+Wire = dict[tuple[str, Any], int]
 
 
 def layout(
     c: ModelConfig, n: int, dispatch: str = "auto", rows: int = ROWS, dtype: torch.dtype = torch.float32
 ) -> Layout:
-    return Layout(rows, c.sequence_length, axes(n), dtype, dispatch)
+    """Experts by index on a node of n ranks."""
+    return Layout(rows, c.sequence_length, axes_of(Mesh(node=n, ep=n), 0), dtype, dispatch)
+
+
+def strategy(c: ModelConfig, mesh: Mesh, rank: int = 0, **strategies: str) -> Layout:
+    """As the cost functions see any other layout; no process group."""
+    return Layout(ROWS, c.sequence_length, axes_of(mesh, rank), **strategies)
 
 
 def declared(c: ModelConfig, where: Layout) -> Bytes:
@@ -107,8 +117,91 @@ def test_experts(n: int, k: int, dtype: torch.dtype, phase: Phase) -> None:
     assert by_peer["gather_routing", phase] == gathered["gather_routing", phase] == routing
 
 
+BOTH = [Phase.F, Phase.B]
+
+
+@pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_tensor_parallel_attention(n: int, phase: Phase) -> None:
+    c = replace(CONFIG, kv_heads=8)
+    found = declared(c, strategy(c, Mesh(node=n, ep=n), attention="tp"))
+    bsh = ROWS * c.sequence_length * c.hidden
+    assert found["gather_tokens", phase] == found["scatter_tokens", phase] == 4 * bsh * (n - 1) / n
+    assert ("scatter_heads", phase) not in found
+
+
+@pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_tensor_parallel_ffn(n: int, phase: Phase) -> None:
+    """Of experts and of a dense layer; the routing travels as with experts by index."""
+    bsh = ROWS * CONFIG.sequence_length * CONFIG.hidden
+    where = strategy(CONFIG, Mesh(node=n, etp=n), ffn="tp")
+    found = declared(CONFIG, where)
+    assert found["dispatch_all_gather", phase] == found["combine_reduce_scatter", phase] == 4 * bsh * (n - 1) / n
+    routing = (8 if phase == Phase.F else 4) * CONFIG.top_k * ROWS * CONFIG.sequence_length // n * (n - 1)
+    assert found["gather_routing", phase] == routing
+    dense = declared(replace(CONFIG, dense_layers=1, dense_ffn_hidden=24), where)
+    assert dense["gather_ffn", phase] == dense["scatter_ffn", phase] == 4 * bsh * (n - 1) / n
+
+
+@pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize(("ep", "etp"), [(2, 2), (4, 2), (2, 4), (1, 2)])
+def test_experts_by_index_and_width(ep: int, etp: int, phase: Phase) -> None:
+    """All-to-all: a routed row goes to its expert's ranks with probability (ep-1)/ep, and from there to etp-1 more."""
+    n, k = ep * etp, CONFIG.top_k
+    tokens, row = ROWS * CONFIG.sequence_length // n, 4 * CONFIG.hidden
+    mesh = Mesh(node=n, ep=ep, etp=etp)
+    gathered = declared(CONFIG, strategy(CONFIG, mesh, ffn="ep+tp", dispatch="all_gather"))
+    for name in ("dispatch_all_gather", "combine_reduce_scatter"):
+        assert gathered[name, phase] == tokens * row * (n - 1)
+    by_peer = declared(CONFIG, strategy(CONFIG, mesh, ffn="ep+tp", dispatch="all_to_all"))
+    if ep == 1:  # nobody to send to by index: always the other form
+        assert by_peer == gathered
+        return
+    for first, second in (("dispatch_all_to_all", "dispatch_etp_all_gather"),
+                          ("combine_all_to_all", "combine_etp_reduce_scatter")):  # fmt: skip
+        assert by_peer[first, phase] == tokens * k * row * (ep - 1) / ep
+        assert by_peer[first, phase] + by_peer[second, phase] == tokens * k * row * ((ep - 1) / ep + etp - 1)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_vocabulary(tied: bool, n: int) -> None:
+    c = replace(CONFIG, tied_embeddings=tied)
+    bs = ROWS * c.sequence_length
+    found = declared(c, strategy(c, Mesh(node=n, ep=n), vocabulary="sharded"))
+    for phase in BOTH:
+        assert found["scatter_embedding", phase] == found["gather_final", phase] == 4 * bs * c.hidden * (n - 1) / n
+    # The gradient of the softmax needs nothing that is not there: no message backward.
+    assert {phase: size for (name, phase), size in found.items() if name == "gather_statistics"} == {
+        Phase.F: 12 * bs * (n - 1)
+    }
+
+
+LATENT = replace(
+    CONFIG, attention="mla", q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4, kv_heads=8
+)
+
+
+@pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize(("rank", "name"), [(12, "gather_q_low_norm"), (0, "gather_ln1_out")])
+def test_tensor_parallel_latent_attention(rank: int, name: str, n: int, phase: Phase) -> None:
+    """Behind the down-projections: latents are gathered, or hidden states for queries that have none."""
+    c = replace(LATENT, q_lora_rank=rank)
+    found = declared(c, strategy(c, Mesh(node=n, ep=n), attention="tp"))
+    per_width = 4 * ROWS * c.sequence_length * (n - 1) / n
+    assert found[name, phase] == per_width * (rank or c.hidden)
+    assert found["gather_kv_latent", phase] == per_width * 20
+    assert found["gather_k_shared", phase] == per_width * 4
+    assert found["scatter_tokens", phase] == per_width * c.hidden
+    assert ("gather_tokens", phase) not in found
+
+
 def test_one_rank_sends_nothing() -> None:
     assert declared(CONFIG, layout(CONFIG, 1)) == {}
+    everything = {"attention": "tp", "ffn": "tp", "vocabulary": "sharded"}
+    assert declared(LATENT, strategy(LATENT, Mesh(), **everything)) == {}
 
 
 # --- what runs equals what is declared -------------------------------------------------------------------------------
@@ -122,10 +215,10 @@ def balanced_route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple
     return probabilities.gather(1, choice), choice, probabilities
 
 
-def run_balanced(c: ModelConfig, mesh: Mesh, dispatch: str) -> dict[tuple[str, Any], int]:
+def run_balanced(c: ModelConfig, mesh: Mesh, dispatch: str, strategies: dict[str, str] | None = None) -> Wire:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "route", balanced_route)
-        return run_rank(c, random_rows(c, rows=ROWS * mesh.dp), mesh, dispatch).wire
+        return run_rank(c, random_rows(c, rows=ROWS * mesh.dp), mesh, dispatch, **strategies or {}).wire
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
@@ -136,6 +229,27 @@ def test_bytes_that_travel_are_those_declared(mesh: Mesh, k: int, kv_heads: int,
     c = replace(CONFIG, top_k=k, kv_heads=kv_heads)
     wanted = declared(c, layout(c, mesh.node, dispatch))
     for wire in run_ranks(mesh.world, run_balanced, c, mesh, dispatch):
+        assert {(name.removeprefix("layers.0."), phase): size for (name, phase), size in wire.items()} == wanted
+
+
+WIDE = replace(LATENT, dense_layers=1, dense_ffn_hidden=16, layers=2, shared_experts=1, tied_embeddings=True)
+TP, SHARDED = {"attention": "tp"}, {"vocabulary": "sharded"}
+
+
+@pytest.mark.parametrize(("c", "mesh", "dispatch", "strategies"), [
+    (CONFIG, Mesh(node=2, ep=2), "all_to_all", TP),
+    (CONFIG, Mesh(node=4, etp=4), "auto", {**TP, **SHARDED, "ffn": "tp"}),
+    (WIDE, Mesh(node=2, etp=2), "auto", {**TP, **SHARDED, "ffn": "tp"}),
+    (WIDE, Mesh(node=4, ep=2, etp=2), "all_to_all", {**TP, "ffn": "ep+tp"}),
+    (CONFIG, Mesh(node=4, ep=2, etp=2), "all_gather", {**SHARDED, "ffn": "ep+tp"}),
+    (CONFIG, Mesh(dp=2, node=2, ep=2, etp=2), "all_to_all", {**SHARDED, "ffn": "ep+tp"}),
+    (CONFIG, Mesh(dp=2, node=2, etp=2), "auto", {"ffn": "tp"}),
+])  # fmt: skip
+def test_bytes_of_strategies_that_travel_are_those_declared(
+    c: ModelConfig, mesh: Mesh, dispatch: str, strategies: dict[str, str]
+) -> None:
+    for rank, wire in enumerate(run_ranks(mesh.world, run_balanced, c, mesh, dispatch, strategies)):
+        wanted = declared(c, strategy(c, mesh, rank, dispatch=dispatch, **strategies))
         assert {(name.removeprefix("layers.0."), phase): size for (name, phase), size in wire.items()} == wanted
 
 
@@ -151,7 +265,7 @@ def test_expert_parallelism_over_two_nodes(dispatch: str) -> None:
         assert found["scatter_heads"] + found["gather_heads"] == 4 * 3 * ROWS * 16 * 32 * (1 / 4)  # m = 2
 
 
-def run_skewed(c: ModelConfig) -> tuple[dict[tuple[str, Any], int], int]:
+def run_skewed(c: ModelConfig) -> tuple[Wire, int]:
     """Real routing; and how many of this rank's rows go elsewhere."""
     result = run_rank(c, random_rows(c, rows=ROWS), Mesh(node=2, ep=2), "all_to_all")
     load = result.load["layers.0.load"]
@@ -234,6 +348,36 @@ def test_flops_of_all_operators_are_those_of_the_model(name: str, n: int) -> Non
         where = layout(c, n, dispatch)
         per_token = model_flops(c, where) * n / (ROWS * c.sequence_length)
         assert per_token == pytest.approx(counts(c).flops_per_token, rel=1e-12)  # sums of exact products in float64
+
+
+PARALLEL: dict[str, dict[str, str]] = {
+    "attention": TP,
+    "vocabulary": SHARDED,
+    "ffn": {"ffn": "tp"},
+    "ep+tp, all-to-all": {"ffn": "ep+tp", "dispatch": "all_to_all"},
+    "ep+tp, all-gather": {"ffn": "ep+tp", "dispatch": "all_gather"},
+    "all tensor-parallel": {**TP, **SHARDED, "ffn": "tp"},
+}
+
+
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("name", FLOPS)
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_flops_of_strategies_are_those_of_the_model(parallel: str, name: str, n: int) -> None:
+    """n ranks together do the model's work once: what is not cut by heads, width or vocabulary is cut by tokens.
+
+    But one thing: the gate of shared experts, a product with one row, is computed for all tokens by every rank of a
+    tensor-parallel FFN, where each weighs its own partial sum.
+    """
+    c, strategies = FLOPS[name], PARALLEL[parallel]
+    if strategies.get("attention") == "tp" and c.attention == "gqa" and c.kv_heads % n:
+        c = replace(c, kv_heads=c.heads)
+    ffn = strategies.get("ffn", "ep")
+    mesh = {"ep": Mesh(node=n, ep=n), "tp": Mesh(node=n, etp=n), "ep+tp": Mesh(node=n, ep=n // 2, etp=2)}[ffn]
+    per_token = model_flops(c, strategy(c, mesh, **strategies)) * n / (ROWS * c.sequence_length)
+    gates = 6 * c.hidden * (c.layers - c.dense_layers) if c.shared_gate and ffn == "tp" else 0
+    # Sums of exact products in float64.
+    assert per_token == pytest.approx(counts(c).flops_per_token + (n - 1) * gates, rel=1e-12)
 
 
 def test_backward_of_attention_declares_the_recomputed_scores() -> None:

@@ -1,0 +1,134 @@
+"""The ablation on wires in proportion: layouts, orders and splits of copies of two of the paper's layers.
+
+    python benchmarks/overlap/run.py --write      # as root; a quarter of an hour on a quiet machine of two cores
+
+Four ranks on a cluster of network namespaces (benchmarks/cluster). The layers are small copies with the proportions of
+the paper's (experts, top-k, heads per key head, expert width per hidden size); the links are set so that R, the ratio
+of computation to communication of an expert, is that of a rank of an 8-GPU H800 node with the real layer's width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import torch.distributed as dist  # noqa: E402
+
+from benchmarks.cluster.cluster import Shape, cluster  # noqa: E402
+from benchmarks.cluster.iso import NODES, balance, gemm_rates, ratio  # noqa: E402
+from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
+from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
+from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
+from megascale_moe.train.bench_overlap import bench_overlap, document  # noqa: E402
+
+RANKS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A copy of a layer. `h_ffn` is the real layer's expert width."""
+
+    model: ModelConfig
+    h_ffn: int
+    micros: int = 2
+
+
+CASES = {
+    "352B": Case(
+        ModelConfig(
+            layers=1, hidden=1024, heads=16, kv_heads=4, experts=8, top_k=3, ffn_hidden=3584, shared_experts=1,
+            vocab=64, sequence_length=512, init_std=0.02, balance_loss=0.01,
+        ),
+        h_ffn=14336,
+    ),
+    "DeepSeekMoE": Case(
+        ModelConfig(
+            layers=1, hidden=512, heads=8, kv_heads=8, experts=16, top_k=6, ffn_hidden=352, shared_experts=2,
+            vocab=64, sequence_length=1024, init_std=0.02, balance_loss=0.01,
+        ),
+        h_ffn=1408,
+    ),
+}  # fmt: skip
+
+
+def on_rank(config: Config, rounds: int) -> list[dict[str, Any]]:
+    """The rows, the same on every rank."""
+    keep_freed_memory()
+    lead = dist.get_rank() == 0
+
+    def progress(what: str, done: int, total: int) -> None:
+        if lead:
+            print(f"  {what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return bench_overlap(config, dist.get_world_size(), rounds, progress)
+
+
+def measure(name: str, rounds: int, scale: float, dtype: str) -> dict[str, Any]:
+    """One case on links `scale` times those in proportion."""
+    case = CASES[name]
+    rates = gemm_rates(RANKS)
+    links = balance(NODES["h800"], dtype, rates)
+    width = case.h_ffn / case.model.ffn_hidden
+    shape = Shape(RANKS, RANKS, links.intra * width * scale, links.inter * width * scale)
+    node = NODES["h800"]
+    real = ratio(case.h_ffn, node.nvlink, node.peak, 2)
+    here = ratio(case.model.ffn_hidden, shape.intra / 8, rates[dtype], 4 if dtype == "fp32" else 2)
+    print(
+        f"{name}: {rates[dtype] / 1e9:.1f} GFLOP/s per rank, links {shape.intra / 1e6:.0f} Mbit/s; "
+        f"R of the node {real:.2f}, of the cluster {here:.2f}", file=sys.stderr, flush=True,
+    )  # fmt: skip
+    config = Config(
+        model=case.model, parallel=ParallelConfig(dp=1, node=RANKS),
+        train=TrainConfig(global_batch=case.micros, micro_batch=1, dtype=dtype),  # type: ignore[arg-type]
+    )  # fmt: skip
+    with cluster(shape) as made:
+        before = made.traffic()
+        rows = run_on_cluster(made, on_rank, config, rounds, timeout=1800.0)[0]
+        sent = [asdict(now - then) for now, then in zip(made.traffic(), before, strict=True)]
+    found = document(config, RANKS, rows)
+    return found | {
+        "case": name, "gemm_flops": rates, "link_bits_per_s": shape.intra, "R_node": real, "R_cluster": here,
+        "counters": sent, "link_scale": scale, "dtype": dtype,
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    """For people: tokens/s and ratios to the first variant."""
+    rows = found["rows"]
+    first = rows[0]
+    lines = ["| | ms | spread | tokens/s | x | exposed ms | of the first's | communication ms |", "|---" * 8 + "|"]
+    lines += [
+        f"| {row['variant']} | {row['median'] * 1e3:.0f} | {row['spread'] * 1e3:.0f} | {row['tokens_per_s']:.0f} | "
+        f"{first['median'] / row['median']:.2f} | {row['exposed_s'] * 1e3:.0f} | "
+        f"{row['exposed_s'] / first['exposed_s']:.0%} | {row['communication_s'] * 1e3:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--link-scale", type=float, default=1.0, help="links times this")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--write", action="store_true", help="write results-CASE.json")
+    options = parser.parse_args()
+    for name in CASES if options.case == "all" else [options.case]:
+        found = measure(name, options.rounds, options.link_scale, options.dtype)
+        print(f"\n{name}\n\n{table(found)}\n", flush=True)
+        if options.write:
+            path = HERE / f"results-{name}-{options.dtype}-x{options.link_scale:g}.json"
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""`megascale bench overlap`: what parallelism, order and splitting each bring, on the ranks and links at hand.
+
+The ablation of the paper (its section 5) on one's own machine: the Megatron-style layout with nothing hidden, each
+module's strategy alone, then the strategies of the paper with an order, and with communication cut into pieces. All do
+the same work on the same tokens: forward and backward of the model's layers, without the optimizer. Rounds of all
+variants are interleaved, so that whatever else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascale_moe.comm.axis import connect, single
+from megascale_moe.comm.mesh import mesh_of
+from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig
+from megascale_moe.engine.executor import Program, resolve
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.trace import Trace, now
+from megascale_moe.model.segments import Segments
+from megascale_moe.parallel.model import local_inputs
+from megascale_moe.parallel.weights import initial, placements
+from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.step import of_micro
+from megascale_moe.train.profiling import Profiler, plain
+from megascale_moe.train.trainer import DTYPES
+
+PROFILE_RUNS = 4
+SERIAL = OverlapConfig()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A layout and how its communication is hidden."""
+
+    name: str
+    parallel: ParallelConfig
+    overlap: OverlapConfig = SERIAL
+
+
+def variants(parallel: ParallelConfig) -> list[Variant]:
+    """From the Megatron-style layout to all that there is; each differs from one before it in one thing."""
+
+    def of(attention: str, ffn: str) -> ParallelConfig:
+        ep = 0 if ffn == "ep" else 1
+        dispatch = parallel.dispatch if ffn == "ep" else "auto"
+        return replace(parallel, attention=attention, ffn=ffn, ep=ep, etp=1, dispatch=dispatch)  # type: ignore[arg-type]
+
+    both = of("sp", "ep")
+    layouts = [Variant(f"{a}+{f}", of(a, f)) for a, f in (("tp", "tp"), ("sp", "tp"), ("tp", "ep"), ("sp", "ep"))]
+    return [
+        *layouts,
+        Variant("sp+ep, paper order", both, OverlapConfig(order="paper")),
+        Variant("sp+ep, scheduled", both, OverlapConfig(order="scheduled")),
+        Variant("sp+ep, scheduled, split in 2", both, OverlapConfig(order="scheduled", split="2")),
+        Variant("sp+ep, scheduled, split by rank", both, OverlapConfig(order="scheduled", split="by rank")),
+        Variant("sp+ep, scheduled, split by rank, paper's remat", both,
+                OverlapConfig(order="scheduled", split="by rank", remat="paper")),
+    ]  # fmt: skip
+
+
+class Runner:
+    """One variant on one rank: everything a step needs, and what its steps took."""
+
+    def __init__(self, variant: Variant, config: Config, world: int, made: dict[Any, Any]) -> None:
+        mesh = mesh_of(variant.parallel, config.model, world)
+        self.variant, self.world = variant, world
+        self.axes = connect(mesh, made=made) if world > 1 else single()
+        overlap = variant.overlap
+        if overlap.split == "by rank":
+            overlap = replace(overlap, split=str(max(mesh.node, mesh.ffn)))
+        rows = config.train.micro_batch or 1
+        micros = max(config.train.global_batch // mesh.dp // rows, 1)
+        self.plan = StepPlan(
+            config.model, variant.parallel, self.axes, DTYPES[config.train.dtype], rows, micros, overlap=overlap
+        )
+        self.program: Program | None = None
+        self.seconds: list[float] = []
+        self.exposed: list[float] = []
+        self.communication: list[float] = []
+        self.wire_bytes = 0
+
+    def fill(self, weights: dict[str, Tensor], seed: int) -> None:
+        """Weights, gradients and inputs; variants of one layout share them."""
+        plan = self.plan
+        self.weights = weights
+        self.sinks = {name: Gradient(torch.zeros(value.shape)) for name, value in weights.items()}
+        generator = torch.Generator().manual_seed(seed)
+        shape = (plan.rows, plan.model.sequence_length)
+        self.values: dict[str, Any] = {"loss_scale": 1e-3, "auxiliary_scale": torch.tensor(1e-3)}
+        for micro in range(plan.micros):
+            tokens = torch.randint(0, plan.model.vocab, shape, generator=generator)
+            inputs = local_inputs(tokens, tokens.roll(-1, 1), plan.layout, Segments.whole_rows(*shape), plan.model)
+            self.values |= {of_micro(name, micro): value for name, value in inputs.items()}
+
+    def step(self, count: bool = True, observe: Any = None) -> Trace:
+        """Forward and backward of all micro-batches, all ranks from one barrier to the last of them."""
+        self.program = self.program or self.plan.program()
+        trace = Trace()
+        _barrier(self.world)
+        start = now()
+        out = self.program.run(dict(self.values), self.weights, self.sinks, trace, observe)
+        for name in list(out):
+            resolve(out, name)
+        took = _slowest(now() - start, self.world)
+        if count:
+            self.seconds.append(took)
+            self.exposed.append(_slowest(trace.exposed, self.world))
+            self.communication.append(_slowest(trace.communication, self.world))
+            self.wire_bytes = sum(trace.wire_bytes().values())
+        return trace
+
+    def learn(self) -> None:
+        """Measure the plain list, for orders and splits that are derived from times."""
+        serial = replace(self.plan, overlap=plain(self.plan.overlap))
+        runner = object.__new__(Runner)
+        runner.__dict__.update(self.__dict__)
+        runner.plan, runner.program = serial, None
+        profiler = Profiler()
+        for _ in range(PROFILE_RUNS):
+            profiler.runs.append(runner.step(count=False, observe=profiler.observe).events)
+        self.plan = replace(self.plan, profile=profiler.profile(serial, self.plan.overlap, self.axes["data"]))
+        self.program = None
+
+    def row(self) -> dict[str, Any]:
+        """The result."""
+        tokens = self.plan.rows * self.plan.micros * self.plan.model.sequence_length * self.axes["tensor_data"].size
+        middle = median(self.seconds)
+        low, _, high = quantiles(self.seconds, n=4) if len(self.seconds) > 1 else [middle] * 3
+        return {
+            "variant": self.variant.name, "median": middle, "spread": high - low, "unit": "s",
+            "tokens_per_s": tokens / middle, "exposed_s": median(self.exposed),
+            "communication_s": median(self.communication), "wire_bytes": self.wire_bytes, "all": self.seconds,
+            "pieces": self.plan.pieces,
+        }  # fmt: skip
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+
+
+def _slowest(seconds: float, world: int) -> float:
+    """Over all ranks."""
+    value = torch.tensor(seconds, dtype=torch.float64)
+    if world > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+def bench_overlap(
+    config: Config, world: int, rounds: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> list[dict[str, Any]]:
+    """Run on every rank; the rows of all variants that fit the ranks and the model.
+
+    Args:
+        config: the model (its layers), micro-batch, global batch and dtype; parallel gives dp and node.
+    """
+    made: dict[Any, Any] = {}
+    runners = list(_runners(config, world, made))
+    for runner in runners:
+        if runner.variant.overlap.order == "scheduled":
+            runner.learn()
+        runner.step(count=False)
+    for done in range(rounds):
+        for place in range(len(runners)):
+            runners[(place + done) % len(runners)].step()
+        progress("rounds", done + 1, rounds)
+    return [runner.row() for runner in runners]
+
+
+def _runners(config: Config, world: int, made: dict[Any, Any]) -> Sequence[Runner]:
+    found: list[Runner] = []
+    shared: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for variant in variants(config.parallel):
+        try:
+            runner = Runner(variant, config, world, made)
+        except ConfigError:
+            continue  # this layout does not fit the model or the ranks
+        key = (variant.parallel.attention, variant.parallel.ffn)
+        if key not in shared:
+            placed = placements(config.model, runner.plan.layout, runner.plan.part)
+            shared[key] = {
+                name: initial(name, place, config.model, config.train.seed).to(runner.plan.dtype)
+                for name, place in placed.items()
+            }
+        runner.fill(shared[key], seed=runner.axes["tensor_data"].index)
+        found.append(runner)
+    return found
+
+
+def document(config: Config, world: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For --json (interface of `bench`)."""
+    machine = {
+        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "ranks": world,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return {"name": "overlap", "machine": machine, "model": asdict(config.model), "rows": rows}
