@@ -150,10 +150,8 @@ def test_bytes_are_those_that_real_ranks_send(name: str) -> None:
         assert {op: count for op, count in sent.items() if count} == expected
 
 
-def test_memory_between_operators_is_that_of_a_real_step() -> None:
-    """One rank, one thread: the meter counts the same bytes on real tensors as on tensors without storage."""
-    config = config_of(ParallelConfig())
-    config = replace(config, train=replace(config.train, compile="off"))
+def held_by_a_real_step(config: Config) -> int:
+    """In a process of its own: a trainer tells the allocator to keep freed memory, which other tests would notice."""
     trainer = Trainer(config, Mesh(), single(), torch.device("cpu"))
     trainer.initialise()
     tokens = torch.zeros(1, 16, dtype=torch.int64)
@@ -161,8 +159,16 @@ def test_memory_between_operators_is_that_of_a_real_step() -> None:
     with meter:
         shared = {"loss_scale": 1.0, "auxiliary_scale": torch.tensor(1.0)}
         trainer.run([Batch(tokens, tokens, (0, 16))] * 4, "train", shared, observe=meter.between)
+    return meter.held
+
+
+def test_memory_between_operators_is_that_of_a_real_step() -> None:
+    """One rank, one thread: the meter counts the same bytes on real tensors as on tensors without storage."""
+    config = config_of(ParallelConfig())
+    config = replace(config, train=replace(config.train, compile="off"))
+    (held,) = run_ranks(1, held_by_a_real_step, config)
     expected = dry_run(config, 1, 0).rank["memory"]["activations"]
-    assert meter.held == pytest.approx(expected, rel=0.02)  # inputs, of which the dry run makes one micro-batch's
+    assert held == pytest.approx(expected, rel=0.02)  # inputs, of which the dry run makes one micro-batch's
 
 
 def test_meter_counts_what_a_graph_keeps() -> None:
