@@ -31,6 +31,7 @@ from megascale_moe.train.dryrun_table import show
 from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
 from megascale_moe.train.progress import counted_progress
+from megascale_moe.train.report.command import outdated, report
 from megascale_moe.train.verify.command import verify
 
 OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
@@ -68,6 +69,8 @@ def _main(arguments: list[str]) -> int:
         raise ConfigError(f"argument {unknown[0]!r} is unknown; {hint}; see megascale {options.command} --help")
     if options.command == "doctor":
         return doctor.main(options.json)
+    if options.command == "report":
+        return _report_on(options, overrides)
     config = load(options.config, overrides, PRESETS)
     if options.command == "dryrun":
         return _dryrun(config, options)
@@ -121,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--rank", type=_place, default=0, metavar="R", help="the rank that is run (default: 0)")
     dry.add_argument("--skip-messages", action="store_true", help="do not compare the messages of all ranks")
     dry.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    page = commands.add_parser(
+        "report", help="one page about a run: its step, what travels, memory, curves", allow_abbrev=False,
+        usage="megascale report RUN | CONFIG.toml [--out PATH] [--gpus N] [--section.key=value ...] [--json]",
+        epilog="Writes report.html into the run folder, or beside the TOML file. Exit status: 0 fine, 2 the input is "
+        "wrong.",
+    )
+    page.add_argument("source", metavar="RUN", help="a run folder, or a TOML file for a plan without a run")
+    page.add_argument("--out", type=Path, metavar="PATH", help="where to write the page")
+    page.add_argument("--gpus", type=_count, metavar="N", help="ranks of a plan (default: as the mesh needs)")
+    page.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     examine = commands.add_parser(
         "doctor", help="what this machine has, what will be used, what is missing", allow_abbrev=False
     )
@@ -169,7 +182,33 @@ def _dryrun(config: Config, options: argparse.Namespace) -> int:
     return 1 if found.agreement is not None and found.agreement.disagreement else 0
 
 
+def _report_on(options: argparse.Namespace, overrides: list[str]) -> int:
+    found = report(Path(options.source), overrides, options.out, options.gpus)
+    print(json.dumps(found, allow_nan=False) if options.json else f"report: {found['path']}")
+    return 0
+
+
 def _train(config: Config, nproc: int | None, as_json: bool) -> int:
+    status = _run(config, nproc, as_json)
+    if dist.is_initialized():  # under a launcher; the report looks at memory with process groups of its own
+        dist.barrier()
+        dist.destroy_process_group()
+    if status == 0 and number("RANK", 0) == 0:
+        _end_with_report(config)
+    return status
+
+
+def _end_with_report(config: Config) -> None:
+    """Where its page cannot be made a run stays a good run; one that had ended before keeps its page."""
+    folder = Path(config.run.folder)
+    try:
+        if outdated(folder):
+            report(folder, [], None, rehearse=False)
+    except ConfigError as error:
+        print(f"megascale: no report: {error}", file=sys.stderr, flush=True)
+
+
+def _run(config: Config, nproc: int | None, as_json: bool) -> int:
     if under_launcher():
         return _rank(config, number("WORLD_SIZE", 1), as_json)
     world = nproc or local_rank_count(config)

@@ -138,7 +138,7 @@ def shift(
     wire = sum(part.nbytes for part in send)
     expected = [(part, source) for part, source in zip(receive, sources, strict=True) if part.numel()]
     given = [(part, target) for part, target in zip(send, targets, strict=True) if part.numel()]
-    if axis.native and not send[0].is_cpu:
+    if axis.native and send[0].is_cuda:
         works = _batched(given, expected, axis)
     else:
         works = [dist.irecv(part, group=axis.group, group_src=source, tag=tag) for part, source in expected]

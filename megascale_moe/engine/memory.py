@@ -37,15 +37,18 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for tensor in _tensors([*args, *(kwargs or {}).values()]):
+            self._note(tensor, 0)  # not made inside, or it would be known: a view of it must not count as new
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            self._count(tensor)
+            self._note(tensor, tensor.untyped_storage().nbytes())
         return out
 
-    def _count(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, size: int) -> None:
+        """Count a storage that is not known yet as `size` bytes until it is gone."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
+        key = storage._cdata
+        if key in self._known:
             return
         self._known.add(key)
         self.alive += size

@@ -7,6 +7,7 @@ the checkpoint holds everything the next step depends on, so a resumed run repea
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require, to_toml
-from megascale_moe.engine.trace import Trace, now
+from megascale_moe.engine.trace import Event, Trace, now
 from megascale_moe.model.counts import counts
 from megascale_moe.parallel.stages import stage_parts
 from megascale_moe.pipeline.schedule import schedule
@@ -35,6 +36,8 @@ from megascale_moe.train.hardware import peak_flops, peak_memory
 from megascale_moe.train.job import Job
 from megascale_moe.train.metrics import FILE, MetricsWriter, StepMetrics, read_metrics
 from megascale_moe.train.progress import preparation_progress
+from megascale_moe.train.report import record
+from megascale_moe.train.report.watch import Watch
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
 
@@ -44,6 +47,9 @@ NOT_YET: dict[str, tuple[object, ...]] = {
     "wire.parameters": ("auto",),
 }
 """What a setting may be until its other values are implemented."""
+
+RECENT = 3
+"""Last steps from whose traces the report's times are taken, where the first steps have not measured them."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,7 @@ def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> Outcome:
     if resume is not None:
         job.together(lambda: loop.resume(resume))
     loop.run()
+    loop.write_timeline()
     last = loop.last.record() if loop.last else _last_record(Path(config.run.folder))
     return Outcome(
         step=loop.trainer.steps, loss=last.get("loss"), eval_loss=last.get("eval_loss"),
@@ -185,6 +192,8 @@ class Loop:
         self.last: StepMetrics | None = None
         self.eval_loss: float | None = None
         self.started = False
+        self.watch: Watch | None = None
+        self.recent: list[list[Event]] = []  # of the last steps, on the rank that writes
 
     def _validation(self) -> Validation:
         t = self.config.train
@@ -218,9 +227,14 @@ class Loop:
                 )
             traces = Trace()
             while self.trainer.steps < t.steps:
+                watch = self._watch() if writer is not None else None
                 result, seconds = self._step()
                 if self.trainer.steps > t.steps - self.config.run.trace_steps:
                     traces.events += result.trace.events
+                if watch is not None:
+                    self.trainer.profiler, self.watch = None, watch
+                elif writer is not None and self.trainer.steps > t.steps - RECENT:
+                    self.recent.append(result.trace.events)
                 last = self.trainer.steps == t.steps
                 evaluated = self._due(t.eval_every) or last
                 self.eval_loss = self.evaluate() if evaluated else None
@@ -261,6 +275,32 @@ class Loop:
             expert_load=tuple((load.amax(1) / load.mean(1)).tolist()) if load.numel() else (),
             eval_loss=self.eval_loss,
         )
+
+    def _watch(self) -> Watch | None:
+        """Set to look at the memory of the step that comes, if it is the one for that: late, but not the last."""
+        trainer, rows = self.trainer, self.config.train.global_batch // self.mesh.dp
+        late = self.config.train.steps - RECENT <= trainer.steps + 1 < self.config.train.steps
+        if not late or self.watch is not None or trainer.profiler is not None:
+            return None
+        _, program = trainer.program(self.micro, rows // self.micro, "train")
+        if len(program.ops) > record.WHOLE:
+            return None
+        trainer.profiler = Watch(trainer)
+        return trainer.profiler
+
+    def write_timeline(self) -> None:
+        """Leave what the report draws of a step: the rank's list, and how long its operators took."""
+        if not self.recent:
+            return
+        micros = self.config.train.global_batch // self.mesh.dp // self.micro
+        step = record.step_of(self.trainer, self.micro, micros, self.recent)
+        found = record.document(step, self.mesh, self.job.rank)
+        if self.watch is not None:
+            found["memory"] = self.watch.memory(self.trainer, step.plan)
+        last = self.recent[-1]
+        found["measured"] = record.measured(last, last[0].start)
+        path = Path(self.config.run.folder) / record.FILE
+        path.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
 
     def save(self) -> None:
         """Write a checkpoint; all ranks together."""

@@ -13,7 +13,7 @@ import torch
 
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.mesh import Mesh, mesh_of
-from megascale_moe.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, load
+from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig, load
 from megascale_moe.engine.memory import Meter
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.checker import bubble
@@ -168,7 +168,7 @@ def test_memory_between_operators_is_that_of_a_real_step() -> None:
     config = replace(config, train=replace(config.train, compile="off"))
     (held,) = run_ranks(1, held_by_a_real_step, config)
     expected = dry_run(config, 1, 0).rank["memory"]["activations"]
-    assert held == pytest.approx(expected, rel=0.02)  # inputs, of which the dry run makes one micro-batch's
+    assert 0 <= held - expected <= 3 * 2000  # inputs of three micro-batches: the dry run makes those of one for all
 
 
 def test_meter_counts_what_a_graph_keeps() -> None:
@@ -183,6 +183,31 @@ def test_meter_counts_what_a_graph_keeps() -> None:
         assert meter.alive == 2 * 4000  # x and what z shows
         del z
         assert (meter.alive, meter.peak) == (4000, 3 * 4000)
+
+
+def test_meter_leaves_out_what_was_there_before() -> None:
+    """A transposed weight is a view: counted as new, every rank of a dry run held its weights and gradients twice."""
+    weight, buffer = torch.empty(100, 50, device="meta"), torch.empty(100, 50, device="meta")
+    meter = Meter()
+    with meter:
+        x = torch.empty(10, 50, device="meta")
+        y = x @ weight.t()
+        buffer.view(-1)[:100].add_(1)
+        torch.mm(y.t(), x, out=buffer)
+    assert meter.alive == meter.peak == 4 * (10 * 50 + 10 * 100)
+
+
+@pytest.mark.parametrize("overlap", [OverlapConfig(split="2"), OverlapConfig(order="paper", remat="paper", split="4")])
+def test_passes_have_a_form_without_storage(overlap: OverlapConfig) -> None:
+    config = replace(config_of(ParallelConfig(dp=2, node=4)), overlap=overlap)
+    plain = dry_run(config_of(ParallelConfig(dp=2, node=4)), 8, 1)
+    found = dry_run(config, 8, 1)
+    assert found.agreement is not None
+    assert found.agreement.disagreement == ""
+    dispatched = {name: sum(w["bytes"] for w in run.rank["wire"] if w["op"].startswith("dispatch"))
+                  for name, run in (("plain", plain), ("cut", found))}  # fmt: skip
+    again = 1.5 if overlap.remat == "paper" else 1.0  # forward and backward, and once more for what is made again
+    assert dispatched["cut"] == again * dispatched["plain"]
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
