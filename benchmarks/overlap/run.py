@@ -19,13 +19,16 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks.cluster.cluster import Shape, cluster  # noqa: E402
 from benchmarks.cluster.iso import NODES, balance, gemm_rates, ratio  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
+from megascale_moe.parallel import experts  # noqa: E402
 from megascale_moe.train.bench_overlap import bench_overlap, document  # noqa: E402
 
 RANKS = 4
@@ -44,9 +47,9 @@ CASES = {
     "352B": Case(
         ModelConfig(
             layers=1, hidden=1024, heads=16, kv_heads=4, experts=8, top_k=3, ffn_hidden=3584, shared_experts=1,
-            vocab=64, sequence_length=512, init_std=0.02, balance_loss=0.01,
+            vocab=64, sequence_length=1024, init_std=0.02, balance_loss=0.01,
         ),
-        h_ffn=14336,
+        h_ffn=14336, micros=1,
     ),
     "DeepSeekMoE": Case(
         ModelConfig(
@@ -58,8 +61,21 @@ CASES = {
 }  # fmt: skip
 
 
+def balanced_route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Every expert gets equally many tokens from every rank, as peers' options to force balance do.
+
+    A router that was just initialised sends some ranks twice their share, and waiting for them would be taken for
+    communication.
+    """
+    tokens = torch.arange(len(logits))[:, None]
+    choice = (tokens * c.top_k + torch.arange(c.top_k)) % c.experts
+    probabilities = logits.softmax(-1)
+    return probabilities.gather(1, choice), choice, probabilities
+
+
 def on_rank(config: Config, rounds: int) -> list[dict[str, Any]]:
     """The rows, the same on every rank."""
+    experts.route = balanced_route  # type: ignore[assignment]
     keep_freed_memory()
     lead = dist.get_rank() == 0
 

@@ -110,7 +110,7 @@ def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
     p, pp = parallel, parallel.pp
     require(world % pp == 0, f"parallel.pp = {pp} does not divide the {world} ranks; use one of {_divisors(world)}")
     stage = world // pp
-    asked = p.ep * p.etp
+    asked = p.ep * p.etp if p.ffn != "tp" else 0
     node = p.node or asked or (max(stage // p.dp, 1) if p.dp else stage)
     require(
         stage % node == 0,

@@ -8,6 +8,8 @@ variants are interleaved, so that whatever else the machine does falls on all of
 
 from __future__ import annotations
 
+import contextlib
+import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,20 +18,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from megascale_moe.comm.axis import connect, single
+from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.trace import Trace, now
+from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.model.segments import Segments
 from megascale_moe.parallel.model import local_inputs
 from megascale_moe.parallel.weights import initial, placements
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import of_micro
+from megascale_moe.train.job import join, local_rank_count, number, under_launcher
 from megascale_moe.train.profiling import Profiler, plain
+from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.trainer import DTYPES
 
 PROFILE_RUNS = 4
@@ -179,7 +187,8 @@ def bench_overlap(
 def _runners(config: Config, world: int, made: dict[Any, Any]) -> Sequence[Runner]:
     found: list[Runner] = []
     shared: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for variant in variants(config.parallel):
+    mesh = mesh_of(config.parallel, config.model, world)
+    for variant in variants(replace(config.parallel, pp=mesh.pp, dp=mesh.dp, node=mesh.node)):
         try:
             runner = Runner(variant, config, world, made)
         except ConfigError:
@@ -203,3 +212,45 @@ def document(config: Config, world: int, rows: list[dict[str, Any]]) -> dict[str
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     return {"name": "overlap", "machine": machine, "model": asdict(config.model), "rows": rows}
+
+
+def bench(config: Config, nproc: int | None, rounds: int, *, as_json: bool) -> int:
+    """The command: on forked ranks, or as one rank under a launcher; prints on the first. The exit status."""
+    if under_launcher():
+        job = join(config, mesh_of(config.parallel, config.model, number("WORLD_SIZE", 1)))
+        _bench_rank(config, job.world, rounds, as_json, job.rank)
+        return 0
+    world = nproc or local_rank_count(config)
+    mesh_of(config.parallel, config.model, world)
+    if world == 1:
+        _bench_rank(config, 1, rounds, as_json, 0)
+        return 0
+    return fork_ranks(world, lambda rank: _bench_rank(config, world, rounds, as_json, rank))
+
+
+def _bench_rank(config: Config, world: int, rounds: int, as_json: bool, rank: int) -> None:
+    keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        lead = rank == 0
+        progress = stack.enter_context(counted_progress()) if lead else (lambda what, done, total: None)
+        rows = bench_overlap(config, world, rounds, progress)
+    if not lead:
+        return
+    if as_json:
+        print(json.dumps(document(config, world, rows)), flush=True)
+    else:
+        Console(highlight=False, soft_wrap=True).print(table(rows), width=110)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """For people: ratios are to the first row."""
+    heads = ("variant", "ms", "spread", "tokens/s", "x", "exposed ms")
+    found = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        numbers = (row["median"] * 1e3, row["spread"] * 1e3, row["tokens_per_s"])
+        ratio = f"{rows[0]['median'] / row['median']:.2f}"
+        exposed = f"{row['exposed_s'] * 1e3:,.0f}"
+        found.add_row(row["variant"], *(f"{number:,.0f}" for number in numbers), ratio, exposed)
+    return found
