@@ -1,0 +1,124 @@
+"""Activations of a layer, counted tensor by tensor, against the paper's formulas (its table 1 and section 4.1).
+
+    everything kept     (2n + 2k + 3kf + 12 + 5/m) bsh/n elements
+    the paper's set     (2kf + 4 + 2/m) bsh/n
+
+The six models as the paper evaluates them, n = 8, one sequence of 8,192 tokens, all-gather form; one layer of rank 1 is
+run on tensors without storage. What the formulas leave out is named: shared experts, routing, norms' scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megascale_moe.comm.axis import Axes, connect
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
+from megascale_moe.engine.remat import kept_names
+from megascale_moe.model.segments import Segments
+from megascale_moe.parallel.model import local_inputs
+from megascale_moe.parallel.stages import Part
+from megascale_moe.parallel.weights import placements
+from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.step import SHARED as SHARED_NAMES
+from megascale_moe.pipeline.step import of_micro
+from megascale_moe.presets import PRESETS
+from megascale_moe.train.profiling import Profiler
+
+N = 8
+MODELS = ("internal-352b", "mixtral-8x7b", "mixtral-8x22b", "hunyuan-large", "phi-3.5-moe", "deepseek-moe")
+SHARED = "shared"
+P = "layers.0."
+
+# The paper's names, in its order, beside ours: what a layer leaves behind if nothing is dropped. `v` is a part of qkv
+# there and a tensor of its own here; it does not count twice.
+EVERYTHING = {
+    "hidden_0", "ln1_out", "qkv", "q", "k", "q_a2a", "k_a2a", "v_a2a", "attn", "attn_a2a", "attn_out", "ln2_in",
+    "ln2_out", "ln2_out_ag", "ffn_in", "fc13_out", "fc2_in", "fc2_out", "fc2_out_gathered", "ffn_out", "hidden_1",
+}  # fmt: skip
+PAPER = {"hidden_0", "q_a2a", "k_a2a", "v_a2a", "attn", "ln2_in", "fc13_out"}
+
+
+def model_of(name: str) -> ModelConfig:
+    """One MoE layer of a model of the paper, with plain heads as in its table."""
+    return replace(PRESETS[f"paper-{name}"], layers=1, dense_layers=0, qk_norm="none", vocab=64)
+
+
+@pytest.fixture(scope="module")
+def axes() -> Iterator[Axes]:
+    dist.init_process_group("fake", rank=1, world_size=N, store=FakeStore())
+    yield connect(Mesh(node=N, ep=N), own_groups=True)
+    dist.destroy_process_group()
+
+
+def plan_of(config: ModelConfig, axes: Axes, remat: str) -> StepPlan:
+    parallel = ParallelConfig(dp=1, node=N, dispatch="all_gather")
+    overlap = OverlapConfig(remat=remat)  # type: ignore[arg-type]
+    return StepPlan(config, parallel, axes, torch.bfloat16, 1, device=torch.device("meta"), overlap=overlap)
+
+
+def forward_sizes(plan: StepPlan) -> dict[str, int]:
+    """Elements of everything that the forward makes, from running it."""
+    shapes = placements(plan.model, plan.layout, Part.whole(plan.model))
+    weights = {name: torch.empty(place.shape, dtype=torch.bfloat16, device="meta") for name, place in shapes.items()}
+    tokens = torch.empty(1, plan.model.sequence_length, dtype=torch.int64, device="meta")
+    inputs = local_inputs(tokens, tokens, plan.layout, Segments.whole_rows(*tokens.shape), plan.model)
+    values: dict[str, object] = {of_micro(name, 0): value for name, value in inputs.items()}
+    profiler = Profiler()
+    values |= dict.fromkeys(SHARED_NAMES)
+    evaluation = replace(plan, head="loss", overlap=OverlapConfig())
+    evaluation.program().run(values, weights, observe=profiler.observe)
+    return {name.removeprefix(P): size // 2 for name, size in profiler.sizes.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_kept(name: str, axes: Axes) -> None:
+    c = model_of(name)
+    sizes = forward_sizes(plan_of(c, axes, "none"))
+    m, k, f = c.heads / c.kv_heads, c.top_k, c.ffn_hidden / c.hidden
+    unit = c.sequence_length * c.hidden / N
+    wanted = (2 * N + 2 * k + 3 * k * f + 12 + 5 / m) * unit
+    assert sum(sizes[tensor] for tensor in EVERYTHING) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_papers_set(name: str, axes: Axes) -> None:
+    """What the backward list reads under `paper` and the forward has to leave."""
+    c = model_of(name)
+    plan = plan_of(c, axes, "paper")
+    sizes = forward_sizes(plan)
+    (stage,) = plan.stages.values()
+    kept = {tensor.removeprefix(P) for tensor in kept_names(stage.forward, stage.backward)}
+    m, k, f = c.heads / c.kv_heads, c.top_k, c.ffn_hidden / c.hidden
+    unit = c.sequence_length * c.hidden / N
+    # Attention's backward does not need its result where it recomputes the scores, but the output projection's weight
+    # gradient does, after the all-to-all is done again.
+    assert kept >= PAPER
+    assert sum(sizes[tensor] for tensor in PAPER) == pytest.approx((2 * k * f + 4 + 2 / m) * unit, rel=1e-12)
+    rest = {tensor: sizes[tensor] for tensor in kept - PAPER if tensor in sizes}
+    shared = 2 * c.shared_hidden * c.sequence_length / N
+    assert sum(size for tensor, size in rest.items() if tensor.startswith(SHARED)) == shared
+    routing = {tensor: size for tensor, size in rest.items() if not tensor.startswith((SHARED, "final"))}
+    assert sum(routing.values()) < 0.12 * unit * (2 * k * f + 4 + 2 / m), routing  # a few numbers per token and expert
+    assert not {tensor for tensor in kept if tensor.startswith(("ln", "ffn_in", "fc2", "qkv", "attn_"))} - {
+        "ln1_out.scale", "ln2_out.scale", "ln2_in",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", ["none", "paper", "full"])
+def test_no_product_is_done_twice_under_the_papers_policy(remat: str, axes: Axes) -> None:
+    (stage,) = plan_of(model_of("mixtral-8x7b"), axes, remat).stages.values()
+    again = [op.name.removeprefix(P) for op in stage.backward if op.phase == "R"]
+    products = {"qkv", "out", "fc13", "fc2", "attention", "router"}
+    assert bool(products & set(again)) == (remat == "full")
+    assert bool(again) == (remat != "none")
+    if remat == "paper":
+        assert set(again) == {
+            "attention_norm", "gather_heads", "ffn_norm", "dispatch_all_gather", "scatter", "swiglu",
+        }  # fmt: skip
