@@ -23,7 +23,7 @@ from megascale_moe.comm.collectives import Pending, tag_of
 from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.optim import sync
-from megascale_moe.parallel import attention, collective, experts
+from megascale_moe.parallel import attention, collective, experts, split_experts
 from megascale_moe.pipeline import step
 from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
@@ -120,6 +120,22 @@ def test_json_is_one_document_with_all_layouts(verify: Callable[..., Verdict]) -
         assert layout["worst_parameter"].endswith(("weight", "w13", "w2"))
         assert set(layout["gradient_errors"]) == {"embedding", "head", "norms", "router", "experts", "attention"}
     assert "all right" in verdict.err
+
+
+@pytest.mark.parametrize("split", ["2", "auto"])
+def test_the_configs_own_passes_are_verified(verify: Callable[..., Verdict], split: str) -> None:
+    """A split that loses one peer's part is found, and only with the split: the plain list has no such operator."""
+    passes = ["--overlap.order=paper", "--overlap.remat=paper", f"--overlap.split={split}"]
+    layout = ["--parallel.node=2", "--parallel.dp=1", "--parallel.dispatch=all_gather", "--nproc=2", "--only"]
+    right = verify("mixtral-8x7b", *layout, *passes)
+    assert right.status == 0, right.err + right.out
+    assert "with order 'paper'" in right.out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_experts, "sum_in_order", lambda parts: parts[0])
+        assert verify("mixtral-8x7b", *layout).status == 0
+        wrong = verify("mixtral-8x7b", *layout, *passes, "--json")
+    assert wrong.status == 1
+    assert "sum_pieces" in json.dumps(wrong.document["first_difference"])
 
 
 def test_table_and_summary_for_people(verify: Callable[..., Verdict]) -> None:

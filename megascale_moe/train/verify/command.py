@@ -26,7 +26,7 @@ from megascale_moe.config import Config, ConfigError, ModelConfig
 from megascale_moe.train.job import Job, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.verify.explain import first_difference
-from megascale_moe.train.verify.layouts import ROWS_PER_RANK, Case, all_cases, own_case
+from megascale_moe.train.verify.layouts import ROWS_PER_RANK, Case, all_cases, own_case, with_passes
 from megascale_moe.train.verify.rank import RankOfLayout
 from megascale_moe.train.verify.reference import Reference, reference
 from megascale_moe.train.verify.report import Outcome, Result, show
@@ -100,6 +100,7 @@ def _work(config: Config, ranks: int, only: bool) -> Work:
             raise ConfigError(f"--only: the config's own layout does not fit {ranks} ranks: {error}") from error
     else:
         cases, _, note = all_cases(config, ranks)
+    cases = [with_passes(case, config.overlap) for case in cases]
     models = dict.fromkeys(case.model for case in cases)
     references = {model: reference(model, ROWS_PER_RANK * ranks, config.train.seed) for model in models}
     return Work(config, ranks, cases, references, note)

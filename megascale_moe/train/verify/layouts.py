@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
@@ -22,7 +22,7 @@ import torch
 
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh, mesh_of
-from megascale_moe.config import Config, ConfigError, ModelConfig, ParallelConfig
+from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.model import part_ops
 from megascale_moe.parallel.stages import Part, stage_parts
@@ -40,6 +40,7 @@ class Case:
 
     Attributes:
         rows: sequences per micro-batch. micros: micro-batches per data-parallel rank.
+        overlap: the passes that the list goes through.
     """
 
     parallel: ParallelConfig
@@ -47,6 +48,7 @@ class Case:
     model: ModelConfig
     rows: int
     micros: int
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
 
     @property
     def strategy(self) -> tuple[str, str, str]:
@@ -68,6 +70,13 @@ class Case:
             "dispatch": p.dispatch, "vocabulary": p.vocabulary, "schedule": p.schedule,
             "virtual_stages": p.virtual_stages,
         }  # fmt: skip
+
+
+def with_passes(case: Case, overlap: OverlapConfig) -> Case:
+    """The case with the config's own passes; where they follow from measured times, the most that they could do."""
+    split = str(max(case.mesh.node, case.mesh.ffn)) if overlap.split == "auto" else overlap.split
+    remat = "full" if overlap.remat == "budget" else overlap.remat
+    return replace(case, overlap=OverlapConfig(order=overlap.order, split=split, remat=remat))
 
 
 def case_of(parallel: ParallelConfig, model: ModelConfig, ranks: int) -> Case:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,7 +104,7 @@ class RankOfLayout:
         self.trainer = Trainer(config, case.mesh, axes, device)
         self.optimizer = ShardedAdamW(self.trainer.optimizer.groups, axes["world"], TRAIN, chunk=CHUNK)
         self.trainer.optimizer = self.optimizer
-        self.plan = self.trainer.plan(case.rows, case.micros)
+        self.plan = replace(self.trainer.plan(case.rows, case.micros), overlap=case.overlap)
 
     @property
     def placements(self) -> dict[str, Placement]:

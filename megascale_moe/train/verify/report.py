@@ -158,6 +158,9 @@ def _summary(outcome: Outcome) -> list[str]:
         f"verified with {outcome.ranks} ranks and the model scaled down to hidden {model.hidden}, {model.heads} heads, "
         f"{model.kv_heads} key heads, {model.experts} experts, top {model.top_k}, {model.sequence_length} tokens, FP32"
     ]
+    o = outcome.config.overlap
+    if (o.order, o.split, o.remat) != ("serial", "none", "none"):
+        lines.append(f"every layout with order {o.order!r}, split {o.split!r} and remat {o.remat!r}")
     if outcome.note:
         lines.append(f"the config's own layout is not among them: {outcome.note}")
     if not all(reference.decided for reference in outcome.references):
