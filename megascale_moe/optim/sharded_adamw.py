@@ -132,12 +132,9 @@ class ShardedAdamW:
         Reads what `given` and `updated` name; the weights of others arrive in the next step, or by `settle`.
         """
         rest = [*self._norm_ops(), *without_gathering(self._updates())]
-        return hide(step, self.groups, rest)
-
-    def begin(self) -> None:
-        """Before a hidden step: the buffers are sent from inside of it, so those that nothing adds to must be zero."""
-        for gradient in self.gradients.values():
-            gradient.value()
+        added = {name for op in step for name in op.gradients}
+        untouched = [gradient for name, gradient in self.gradients.items() if name not in added]
+        return [*([_clear(untouched)] if untouched else []), *hide(step, self.groups, rest)]
 
     def end(self, norm: float) -> float:
         """After a step: what was summed is spent; returns the norm."""
@@ -228,6 +225,16 @@ class ShardedAdamW:
             fused=True, amsgrad=False, maximize=False, lr=learning_rate, beta1=c.beta1, beta2=c.beta2, eps=c.adam_eps,
             weight_decay=c.weight_decay if group.decay else 0.0,
         )  # fmt: skip
+
+
+def _clear(gradients: Sequence[Gradient]) -> Op:
+    """Zero what no operator of a step adds to: the buffers are sent from inside of it. All others are overwritten."""
+
+    def run() -> None:
+        for gradient in gradients:
+            gradient.value()
+
+    return Op(name="gradients.clear", reads=(), writes=(), run=run, phase=Phase.W)
 
 
 def _squares_of(group: FlatWeights) -> str:

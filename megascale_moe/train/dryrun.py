@@ -161,7 +161,6 @@ def _run(
     with meter:
         values = _inputs(plan, trainer)
         if hidden:  # synchronisation and update are in the list
-            optimizer.begin()
             values |= optimizer.given(rate) | optimizer.updated()
         program.run(values, optimizer.weights | trainer.buffers, optimizer.gradients, trace, observe)
         values.clear()

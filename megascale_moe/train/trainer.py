@@ -166,7 +166,6 @@ class Trainer:
         rate = learning_rate(train, self.steps + 1)
         hidden = self.hides
         if hidden:
-            self.optimizer.begin()
             scales |= self.optimizer.given(rate) | self.optimizer.updated()
         out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else None)
         if self.profiler is not None:

@@ -110,3 +110,15 @@ def test_the_list_is_complete(layout: str) -> None:
     plain = [op.name for op in trainer.optimizer.ops if op.cost.wire_bytes]
     hidden = [op.name for op in ops if op.name.startswith(("gradients.", "parameters.")) and op.cost.wire_bytes]
     assert sorted(plain) == sorted(hidden)
+
+
+def test_only_what_nothing_adds_to_is_cleared() -> None:
+    """Clearing all buffers would be a pass over every gradient of a step; the first addition overwrites anyway."""
+    trainer, ops = hidden_list("two nodes")
+    assert "gradients.clear" not in [op.name for op in ops]
+    optimizer = trainer.optimizer
+    assert optimizer.hidden([])[0].name == "gradients.clear"
+    clear = optimizer.hidden([op for op in ops if "norm.weight" not in op.gradients])[0]
+    assert clear.name == "gradients.clear"
+    clear.run()
+    assert [name for name, gradient in optimizer.gradients.items() if not gradient.fresh] == ["norm.weight"]

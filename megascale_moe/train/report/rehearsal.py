@@ -95,8 +95,6 @@ def _run(trainer: Trainer, rows: int, micros: int) -> Watch:
     plan, program = trainer.program(rows, micros, "train")
     optimizer = trainer.optimizer
     more = optimizer.given(0.0) | optimizer.updated() if trainer.hides else {}
-    if trainer.hides:
-        optimizer.begin()
     return _watched(trainer, program, _inputs(plan, trainer, of_micro) | more)
 
 
