@@ -231,6 +231,11 @@ class OverlapConfig:
     remat: Literal["none", "paper", "full", "budget"] = "none"  # what backward makes again instead of keeping
     activation_bytes: int = 0  # remat "budget": what a micro-batch may keep of a rank's layers
 
+    @property
+    def hides_synchronisation(self) -> bool:
+        """Whether reductions and gathers of weights are among the operators of a step rather than behind them."""
+        return self.order != "serial"
+
     def check(self) -> None:
         """Raise `ConfigError` for values outside their range."""
         pieces = self.split.isascii() and self.split.isdigit() and int(self.split) > 0

@@ -60,7 +60,7 @@ class Measured:
     """Seconds per kind of operator as measured, and rates for kinds that were not.
 
     Attributes:
-        seconds_of: median seconds. work: what one such operator declared (see `_work`), to scale pieces.
+        seconds_of: median seconds. work: what one such operator declared (see `work_of`), to scale pieces.
     """
 
     seconds_of: Mapping[Kind, float]
@@ -73,11 +73,11 @@ class Measured:
         if kind not in self.seconds_of:
             return self.rates.seconds(op)
         whole = self.work[kind]
-        share = min(_work(op) / whole, 1.0) if whole else 1.0
+        share = min(work_of(op) / whole, 1.0) if whole else 1.0
         return OVERHEAD + share * self.seconds_of[kind]
 
 
-def _work(op: Op) -> float:
+def work_of(op: Op) -> float:
     """A number in proportion to an operator's time among those of its kind."""
     return op.cost.wire_bytes or op.cost.flops or op.cost.memory_bytes
 
@@ -89,5 +89,5 @@ def measured(ops: Sequence[Op], runs: Iterable[Sequence[Event]], rates: Rates = 
     for events in runs:
         for op, event in zip(ops, events, strict=True):
             times[kind_of(op)].append(event.end - event.start)
-            work[kind_of(op)] = _work(op)
+            work[kind_of(op)] = work_of(op)
     return Measured({kind: median(values) for kind, values in times.items()}, work, rates)

@@ -37,10 +37,10 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for tensor in _tensors([*args, *(kwargs or {}).values()]):
+        for tensor in tensors_in([*args, *(kwargs or {}).values()]):
             self._note(tensor, 0)  # not made inside, or it would be known: a view of it must not count as new
         out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self._note(tensor, tensor.untyped_storage().nbytes())
         return out
 
@@ -60,9 +60,10 @@ class Meter(TorchDispatchMode):
         self.alive -= size
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of a value, also inside tuples and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)

@@ -176,6 +176,15 @@ class ShardedAdamW:
         """Optimizer tensors by name, one per group, shaped like its master shard; whoever resumes fills them."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes that stay from step to step: of weights, gradient buffers, and masters and moments."""
+        masters = [group.master for group in self.groups if not group.shares_memory]
+        return {
+            "parameters": sum(group.weights.nbytes for group in self.groups),
+            "gradients": sum(group.gradients.nbytes for group in self.groups),
+            "optimizer": sum(tensor.nbytes for tensor in [*masters, *self.exp_avg, *self.exp_avg_sq]),
+        }
+
     def restore(self, step: int) -> None:
         """Continue after `step` updates with the tensors that `state` was filled with."""
         for count in self.counts:

@@ -10,32 +10,24 @@ buffers, allocator fragmentation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from megascale_moe.comm.axis import connect, single
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, require
 from megascale_moe.engine.cost import stem
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.counts import counts
-from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.model import local_inputs
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
-from megascale_moe.pipeline.step import SHARED, action_ops, of_micro
+from megascale_moe.pipeline.step import action_ops, of_micro
 from megascale_moe.train.loop import check_batches, micro_batch
 from megascale_moe.train.messages import Agreement, check_messages
+from megascale_moe.train.storageless import inputs_without_storage, trainer_without_storage
 from megascale_moe.train.trainer import Trainer
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -105,12 +97,13 @@ def dry_run(
     require(0 <= rank < gpus, f"--rank {rank}: a job of {gpus} ranks has ranks 0 to {gpus - 1}")
     rows = micro_batch(config, mesh)
     micros = config.train.global_batch // mesh.dp // rows
-    trainer = _trainer(config, mesh, rank)
-    try:
+    require(
+        config.overlap.remat != "budget" and config.overlap.split != "auto",
+        "a dry run measures no times, and overlap.remat = 'budget' and split = 'auto' follow from them; "
+        "use remat = 'none', 'paper' or 'full' and split = 'none' or a number",
+    )
+    with trainer_without_storage(config, mesh, rank) as trainer:
         found = _run(trainer, rows, micros, progress)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     plan = trainer.plan(rows, micros)
     agreement = None
     if all_ranks:
@@ -125,20 +118,6 @@ def dry_run(
         {"index": rank, "stage": mesh.stage_of(rank), "stages": stages, "layers": list(plan.part.layers), **found},
         agreement,
     )  # fmt: skip
-
-
-def _trainer(config: Config, mesh: Mesh, rank: int) -> Trainer:
-    """The rank's trainer; kernels stay as they are written, there is nothing to compile for and to measure."""
-    require(
-        config.overlap.remat != "budget" and config.overlap.split != "auto",
-        "a dry run measures no times, and overlap.remat = 'budget' and split = 'auto' follow from them; "
-        "use remat = 'none', 'paper' or 'full' and split = 'none' or a number",
-    )
-    config = replace(config, train=replace(config.train, compile="off"))
-    if mesh.world == 1:
-        return Trainer(config, mesh, single(), META)
-    dist.init_process_group("fake", rank=rank, world_size=mesh.world, store=FakeStore())
-    return Trainer(config, mesh, connect(mesh, own_groups=True), META)
 
 
 def _run(
@@ -159,7 +138,8 @@ def _run(
 
     meter = Meter()
     with meter:
-        values = _inputs(plan, trainer)
+        inputs = inputs_without_storage(plan)
+        values = {of_micro(name, micro): value for name, value in inputs.items() for micro in range(micros)}
         if hidden:  # synchronisation and update are in the list
             values |= optimizer.given(rate) | optimizer.updated()
         program.run(values, optimizer.weights | trainer.buffers, optimizer.gradients, trace, observe)
@@ -175,24 +155,11 @@ def _run(
     }
 
 
-def _inputs(plan: StepPlan, trainer: Trainer) -> dict[str, Any]:
-    """Inputs of all micro-batches: every row one document."""
-    shape = (plan.rows, plan.model.sequence_length)
-    tokens = torch.empty(shape, dtype=torch.int64, device=META)
-    inputs = local_inputs(tokens, tokens, plan.layout, Segments.whole_rows(*shape), trainer.model)
-    values: dict[str, Any] = {"loss_scale": 1.0, "auxiliary_scale": torch.empty((), device=META)}
-    assert set(values) == SHARED
-    return values | {of_micro(name, micro): inputs[name] for micro in range(plan.micros) for name in inputs}
-
-
 def _memory(trainer: Trainer, held: int, peak: int) -> Memory:
-    optimizer = trainer.optimizer
-    parameters = sum(group.weights.nbytes for group in optimizer.groups)
-    parameters += sum(buffer.nbytes for buffer in trainer.buffers.values())
-    gradients = sum(group.gradients.nbytes for group in optimizer.groups)
-    masters = [group.master for group in optimizer.groups if not group.shares_memory]
-    state = sum(tensor.nbytes for tensor in [*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq])
-    return Memory(parameters, gradients, state, held, peak - held, parameters + gradients + state + peak)
+    """What stays, and what a step adds to it."""
+    stays = trainer.optimizer.held_bytes()
+    stays["parameters"] += sum(buffer.nbytes for buffer in trainer.buffers.values())
+    return Memory(**stays, activations=held, buffers=peak - held, peak=sum(stays.values()) + peak)
 
 
 def _wire(ops: list[Op], trace: Trace) -> list[Wire]:

@@ -17,6 +17,7 @@ import torch
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require, to_toml
+from megascale_moe.engine.executor import Observer
 from megascale_moe.engine.trace import Event, Trace, now
 from megascale_moe.model.counts import counts
 from megascale_moe.parallel.stages import stage_parts
@@ -193,6 +194,7 @@ class Loop:
         self.eval_loss: float | None = None
         self.started = False
         self.watch: Watch | None = None
+        self.observe: Observer | None = None  # of the step that comes
         self.recent: list[list[Event]] = []  # of the last steps, on the rank that writes
 
     def _validation(self) -> Validation:
@@ -228,11 +230,12 @@ class Loop:
             traces = Trace()
             while self.trainer.steps < t.steps:
                 watch = self._watch() if writer is not None else None
+                self.observe = watch.observe if watch is not None else None
                 result, seconds = self._step()
                 if self.trainer.steps > t.steps - self.config.run.trace_steps:
                     traces.events += result.trace.events
                 if watch is not None:
-                    self.trainer.profiler, self.watch = None, watch
+                    self.watch = watch
                 elif writer is not None and self.trainer.steps > t.steps - RECENT:
                     self.recent.append(result.trace.events)
                 last = self.trainer.steps == t.steps
@@ -252,7 +255,8 @@ class Loop:
     def _step(self) -> tuple[StepResult, float]:
         start = now()
         step = self.loader.next_step()
-        result = self.trainer.step(micro_batches(step.rows, self.micro), step.target_count)
+        batches = micro_batches(step.rows, self.micro)
+        result = self.trainer.step(batches, step.target_count, self.observe)
         return result, now() - start
 
     def evaluate(self) -> float | None:
@@ -277,7 +281,7 @@ class Loop:
         )
 
     def _watch(self) -> Watch | None:
-        """Set to look at the memory of the step that comes, if it is the one for that: late, but not the last."""
+        """To look at the memory of the step that comes, if it is the one for that: late, but not the last."""
         trainer, rows = self.trainer, self.config.train.global_batch // self.mesh.dp
         late = self.config.train.steps - RECENT <= trainer.steps + 1 < self.config.train.steps
         if not late or self.watch is not None or trainer.profiler is not None:
@@ -285,8 +289,7 @@ class Loop:
         _, program = trainer.program(self.micro, rows // self.micro, "train")
         if len(program.ops) > record.WHOLE:
             return None
-        trainer.profiler = Watch(trainer)
-        return trainer.profiler
+        return Watch(trainer)
 
     def write_timeline(self) -> None:
         """Leave what the report draws of a step: the rank's list, and how long its operators took."""

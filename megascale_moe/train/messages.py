@@ -92,7 +92,7 @@ def rank_messages(config: Config, mesh: Mesh, rank: int, rows: int, micros: int,
     collectives: dict[str, list[Collective]] = defaultdict(list)
     for stage in plan.stages.values():
         _collect(collectives, [*stage.forward, *stage.backward])
-    hidden = config.overlap.order != "serial"
+    hidden = config.overlap.hides_synchronisation
     groups = flat_groups(placements(config.model, plan.layout, plan.part), axes, dtype, META, by_layer=hidden)
     optimizer = ShardedAdamW(groups, axes["world"], config.train)
     _collect(collectives, optimizer.hidden([]) if hidden else optimizer.ops)

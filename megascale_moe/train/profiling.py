@@ -62,10 +62,10 @@ class Profiler:
         sizes = {name: int(number) for name, number in zip(names, mean, strict=False)}
         seconds = dict(zip(kinds, mean[len(names) :], strict=True))
         found = Profile(Measured(seconds, cost.work, cost.rates), sizes)
-        return replace(found, pieces=_pieces(plan, overlap, found)) if overlap.split == "auto" else found
+        return replace(found, pieces=best_pieces(plan, overlap, found)) if overlap.split == "auto" else found
 
 
-def _pieces(plan: StepPlan, overlap: OverlapConfig, profile: Profile) -> int:
+def best_pieces(plan: StepPlan, overlap: OverlapConfig, profile: Profile) -> int:
     """Into how many pieces a step is cut where it is fastest by simulation."""
     ranks = max(plan.layout.node.size, plan.layout.group.size)
 

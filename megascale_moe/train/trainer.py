@@ -78,7 +78,7 @@ class Trainer:
         self.profile = Profile()
         plan = self.plan(1)
         self.part, self.placements = plan.part, placements(self.model, plan.layout, plan.part)
-        by_layer = config.overlap.order != "serial"
+        by_layer = config.overlap.hides_synchronisation
         groups = flat_groups(self.placements, axes, self.dtype, device, by_layer=by_layer)
         self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
         self.buffers = {
@@ -129,7 +129,7 @@ class Trainer:
     @property
     def hides(self) -> bool:
         """Whether synchronisation is among the operators of a step rather than behind them."""
-        return self.overlap.order != "serial"
+        return self.overlap.hides_synchronisation
 
     def run(
         self, batches: Sequence[Batch], head: Head, shared: Mapping[str, Any] | None = None,
@@ -151,8 +151,12 @@ class Trainer:
         weights = self.optimizer.weights | self.buffers
         return program.run(values, weights, self.optimizer.gradients, trace, observe)
 
-    def step(self, batches: Sequence[Batch], target_count: int) -> StepResult:
-        """One update from this rank's micro-batches of a global batch with `target_count` targets."""
+    def step(self, batches: Sequence[Batch], target_count: int, observe: Observer | None = None) -> StepResult:
+        """One update from this rank's micro-batches of a global batch with `target_count` targets.
+
+        Args:
+            observe: see `Program.run`; not asked while the first steps are measured.
+        """
         train, model = self.config.train, self.model
         tokens = train.global_batch * model.sequence_length
         scales: dict[str, Any] = {
@@ -167,7 +171,7 @@ class Trainer:
         hidden = self.hides
         if hidden:
             scales |= self.optimizer.given(rate) | self.optimizer.updated()
-        out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else None)
+        out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else observe)
         if self.profiler is not None:
             self._learn(self.profiler, trace, batches)
         for micro in range(len(batches)):
@@ -218,7 +222,7 @@ class Trainer:
         mine = torch.zeros(self.model.vocab, device=self.device)
         if self.part.last:
             logits = out[of_micro("logits", 0)]
-            if self.plan(1).layout.shards_vocabulary:
+            if self.program(1, 1, "logits")[0].layout.shards_vocabulary:
                 width = logits.shape[1]
                 mine[node.index * width : (node.index + 1) * width] = logits[len(tokens) - 1]
             elif (len(tokens) - 1) // (length // node.size) == node.index:

@@ -18,8 +18,9 @@ from megascale_moe.train.job import local_rank_count
 from megascale_moe.train.loop import check_batches, micro_batch
 from megascale_moe.train.report import record
 from megascale_moe.train.report.page import assemble, page
-from megascale_moe.train.report.rehearsal import GPU, memory, planned, rehearsing
+from megascale_moe.train.report.rehearsal import GPU, memory, planned
 from megascale_moe.train.report.run import Run, read_run
+from megascale_moe.train.storageless import trainer_without_storage
 
 FILE = "report.html"
 
@@ -81,19 +82,9 @@ def _rehearsed(config: Config, world: int, backend: str, timeline: dict[str, Any
     rates = GPU if config.train.dtype == "bf16" and config.train.device != "cpu" else Rates()
     if timeline is not None:  # as it was cut, whatever estimates would say
         config = replace(config, overlap=replace(config.overlap, split=str(timeline["pieces"])))
-    with rehearsing(config, mesh, 0, backend) as trainer:
+    with trainer_without_storage(config, mesh, 0, backend) as trainer:
         step = planned(trainer, rows, micros, rates)
-        found = timeline or record.document(step, mesh, 0)
-        if step.plan.pieces == 1:
-            return found | {"memory": memory(trainer, step.plan)}
-    # Pieces travel in batches on NCCL, which torch's fake groups do not know: the same bytes, sent one by one.
-    dispatch: Any = step.plan.layout.dispatch_for(config.model)
-    config = replace(
-        config, parallel=replace(config.parallel, dispatch=dispatch),
-        overlap=replace(config.overlap, split=str(step.plan.pieces)),
-    )  # fmt: skip
-    with rehearsing(config, mesh, 0, "gloo") as trainer:
-        return found | {"memory": memory(trainer, planned(trainer, rows, micros, rates).plan)}
+        return (timeline or record.document(step, mesh, 0)) | {"memory": memory(trainer, step.plan)}
 
 
 def _keep(path: Path, timeline: dict[str, Any]) -> None:

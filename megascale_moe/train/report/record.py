@@ -74,7 +74,7 @@ class Step:
     @cached_property
     def ops(self) -> list[Op]:
         """The list with the optimizer, behind it or inside as the order says."""
-        plan, hidden = self.plan, self.plan.overlap.order != "serial"
+        plan, hidden = self.plan, self.plan.overlap.hides_synchronisation
         weights = placements(plan.model, plan.layout, plan.part)
         groups = flat_groups(weights, plan.axes, plan.dtype, torch.device("meta"), by_layer=hidden)
         optimizer = ShardedAdamW(groups, plan.axes["world"], self.train)

@@ -1,54 +1,32 @@
 """Memory of a step, found on tensors without storage, and the step of a configuration that nobody has run.
 
-The rank's trainer is built on the meta device with fake process groups, as in `megascale dryrun`, and its list is run
-once under the eyes of a `Watch`, as a real step is. What is drawn of a step that is too long is run alone.
+The list of a trainer without storage, as in `megascale dryrun`, is run once under the eyes of a `Watch`, as a real step
+is. What is drawn of a step that is too long is run alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megascale_moe.comm.axis import connect, single
-from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import Config, OverlapConfig
+from megascale_moe.config import OverlapConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Stream
-from megascale_moe.engine.order import makespan, simulate
-from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.model import INPUTS, local_inputs
+from megascale_moe.parallel.model import INPUTS
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import of_micro
+from megascale_moe.train.profiling import best_pieces
 from megascale_moe.train.report.record import PART, WHOLE, Step, part, part_ops, part_size, rates_words
 from megascale_moe.train.report.thin import of_curve
 from megascale_moe.train.report.watch import Watch
+from megascale_moe.train.storageless import META, inputs_without_storage
 from megascale_moe.train.trainer import Trainer
 
-META = torch.device("meta")
 GPU = Rates(flops=5e14, memory=2.5e12, links={Stream.INTRA: 1.6e11, Stream.INTER: 4e10}, latency=2e-5)
 """About half to three quarters of what an H800 has on paper: 990 TFLOP/s, 3,350 GB/s, 200 GB/s, 50 GB/s."""
-
-
-@contextmanager
-def rehearsing(config: Config, mesh: Mesh, rank: int, backend: str) -> Iterator[Trainer]:
-    """The trainer of a rank without storage; `backend`: for which library of collectives its lists are."""
-    config = replace(config, train=replace(config.train, compile="off"))
-    try:
-        axes = single()
-        if mesh.world > 1:
-            dist.init_process_group("fake", rank=rank, world_size=mesh.world, store=FakeStore())
-            axes = {name: replace(axis, backend=backend) for name, axis in connect(mesh, own_groups=True).items()}
-        yield Trainer(config, mesh, axes, META)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def planned(trainer: Trainer, rows: int, micros: int, rates: Rates) -> Step:
@@ -60,19 +38,8 @@ def planned(trainer: Trainer, rows: int, micros: int, rates: Rates) -> Step:
         sizes = _run(trainer, rows, 1).sizes
     trainer.overlap, trainer.profile = overlap, Profile(rates, sizes)
     if overlap.split == "auto":
-        trainer.profile = replace(trainer.profile, pieces=_pieces(trainer.plan(rows), rates))
+        trainer.profile = replace(trainer.profile, pieces=best_pieces(trainer.plan(rows), overlap, trainer.profile))
     return Step(trainer.plan(rows, micros), trainer.config.train, rates, rates_words(rates))
-
-
-def _pieces(plan: StepPlan, rates: Rates) -> int:
-    """Into how many pieces a micro-batch is cut where it is fastest by simulation."""
-
-    def seconds(pieces: int) -> float:
-        cut = replace(plan, overlap=replace(plan.overlap, split=str(pieces)))
-        stages = cut.stages.values()
-        return sum(makespan(simulate([*s.forward, *s.backward], rates.seconds)) for s in stages)
-
-    return min(sorted({1, 2, max(plan.layout.node.size, plan.layout.group.size)}), key=seconds)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -83,9 +50,9 @@ def memory(trainer: Trainer, plan: StepPlan) -> dict[str, Any]:
     if len(plan.ops) <= WHOLE:
         return _run(trainer, plan.rows, plan.micros).memory(trainer, plan)
     stage = plan.stage(part(plan, _layers(plan)))
-    sizes = _watched(trainer, Program(stage.forward, _given(plan, _layers(plan))), _part_inputs(plan, trainer))
+    sizes = _watched(trainer, Program(stage.forward, _given(plan, _layers(plan))), _part_inputs(plan))
     count = part_size([plan], PART)
-    drawn = _watched(trainer, Program(part_ops(plan, count), _given(plan, count)), _part_inputs(plan, trainer))
+    drawn = _watched(trainer, Program(part_ops(plan, count), _given(plan, count)), _part_inputs(plan))
     return sizes.memory(trainer, plan) | of_curve(drawn.curve) | {"whole": False}
 
 
@@ -95,7 +62,9 @@ def _run(trainer: Trainer, rows: int, micros: int) -> Watch:
     plan, program = trainer.program(rows, micros, "train")
     optimizer = trainer.optimizer
     more = optimizer.given(0.0) | optimizer.updated() if trainer.hides else {}
-    return _watched(trainer, program, _inputs(plan, trainer, of_micro) | more)
+    inputs = inputs_without_storage(plan)
+    values = {of_micro(name, micro): value for name, value in inputs.items() for micro in range(micros)}
+    return _watched(trainer, program, values | more)
 
 
 def _watched(trainer: Trainer, program: Program, values: dict[str, Any]) -> Watch:
@@ -115,18 +84,9 @@ def _given(plan: StepPlan, count: int) -> list[str]:
     return [*INPUTS, *hidden, *gradient]
 
 
-def _inputs(plan: StepPlan, trainer: Trainer, name_of: Any) -> dict[str, Any]:
-    """What a step reads from outside: every row one document."""
-    shape = (plan.rows, plan.model.sequence_length)
-    tokens = torch.empty(shape, dtype=torch.int64, device=META)
-    inputs = local_inputs(tokens, tokens, plan.layout, Segments.whole_rows(*shape), trainer.model)
-    shared = {"loss_scale": 1.0, "auxiliary_scale": torch.empty((), device=META)}
-    return shared | {name_of(name, micro): inputs[name] for micro in range(plan.micros) for name in inputs}
-
-
-def _part_inputs(plan: StepPlan, trainer: Trainer) -> dict[str, Any]:
+def _part_inputs(plan: StepPlan) -> dict[str, Any]:
     """What one micro-batch through a part of the model may read."""
     message, layers = plan.message, plan.part.layers
     names = [f"hidden_{layers[0]}", *(f"d:hidden_{layer + 1}" for layer in layers)]
     hidden = {name: torch.empty(message.shape, dtype=message.dtype, device=META) for name in names}
-    return _inputs(replace(plan, micros=1), trainer, lambda name, _: name) | hidden
+    return inputs_without_storage(plan) | hidden

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from megascale_moe.engine.cost import OVERHEAD, Kind, Measured, Rates, kind_of
+from megascale_moe.engine.cost import OVERHEAD, Kind, Measured, Rates, kind_of, work_of
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.trace import Event
 
@@ -33,7 +33,7 @@ class Timed(Measured):
         if kind not in self.seconds_of:
             return self.rates.seconds(op)
         whole = self.work[kind]
-        return OVERHEAD + self.seconds_of[kind] * (_work(op) / whole if whole and _work(op) else 1.0)
+        return OVERHEAD + self.seconds_of[kind] * (work_of(op) / whole if whole and work_of(op) else 1.0)
 
 
 def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> Timed:
@@ -49,7 +49,7 @@ def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> Timed:
                 waited[kind].append(took)
             else:
                 others[kind].append(min(took, Rates().seconds(op)))
-            work[kind].append(_work(op))
+            work[kind].append(work_of(op))
     found = {kind: min(values) for kind, values in others.items()}
     found |= {kind: median(values) for kind, values in waited.items()}
     return Timed(found, {kind: median(values) for kind, values in work.items()})
@@ -60,7 +60,3 @@ def first_of(profile: Measured | Rates, rest: Timed) -> Timed:
     if isinstance(profile, Rates):
         return rest
     return Timed({**rest.seconds_of, **profile.seconds_of}, {**rest.work, **profile.work})
-
-
-def _work(op: Op) -> float:
-    return op.cost.wire_bytes or op.cost.flops or op.cost.memory_bytes

@@ -8,31 +8,31 @@ many operators are left to a rehearsal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from megascale_moe.engine.memory import tensors_in
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.remat import kept_names
 from megascale_moe.pipeline.program import StepPlan
-from megascale_moe.train.profiling import Profiler
 from megascale_moe.train.report.lists import phase_of
 from megascale_moe.train.report.record import part
 from megascale_moe.train.report.thin import of_curve
 from megascale_moe.train.trainer import Trainer
 
 
-class Watch(Profiler):
-    """Looks at a step in the place of a profiler, without waiting for what is still travelling.
+class Watch:
+    """Looks at a step without waiting for what is still travelling; `observe` is for `Trainer.step` and `Program.run`.
 
     Attributes:
+        sizes: bytes of each tensor that was seen, without its micro-batch.
         curve: (phase, bytes alive) after each operator; weights, gradients and their like are not in it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
+        self.sizes: dict[str, int] = {}
         self.curve: list[tuple[str, int]] = []
         optimizer = trainer.optimizer
         self._fixed: set[int] = set()
@@ -43,7 +43,7 @@ class Watch(Profiler):
         """Add up the storages of all that is alive."""
         alive: dict[int, int] = {}
         for name, value in values.items():
-            for tensor in _tensors(value):
+            for tensor in tensors_in(value):
                 storage = tensor.untyped_storage()
                 alive[storage._cdata] = storage.nbytes()
                 self.sizes.setdefault(name.split("/", 1)[-1], tensor.nbytes)
@@ -51,7 +51,7 @@ class Watch(Profiler):
 
     def memory(self, trainer: Trainer, plan: StepPlan) -> dict[str, Any]:
         """As `rehearsal.memory`, of what was seen."""
-        return of_curve(self.curve) | of_optimizer(trainer) | {
+        return of_curve(self.curve) | trainer.optimizer.held_bytes() | {
             "whole": True, "kept": {remat: self._kept(plan, remat) for remat in policies(plan)}
         }  # fmt: skip
 
@@ -73,25 +73,5 @@ def with_policy(plan: StepPlan, remat: Any) -> StepPlan:
     return replace(plan, overlap=replace(plan.overlap, remat=remat, activation_bytes=budget))
 
 
-def of_optimizer(trainer: Trainer) -> dict[str, int]:
-    """Bytes that stay."""
-    optimizer = trainer.optimizer
-    masters = [group.master for group in optimizer.groups if not group.shares_memory]
-    state = [*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq]
-    return {
-        "parameters": sum(group.weights.nbytes for group in optimizer.groups),
-        "gradients": sum(group.gradients.nbytes for group in optimizer.groups),
-        "optimizer": sum(tensor.nbytes for tensor in state),
-    }
-
-
 def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
