@@ -1,8 +1,8 @@
 """Runs a list of operators.
 
-There is nothing else in the runtime: no modes, and an observer only looks. Communication overlaps because an operator that returns a
-`Pending` is only waited for when something reads its result; memory is bounded because each value is dropped right
-after its last reader. Both follow from the order of the list, so passes control them by reordering it.
+There is nothing else in the runtime: no modes, and an observer only looks. Communication overlaps because an operator
+that returns a `Pending` is only waited for when something reads its result; memory is bounded because each value is
+dropped right after its last reader. Both follow from the order of the list, so passes control them by reordering it.
 """
 
 from __future__ import annotations
