@@ -115,8 +115,19 @@ class ModelConfig:
         sizes = ("layers", "hidden", "heads", "kv_heads", "vocab", "sequence_length", "experts", "top_k", "ffn_hidden")
         for name in sizes:
             require(getattr(self, name) > 0, f"model.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("balance_loss", "z_loss", "capacity_factor", "bias_update_rate", "init_std", "shared_experts",
-                     "shared_ffn_hidden", "head_dim", "v_head_dim", "sliding_window", "q_lora_rank"):
+        for name in (
+            "balance_loss",
+            "z_loss",
+            "capacity_factor",
+            "bias_update_rate",
+            "init_std",
+            "shared_experts",
+            "shared_ffn_hidden",
+            "head_dim",
+            "v_head_dim",
+            "sliding_window",
+            "q_lora_rank",
+        ):
             require(getattr(self, name) >= 0, f"model.{name} = {getattr(self, name)}: must not be negative")
         require(
             self.rope_theta > 0 and math.isfinite(self.rope_theta),
@@ -150,9 +161,7 @@ class ModelConfig:
             require(self.query_dim % 2 == 0, f"model.head_dim = {self.query_dim}: rotary embedding needs an even width")
 
     def _check_router(self) -> None:
-        require(
-            self.top_k <= self.experts, f"model.top_k = {self.top_k} exceeds model.experts = {self.experts}"
-        )
+        require(self.top_k <= self.experts, f"model.top_k = {self.top_k} exceeds model.experts = {self.experts}")
         require(
             self.experts % self.expert_groups == 0,
             f"model.experts = {self.experts} is not divisible by model.expert_groups = {self.expert_groups}",
@@ -230,11 +239,17 @@ class OverlapConfig:
     split: str = "none"  # "none", "auto", or how many pieces a communication and the product next to it are cut into
     remat: Literal["none", "paper", "full", "budget"] = "none"  # what backward makes again instead of keeping
     activation_bytes: int = 0  # remat "budget": what a micro-batch may keep of a rank's layers
+    micro_batches: int = 1  # 2: the forward of one is woven into the backward of another, with order = "scheduled"
 
     @property
     def hides_synchronisation(self) -> bool:
         """Whether reductions and gathers of weights are among the operators of a step rather than behind them."""
         return self.order != "serial"
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether two micro-batches are worked on at once."""
+        return self.micro_batches == 2
 
     def check(self) -> None:
         """Raise `ConfigError` for values outside their range."""
@@ -248,6 +263,14 @@ class OverlapConfig:
             (self.activation_bytes > 0) == wanted,
             f"overlap.activation_bytes = {self.activation_bytes} with overlap.remat = {self.remat!r}: "
             + ("give the bytes that may be kept" if wanted else "use remat = 'budget', or leave it 0"),
+        )
+        require(
+            self.micro_batches in (1, 2),
+            f"overlap.micro_batches = {self.micro_batches}: must be 1, or 2 for two at once",
+        )
+        require(
+            not self.in_pairs or self.order == "scheduled",
+            f"overlap.micro_batches = 2 with overlap.order = {self.order!r}: use 'scheduled'",
         )
 
 

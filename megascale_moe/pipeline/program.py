@@ -88,7 +88,7 @@ class StepPlan:
         p = self.parallel
         if self.head != "train":
             return forward_only(p.pp, p.virtual_stages)
-        return schedule(p.schedule, p.pp, self.micros, p.virtual_stages)
+        return schedule(p.schedule, p.pp, self.micros, p.virtual_stages, pairs=self.overlap.in_pairs)
 
     @cached_property
     def stages(self) -> dict[int, Stage]:
@@ -129,7 +129,12 @@ class StepPlan:
     @cached_property
     def ops(self) -> list[Op]:
         """The list."""
-        return step_ops(self.schedule, self.stages, len(self.parts) - 1, self.axes["pp"], self.message)
+        weave = self._woven if self.overlap.in_pairs and self.head == "train" else None
+        return step_ops(self.schedule, self.stages, len(self.parts) - 1, self.axes["pp"], self.message, weave)
+
+    def _woven(self, ops: Sequence[Op]) -> list[int]:
+        place = {id(op): place for place, op in enumerate(ops)}
+        return [place[id(op)] for op in best_order(ops, self.profile.cost.seconds)]
 
     @property
     def results(self) -> list[str]:

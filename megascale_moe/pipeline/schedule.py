@@ -15,12 +15,17 @@ summed over the micro-batches in the order they have without a pipeline, and the
 
 f, b, w: time of forward, input gradient and weight gradient of one micro-batch on one rank; `checker.bubble` has the
 conditions and the sources, `checker.timeline` the simulation that agrees with them.
+
+With `pairs`, what alternates becomes a forward and the backward of another micro-batch that can run woven into each
+other. Each rank then is deeper in the warm-up: a micro-batch passes a rank in the time of a pair, on its way there and
+back (the reason why DualPipe, in DeepSeek-V3's report, arXiv 2412.19437, needs more activations as well). 1F1B holds
+2 (p - r) micro-batches instead of p - r, interleaved one stage more than without.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from megascale_moe.config import ConfigError, require
 
@@ -30,12 +35,14 @@ class Action:
     """One stage's work on one micro-batch; written "2F0": stage 2, forward, micro-batch 0.
 
     `stage` counts virtual stages in the order of the model, 0 .. pp x virtual - 1; stage s lives on pipeline rank
-    s % pp. `phase` is F (forward), B (input gradient), W (weight gradient) or BW (both in one).
+    s % pp. `phase` is F (forward), B (input gradient), W (weight gradient) or BW (both in one). `paired`: it may run
+    woven into the action behind it, which belongs to another micro-batch.
     """
 
     stage: int
     phase: str
     micro: int
+    paired: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.stage}{self.phase}{self.micro}"
@@ -52,17 +59,23 @@ class Action:
 Schedule = list[list[Action]]  # [pipeline rank][position]
 
 
-def schedule(name: str, pp: int, micros: int, virtual_stages: int = 1) -> Schedule:
+def schedule(name: str, pp: int, micros: int, virtual_stages: int = 1, *, pairs: bool = False) -> Schedule:
     """Actions of one training step, one list per pipeline rank.
 
-    `name` is "1f1b", "interleaved" or "zero_bubble", `micros` the number of micro-batches of the step and
-    `virtual_stages` the number of stages on each rank. `ConfigError` for numbers that the schedule does not have.
+    `name` is "1f1b", "interleaved" or "zero_bubble", `micros` the number of micro-batches of the step,
+    `virtual_stages` the number of stages on each rank; `pairs`: a forward and the backward behind it belong to two
+    micro-batches. `ConfigError` for numbers that the schedule does not have.
     """
     _require_legal(name, pp, micros, virtual_stages)
     if name == "1f1b":
-        return [_one_f_one_b(rank, pp, micros) for rank in range(pp)]
+        return [_one_f_one_b(rank, pp, micros, pairs) for rank in range(pp)]
     if name == "interleaved":
-        return [_interleaved(rank, pp, micros, virtual_stages) for rank in range(pp)]
+        return [_interleaved(rank, pp, micros, virtual_stages, pairs) for rank in range(pp)]
+    require(
+        not pairs,
+        "overlap.micro_batches = 2: parallel.schedule = 'zero_bubble' has no forward next to a whole backward; "
+        "use schedule = '1f1b' or 'interleaved'",
+    )
     return [_zero_bubble(rank, pp, micros) for rank in range(pp)]
 
 
@@ -71,17 +84,29 @@ def forward_only(pp: int, virtual_stages: int = 1) -> Schedule:
     return [[Action(rank + chunk * pp, "F", 0) for chunk in range(virtual_stages)] for rank in range(pp)]
 
 
-def _one_f_one_b(rank: int, pp: int, micros: int) -> list[Action]:
+def in_pairs(actions: list[Action]) -> list[list[Action]]:
+    """The list of a rank cut into pairs and single actions."""
+    found: list[list[Action]] = []
+    for action in actions:
+        if found and found[-1][-1].paired:
+            found[-1].append(action)
+        else:
+            found.append([action])
+    return found
+
+
+def _one_f_one_b(rank: int, pp: int, micros: int, pairs: bool) -> list[Action]:
     """One forward, one backward (PipeDream-Flush in Narayanan et al. 2021, arXiv 2006.09503).
 
     The warm-up is just long enough that the first gradient finds the rank free, so p - rank micro-batches are alive.
     """
     forwards = [Action(rank, "F", micro) for micro in range(micros)]
     backwards = [Action(rank, "BW", micro) for micro in range(micros)]
-    return _alternate(forwards, backwards, pp - rank - 1)
+    behind = pp - rank - 1
+    return _alternate(forwards, backwards, 2 * behind + 1 if pairs else behind, pairs)
 
 
-def _interleaved(rank: int, pp: int, micros: int, virtual: int) -> list[Action]:
+def _interleaved(rank: int, pp: int, micros: int, virtual: int, pairs: bool) -> list[Action]:
     """Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2).
 
     Order and warm-up are those of Megatron-LM: micro-batches move in groups of p, each group through all stages of
@@ -93,15 +118,15 @@ def _interleaved(rank: int, pp: int, micros: int, virtual: int) -> list[Action]:
     ]
     forwards = [Action(rank + chunk * pp, "F", micro) for chunk, micro in order]
     backwards = [Action(rank + (virtual - 1 - chunk) * pp, "BW", micro) for chunk, micro in order]
-    return _alternate(forwards, backwards, (pp - rank - 1) * 2 + (virtual - 1) * pp)
+    return _alternate(forwards, backwards, (pp - rank - 1) * 2 + (virtual - 1) * pp + pairs, pairs)
 
 
-def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> list[Action]:
+def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int, pairs: bool) -> list[Action]:
     """`warm_up` forwards (or all), then forward and backward in turn, then the backwards that remain."""
     warm_up = min(warm_up, len(forwards))
     actions = forwards[:warm_up]
     for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
-        actions += [forward, backward]
+        actions += [replace(forward, paired=pairs), backward]
     return actions + backwards[len(forwards) - warm_up :]
 
 

@@ -8,13 +8,17 @@ Receives stand one action before the one that needs them: they travel while it c
 schedule shows that its receiver has gone on (this rank has heard from it since, directly or through others); there,
 its buffer is let go. Waiting earlier could block a schedule that the checker, for which sends never block, calls good.
 
+Two actions can be woven into one: the forward of a micro-batch and the backward of another, whose operators need
+nothing of each other, so that each computes while the other communicates. What the two receive travels before both,
+what they send is among their operators.
+
 Considered and rejected: a runner that executes actions one by one on a dictionary per micro-batch (less to build, but
 then nothing could move across the border of an action), and a list per micro-batch with real loops (the same).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +27,7 @@ from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.collectives import receive, send, tag_of
 from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
 from megascale_moe.pipeline.checker import awaited, execute, message_of
-from megascale_moe.pipeline.schedule import Action, Schedule
+from megascale_moe.pipeline.schedule import Action, Schedule, in_pairs
 
 SHARED = frozenset({"loss_scale", "auxiliary_scale"})
 """Names that all micro-batches read; every other name belongs to one."""
@@ -62,24 +66,38 @@ def of_micro(name: str, micro: int) -> str:
     return name if not name or name in SHARED else f"{micro}/{name}"
 
 
-def step_ops(schedule: Schedule, stages: Mapping[int, Stage], last: int, pp: Axis, message: Message) -> list[Op]:
+def step_ops(
+    schedule: Schedule,
+    stages: Mapping[int, Stage],
+    last: int,
+    pp: Axis,
+    message: Message,
+    weave: Callable[[Sequence[Op]], Sequence[int]] | None = None,
+) -> list[Op]:
     """The list of this rank, whose index on the axis `pp` says which actions of the schedule are its own.
 
     Args:
         last: the last stage of the model.
+        weave: given the operators of a forward and those of the backward of another micro-batch behind them, the
+            order of all, by their places. Without it every action is on its own.
     """
     builder = _Builder(stages, last, pp, message)
     actions = schedule[pp.index]
+    groups = in_pairs(actions) if weave else [[action] for action in actions]
     over = _acknowledged(schedule, last, pp.index)
-    ops: list[Op] = []
-    for place, action in enumerate(actions):
-        if place == 0:
-            ops += builder.receives(action)
-        if place + 1 < len(actions):
-            ops += builder.receives(actions[place + 1])
-        ops += builder.work(action)
-        ops += builder.sends(action)
-        ops += [builder.sent(earlier) for earlier in over.get(place, [])]
+    ops: list[Op] = builder.receives(groups[0])
+    orders: dict[tuple[int, ...], Sequence[int]] = {}  # stages of a pair -> order: all its micro-batches are alike
+    done = 0
+    for group, following in zip(groups, [*groups[1:], []], strict=True):
+        ops += builder.receives(following)
+        work = [op for action in group for op in (*builder.work(action), *builder.sends(action))]
+        if weave and len(group) > 1:
+            pair = tuple(action.stage for action in group)
+            orders[pair] = orders.get(pair) or weave(work)
+            work = [work[place] for place in orders[pair]]
+        ops += work
+        ops += [builder.sent(sent) for place in range(done, done + len(group)) for sent in over.get(place, [])]
+        done += len(group)
     return ops
 
 
@@ -90,18 +108,23 @@ class _Builder:
     pp: Axis
     message: Message
 
-    def work(self, action: Action) -> Iterator[Op]:
+    def work(self, action: Action) -> list[Op]:
         """The operators of an action."""
         stage, micro = self.stages[action.stage], action.micro
-        for op in action_ops(stage, action.phase):
-            yield replace(
+        return [
+            replace(
                 op,
                 reads=tuple(of_micro(name, micro) for name in op.reads),
                 writes=tuple(of_micro(name, micro) for name in op.writes),
             )
+            for op in action_ops(stage, action.phase)
+        ]
 
-    def receives(self, action: Action) -> list[Op]:
-        """What an action needs from another rank."""
+    def receives(self, actions: Sequence[Action]) -> list[Op]:
+        """What actions need from other ranks."""
+        return [op for action in actions for op in self._receive(action)]
+
+    def _receive(self, action: Action) -> list[Op]:
         transfer = incoming(action, self.last, self.pp.size)
         if transfer is None:
             return []

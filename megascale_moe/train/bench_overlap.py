@@ -4,6 +4,9 @@ The ablation of the paper (its section 5) on one's own machine: the Megatron-sty
 module's strategy alone, then the strategies of the paper with an order, and with communication cut into pieces. All do
 the same work on the same tokens: forward and backward of the model's layers, without the optimizer. Rounds of all
 variants are interleaved, so that whatever else the machine does falls on all of them alike.
+
+Beside each step stands what bounds it, measured as well: its computation alone, which is the same list with what every
+communication brought once in its place, and its communication alone, which is the same messages one after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -23,11 +27,13 @@ from rich.table import Table
 from torch import Tensor
 
 from megascale_moe.comm.axis import connect, single
+from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig
-from megascale_moe.engine.executor import Program, resolve
+from megascale_moe.engine.executor import Observer, Program, resolve
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.model.segments import Segments
@@ -71,6 +77,9 @@ def variants(parallel: ParallelConfig) -> list[Variant]:
         Variant("sp+ep, scheduled, split by rank", both, OverlapConfig(order="scheduled", split="by rank")),
         Variant("sp+ep, scheduled, split by rank, paper's remat", both,
                 OverlapConfig(order="scheduled", split="by rank", remat="paper")),
+        Variant("sp+ep, scheduled, two micro-batches", both, OverlapConfig(order="scheduled", micro_batches=2)),
+        Variant("sp+ep, scheduled, two micro-batches, paper's remat", both,
+                OverlapConfig(order="scheduled", micro_batches=2, remat="paper")),
     ]  # fmt: skip
 
 
@@ -89,10 +98,11 @@ class Runner:
         self.plan = StepPlan(
             config.model, variant.parallel, self.axes, DTYPES[config.train.dtype], rows, micros, overlap=overlap
         )
-        self.program: Program | None = None
         self.seconds: list[float] = []
         self.exposed: list[float] = []
         self.communication: list[float] = []
+        self.computing_alone: list[float] = []
+        self.communicating_alone: list[float] = []
         self.wire_bytes = 0
 
     def fill(self, weights: dict[str, Tensor], seed: int) -> None:
@@ -108,34 +118,61 @@ class Runner:
             inputs = local_inputs(tokens, tokens.roll(-1, 1), plan.layout, Segments.whole_rows(*shape), plan.model)
             self.values |= {of_micro(name, micro): value for name, value in inputs.items()}
 
-    def step(self, count: bool = True, observe: Any = None) -> Trace:
-        """Forward and backward of all micro-batches, all ranks from one barrier to the last of them."""
-        self.program = self.program or self.plan.program()
-        trace = Trace()
-        _barrier(self.world)
-        start = now()
-        out = self.program.run(dict(self.values), self.weights, self.sinks, trace, observe)
-        for name in list(out):
-            resolve(out, name)
-        took = _slowest(now() - start, self.world)
-        if count:
-            self.seconds.append(took)
-            self.exposed.append(_slowest(trace.exposed, self.world))
-            self.communication.append(_slowest(trace.communication, self.world))
-            self.wire_bytes = sum(trace.wire_bytes().values())
-        return trace
-
     def learn(self) -> None:
         """Measure the plain list, for orders and splits that are derived from times."""
         serial = replace(self.plan, overlap=plain(self.plan.overlap))
-        runner = object.__new__(Runner)
-        runner.__dict__.update(self.__dict__)
-        runner.plan, runner.program = serial, None
-        profiler = Profiler()
+        program, profiler = serial.program(), Profiler()
         for _ in range(PROFILE_RUNS):
-            profiler.runs.append(runner.step(count=False, observe=profiler.observe).events)
+            profiler.runs.append(self._run(program, profiler.observe)[0].events)
         self.plan = replace(self.plan, profile=profiler.profile(serial, self.plan.overlap, self.axes["data"]))
-        self.program = None
+
+    def prepare(self) -> None:
+        """Run the list once, to warm up and to note what its communications were given and what they brought."""
+        self.program = self.plan.program()
+        self.messages: list[Callable[[], Any]] = []
+        travelling = {name for op in self.plan.ops if op.stream != Stream.COMPUTE for name in op.writes}
+        known: dict[str, Any] = {}
+
+        def observe(op: Op, values: dict[str, Any]) -> None:
+            given = [values[name] if name else None for name in op.reads]  # arrived by now
+            known.update((name, value) for name, value in zip(op.reads, given, strict=True) if name in travelling)
+            if op.stream != Stream.COMPUTE:
+                self.messages.append(partial(op.run, *given))
+
+        self._run(self.program, observe)
+        self.computing = self.plan.program([
+            op if op.stream == Stream.COMPUTE else replace(op, run=partial(_brought, known, op.writes))
+            for op in self.plan.ops
+        ])  # fmt: skip
+
+    def step(self) -> None:
+        """Forward and backward of all micro-batches; then each of the two things it consists of."""
+        trace, took = self._run(self.program)
+        self.seconds.append(took)
+        self.exposed.append(_slowest(trace.exposed, self.world))
+        self.communication.append(_slowest(trace.communication, self.world))
+        self.wire_bytes = sum(trace.wire_bytes().values())
+        self.computing_alone.append(self._run(self.computing)[1])
+        self.communicating_alone.append(self._communicate())
+
+    def _run(self, program: Program, observe: Observer | None = None) -> tuple[Trace, float]:
+        """What happened, and how long it took from a barrier of all ranks to the end of the last."""
+        trace = Trace()
+        _barrier(self.world)
+        start = now()
+        out = program.run(dict(self.values), self.weights, self.sinks, trace, observe)
+        for name in list(out):
+            resolve(out, name)
+        return trace, _slowest(now() - start, self.world)
+
+    def _communicate(self) -> float:
+        _barrier(self.world)
+        start = now()
+        for message in self.messages:
+            pending = message()
+            if isinstance(pending, Pending):
+                pending.wait()
+        return _slowest(now() - start, self.world)
 
     def row(self) -> dict[str, Any]:
         """The result."""
@@ -145,9 +182,17 @@ class Runner:
         return {
             "variant": self.variant.name, "median": middle, "spread": high - low, "unit": "s",
             "tokens_per_s": tokens / middle, "exposed_s": median(self.exposed),
-            "communication_s": median(self.communication), "wire_bytes": self.wire_bytes, "all": self.seconds,
-            "pieces": self.plan.pieces,
+            "communication_s": median(self.communication), "wire_bytes": self.wire_bytes, "pieces": self.plan.pieces,
+            "computing_alone_s": median(self.computing_alone),
+            "communicating_alone_s": median(self.communicating_alone), "all": self.seconds,
+            "all_computing_alone": self.computing_alone, "all_communicating_alone": self.communicating_alone,
         }  # fmt: skip
+
+
+def _brought(known: dict[str, Any], names: tuple[str, ...], *_: Any) -> Any:
+    """In place of a communication; what nobody reads is None."""
+    results = tuple(known.get(name) for name in names)
+    return results[0] if len(results) == 1 else results
 
 
 def _barrier(world: int) -> None:
@@ -176,7 +221,7 @@ def bench_overlap(
     for runner in runners:
         if runner.variant.overlap.order == "scheduled":
             runner.learn()
-        runner.step(count=False)
+        runner.prepare()
     for done in range(rounds):
         for place in range(len(runners)):
             runners[(place + done) % len(runners)].step()
@@ -239,18 +284,20 @@ def _bench_rank(config: Config, world: int, rounds: int, as_json: bool, rank: in
     if as_json:
         print(json.dumps(document(config, world, rows)), flush=True)
     else:
-        Console(highlight=False, soft_wrap=True).print(table(rows), width=110)
+        Console(highlight=False, soft_wrap=True).print(table(rows), width=140)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """For people: ratios are to the first row."""
-    heads = ("variant", "ms", "spread", "tokens/s", "x", "exposed ms")
+    heads = ("variant", "ms", "spread", "tokens/s", "x", "exposed ms", "computing alone", "communicating alone")
     found = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for column in found.columns[1:]:
         column.justify = "right"
     for row in rows:
         numbers = (row["median"] * 1e3, row["spread"] * 1e3, row["tokens_per_s"])
         ratio = f"{rows[0]['median'] / row['median']:.2f}"
-        exposed = f"{row['exposed_s'] * 1e3:,.0f}"
-        found.add_row(row["variant"], *(f"{number:,.0f}" for number in numbers), ratio, exposed)
+        rest = (row["exposed_s"], row["computing_alone_s"], row["communicating_alone_s"])
+        found.add_row(
+            row["variant"], *(f"{number:,.0f}" for number in numbers), ratio, *(f"{x * 1e3:,.0f}" for x in rest)
+        )
     return found

@@ -105,7 +105,9 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
     )
     stage_parts(p, config.model)
-    schedule(p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages)
+    schedule(
+        p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages, pairs=config.overlap.in_pairs
+    )
 
 
 def micro_batch(config: Config, mesh: Mesh) -> int:

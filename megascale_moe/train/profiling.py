@@ -19,7 +19,7 @@ from megascale_moe.config import OverlapConfig
 from megascale_moe.engine.cost import Measured, measured
 from megascale_moe.engine.executor import resolve
 from megascale_moe.engine.op import Op, Phase
-from megascale_moe.engine.order import best_order, makespan, simulate
+from megascale_moe.engine.order import makespan, simulate
 from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.program import Profile, StepPlan
 
@@ -46,8 +46,11 @@ class Profiler:
         self.runs: list[list[Event]] = []
 
     def observe(self, op: Op, values: dict[str, Any]) -> None:
-        """Note the bytes of what a forward operator made, without the micro-batch in its name."""
-        if op.phase == Phase.F:
+        """Note the bytes of what a forward operator made, without the micro-batch in its name.
+
+        What another stage sends is not waited for: its receive stands an action ahead of its use.
+        """
+        if op.phase == Phase.F and op.cost.axis != "pp":
             for name in op.writes:
                 value = resolve(values, name)
                 if isinstance(value, Tensor):
@@ -71,11 +74,6 @@ def best_pieces(plan: StepPlan, overlap: OverlapConfig, profile: Profile) -> int
 
     def seconds(pieces: int) -> float:
         cut = replace(plan, overlap=replace(overlap, split=str(pieces)), profile=profile)
-        cost, total = profile.cost.seconds, 0.0
-        for stage in cut.stages.values():
-            for ops in (stage.forward, stage.backward):
-                order = best_order(ops, cost) if overlap.order == "scheduled" else ops
-                total += makespan(simulate(order, cost))
-        return total
+        return makespan(simulate(cut.ops, profile.cost.seconds))
 
     return min(sorted({1, 2, ranks}), key=seconds)

@@ -95,14 +95,14 @@ PARALLEL = {
 }
 SHARED = replace(SMALL, shared_experts=1)
 OVERLAPS = {
-    f"{order} {remat} {split}": OverlapConfig(
-        order=order, remat=remat, split=split, activation_bytes=30_000 if remat == "budget" else 0
+    f"{order} {remat} {split} {micros}": OverlapConfig(
+        order=order, remat=remat, split=split, activation_bytes=30_000 if remat == "budget" else 0, micro_batches=micros
     )  # type: ignore[arg-type]
-    for order, remat, split in (
-        ("paper", "none", "none"), ("scheduled", "none", "none"), ("serial", "paper", "none"),
-        ("serial", "full", "none"), ("serial", "none", "2"), ("serial", "none", "4"), ("paper", "paper", "4"),
-        ("scheduled", "paper", "4"), ("scheduled", "full", "2"), ("scheduled", "budget", "none"),
-        ("paper", "full", "3"),
+    for order, remat, split, micros in (
+        ("paper", "none", "none", 1), ("scheduled", "none", "none", 1), ("serial", "paper", "none", 1),
+        ("serial", "full", "none", 1), ("serial", "none", "4", 1), ("paper", "paper", "4", 1),
+        ("scheduled", "paper", "4", 1), ("scheduled", "full", "2", 1), ("scheduled", "budget", "none", 1),
+        ("paper", "full", "3", 1), ("scheduled", "none", "none", 2), ("scheduled", "paper", "4", 2),
     )
 }  # fmt: skip
 

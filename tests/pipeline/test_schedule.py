@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from megascale_moe.config import ConfigError
-from megascale_moe.pipeline.checker import bubble, check, peak_in_flight, timeline
-from megascale_moe.pipeline.schedule import Action, forward_only, schedule
+from megascale_moe.pipeline.checker import awaited, bubble, check, message_of, peak_in_flight, timeline
+from megascale_moe.pipeline.schedule import Action, forward_only, in_pairs, schedule
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 15)
 Case = tuple[str, int, int, int]  # name, pp, micros, virtual stages
@@ -147,3 +147,47 @@ def test_refusals(case: Case, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         schedule(*case)
     assert str(caught.value) == message
+
+
+# --- two micro-batches at once ---------------------------------------------------------------------------------------
+
+PAIRED = [case for case in cases() if case[0] != "zero_bubble"]
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_pairs_are_legal_and_keep_their_memory(case: Case) -> None:
+    name, pp, micros, virtual = case
+    lists = schedule(*case, pairs=True)
+    limit = {"1f1b": 2 * pp, "interleaved": virtual * pp + pp}[name]
+    check(lists, pp, virtual, micros, limit=limit)
+    for rank, actions in enumerate(lists):
+        groups = in_pairs(actions)
+        assert [action for group in groups for action in group] == actions
+        for forward, backward in (group for group in groups if len(group) > 1):
+            assert (forward.phase, backward.phase) == ("F", "BW")
+            assert forward.micro != backward.micro
+        if name == "1f1b":
+            assert sum(len(group) > 1 for group in groups) == max(micros - 2 * (pp - rank) + 1, 0)
+
+
+@pytest.mark.parametrize("pp", RANKS)
+def test_pairs_follow_each_other_without_a_gap(pp: int) -> None:
+    """Were a pair one action that receives before and sends behind, no rank would wait once all are busy."""
+    micros, f, b = 4 * pp, 1.0, 2.0
+    lists = [in_pairs(actions) for actions in schedule("1f1b", pp, micros, pairs=True)]
+    ends: dict[Action | None, float] = {None: 0.0}
+    clock, place = [0.0] * pp, [0] * pp
+    for _ in range(sum(map(len, lists))):
+        ready = [
+            rank
+            for rank, groups in enumerate(lists)
+            if place[rank] < len(groups) and all(awaited(action, pp - 1) in ends for action in groups[place[rank]])
+        ]
+        rank = ready[0]
+        group = lists[rank][place[rank]]
+        clock[rank] = max(clock[rank], *(ends[awaited(action, pp - 1)] for action in group))
+        clock[rank] += sum(f if action.phase == "F" else b for action in group)
+        ends |= {message_of(action): clock[rank] for action in group}
+        place[rank] += 1
+    warm_up = (2 * pp - 1) * f + (pp - 1) * (f + b)  # forwards of rank 0, then the first gradient on its way to it
+    assert max(clock) <= micros * (f + b) + warm_up

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, Phase, Stream, backward, grad
+from megascale_moe.engine.order import dependencies
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.model import INPUTS, model_ops
 from megascale_moe.pipeline import step
@@ -273,6 +274,47 @@ def test_every_send_is_let_go_once_and_soon(case: Case) -> None:
         assert held == 0
         # Each direction has at most as many as there are activations, plus those that only wait to be confirmed.
         assert highest <= 2 * peak + 2 * pp * virtual, (name, micros)
+
+
+# --- two micro-batches at once ---------------------------------------------------------------------------------------
+
+PAIRED = [case for case in CASES if case[0] != "zero_bubble"]
+
+
+def woven(case: Case, chooser: random.Random) -> list[list[Op]]:
+    """The lists of every rank, the operators of each pair in some order that their names allow."""
+
+    def weave(ops: Sequence[Op]) -> list[int]:
+        before, order = dependencies(ops), list[int]()
+        while len(order) < len(ops):
+            able = [place for place, needed in enumerate(before) if place not in order and needed <= set(order)]
+            order.append(chooser.choice(able))
+        return order
+
+    actions = schedule(*case, pairs=True)
+    last = len(actions) * case[3] - 1
+    stages = {index: stage_of(index, last) for index in range(last + 1)}
+    pp = len(actions)
+    return [step_ops(actions, stages, last, Axis("pp", pp, rank), MESSAGE, weave) for rank in range(pp)]
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_pairs_run_in_any_order_and_timing(case: Case) -> None:
+    """However two micro-batches are woven, no rank waits for ever, neither for a message nor for a send to end."""
+    chooser = random.Random(str(case))
+    for _ in range(8):
+        lists = woven(case, chooser)
+        assert Run(lists, lambda: chooser.expovariate(1.0)).finished
+        for ops, plain in zip(lists, lists_of(schedule(*case), case[3]), strict=True):
+            assert Counter((op.name, op.reads) for op in ops) == Counter((op.name, op.reads) for op in plain)
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_pairs_hold_the_activations_of_their_schedule(case: Case) -> None:
+    given = [of_micro("tokens", micro) for micro in range(case[2])]
+    lists = woven(case, random.Random(0))
+    found = [most_alive(Program(ops, given), lambda name: "/kept_" in name) for ops in lists]
+    assert all(most <= peak for most, peak in zip(found, peak_in_flight(schedule(*case, pairs=True)), strict=True))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

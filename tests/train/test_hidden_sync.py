@@ -18,7 +18,7 @@ from megascale_moe.train.data import Batch
 from megascale_moe.train.trainer import Trainer
 from tests.parallel.test_layouts import SMALL
 
-MODEL = replace(SMALL, layers=3, shared_experts=1)
+MODEL = replace(SMALL, layers=4, shared_experts=1)
 STEPS = 5  # three of which measure
 LAYOUTS = {
     "two nodes": ParallelConfig(dp=2, node=2),
@@ -26,10 +26,12 @@ LAYOUTS = {
     "pipeline and data": ParallelConfig(pp=2, dp=2, node=1),
     "tensor": ParallelConfig(dp=2, node=2, attention="tp", ffn="tp", vocabulary="sharded"),
     "tied over a pipeline": ParallelConfig(pp=2, node=2),
+    "interleaved": ParallelConfig(pp=2, node=2, schedule="interleaved", virtual_stages=2),
 }
 OVERLAPS = {
     "paper": OverlapConfig(order="paper", remat="paper"),
     "scheduled": OverlapConfig(order="scheduled", split="2"),
+    "two micro-batches": OverlapConfig(order="scheduled", micro_batches=2),
 }
 
 

@@ -76,7 +76,9 @@ def with_passes(case: Case, overlap: OverlapConfig) -> Case:
     """The case with the config's own passes; where they follow from measured times, the most that they could do."""
     split = str(max(case.mesh.node, case.mesh.ffn)) if overlap.split == "auto" else overlap.split
     remat = "full" if overlap.remat == "budget" else overlap.remat
-    return replace(case, overlap=OverlapConfig(order=overlap.order, split=split, remat=remat))
+    together = 1 if case.parallel.schedule == "zero_bubble" else overlap.micro_batches
+    passes = OverlapConfig(order=overlap.order, split=split, remat=remat, micro_batches=together)
+    return replace(case, overlap=passes)
 
 
 def case_of(parallel: ParallelConfig, model: ModelConfig, ranks: int) -> Case:

@@ -160,7 +160,8 @@ def _summary(outcome: Outcome) -> list[str]:
     ]
     o = outcome.config.overlap
     if (o.order, o.split, o.remat) != ("serial", "none", "none"):
-        lines.append(f"every layout with order {o.order!r}, split {o.split!r} and remat {o.remat!r}")
+        pairs = ", two micro-batches at once" if o.in_pairs else ""
+        lines.append(f"every layout with order {o.order!r}, split {o.split!r} and remat {o.remat!r}{pairs}")
     if outcome.note:
         lines.append(f"the config's own layout is not among them: {outcome.note}")
     if not all(reference.decided for reference in outcome.references):
