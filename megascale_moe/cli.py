@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +21,8 @@ from typing import NoReturn
 import torch.distributed as dist
 from rich.console import Console
 
-from megascale_moe.comm.local_ranks import fork_ranks
+from megascale_moe.comm.local_ranks import GRACE, fork_ranks
+from megascale_moe.comm.lost import LostPeer
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.presets import PRESETS
@@ -40,7 +42,12 @@ OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    return _guarded(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+    try:
+        return _guarded(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+    except LostPeer as lost:  # in a rank that a launcher started: those forked here are ended by `fork_ranks`
+        print(f"megascale: {lost}", file=sys.stderr, flush=True)
+        time.sleep(GRACE)  # whoever waits for this rank would take its end for the cause
+        return 1
 
 
 def _guarded(work: Callable[[], int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -70,22 +71,34 @@ def connect(
     """
     rank = dist.get_rank()
     made = {} if made is None else made
+    timeout = _timeout()
     axes: Axes = {}
     for name in AXES:
         mine = mesh.ranks(name, rank)
         for ranks in [mine] if own_groups else mesh.groups(name):
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(list(ranks))
-        links = _links(name, mesh, mine)
+                made[ranks] = dist.new_group(list(ranks), timeout=timeout)
+        links = _links(name, mesh, mine, timeout)
         axes[name] = Axis(name, len(mine), mine.index(rank), made.get(mine), links, dist.get_backend())
     return axes
 
 
-def _links(name: str, mesh: Mesh, mine: tuple[int, ...]) -> tuple[dist.ProcessGroup | None, ...]:
+def _timeout() -> timedelta | None:
+    """Of the group of all ranks: torch gives every further group its own default, 10 or 30 minutes."""
+    world = dist.distributed_c10d._get_default_group()
+    options = getattr(world._get_backend(world._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+def _links(
+    name: str, mesh: Mesh, mine: tuple[int, ...], timeout: timedelta | None
+) -> tuple[dist.ProcessGroup | None, ...]:
     """Groups for the messages of a pipeline, where one does not do."""
     if name != "pp" or len(mine) == 1 or "nccl" not in dist.get_backend():
         return ()
-    made = {ranks: tuple(dist.new_group(list(ranks)) for _ in range(LINKS)) for ranks in mesh.groups(name)}
+    made = {
+        ranks: tuple(dist.new_group(list(ranks), timeout=timeout) for _ in range(LINKS)) for ranks in mesh.groups(name)
+    }
     return made[mine]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
+from megascale_moe.comm.lost import waiting
 
 
 class Pending:
@@ -42,6 +44,20 @@ class Pending:
         return Pending([], lambda: finish(self.wait()), self.wire_bytes)
 
 
+@dataclass(frozen=True)
+class _Message:
+    """What is under way to or from a peer, or with all peers (None), whose failure names them."""
+
+    work: Any
+    axis: Axis
+    peer: int | None = None
+
+    def wait(self) -> None:
+        """Block until it has arrived, or a sent one has left."""
+        with waiting(self.axis, self.peer):
+            self.work.wait()
+
+
 def tag_of(name: str) -> int:
     """A message tag for an operator's name."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -54,6 +70,7 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
     """
     me, group = axis.index, axis.group
     receive[me].copy_(send[me])
+    works: list[Any]
     peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
     wire = sum(send[peer].nbytes for peer in peers)
     if axis.native and not send[me].is_cpu:
@@ -67,10 +84,8 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
             )
         ]
     else:
-        works = [
-            dist.irecv(receive[p], group=group, group_src=p, tag=tag) for p in reversed(peers) if receive[p].numel()
-        ]
-        works += [dist.isend(send[p], group=group, group_dst=p, tag=tag) for p in peers if send[p].numel()]
+        works = [_receive(receive[p], axis, p, tag, group) for p in reversed(peers) if receive[p].numel()]
+        works += [_send(send[p], axis, p, tag, group) for p in peers if send[p].numel()]
     return Pending(works, lambda: receive, wire, keep=(send, receive))
 
 
@@ -141,8 +156,8 @@ def shift(
     if axis.native and send[0].is_cuda:
         works = _batched(given, expected, axis)
     else:
-        works = [dist.irecv(part, group=axis.group, group_src=source, tag=tag) for part, source in expected]
-        works += [dist.isend(part, group=axis.group, group_dst=target, tag=tag) for part, target in given]
+        works = [_receive(part, axis, source, tag, axis.group) for part, source in expected]
+        works += [_send(part, axis, target, tag, axis.group) for part, target in given]
     return Pending(works, lambda: receive, wire, keep=(send, receive))
 
 
@@ -156,14 +171,23 @@ def _batched(given: list[tuple[Tensor, int]], expected: list[tuple[Tensor, int]]
 def send(x: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) -> Pending:
     """x to the rank at index `peer` of a pipeline; finishes with nothing."""
     x = x.contiguous()
-    work = dist.isend(x, group=axis.link(axis.index, backward), group_dst=peer, tag=tag)
-    return Pending([work], lambda: None, x.nbytes, keep=x)
+    message = _send(x, axis, peer, tag, axis.link(axis.index, backward))
+    return Pending([message], lambda: None, x.nbytes, keep=x)
 
 
 def receive(out: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) -> Pending:
     """What `peer` sends, into `out`; finishes with `out`."""
-    work = dist.irecv(out, group=axis.link(peer, backward), group_src=peer, tag=tag)
-    return Pending([work], lambda: out, 0)
+    return Pending([_receive(out, axis, peer, tag, axis.link(peer, backward))], lambda: out, 0)
+
+
+def _send(x: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message:
+    with waiting(axis, peer):  # where a connection is closed already, posting fails
+        return _Message(dist.isend(x, group=group, group_dst=peer, tag=tag), axis, peer)
+
+
+def _receive(out: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message:
+    with waiting(axis, peer):
+        return _Message(dist.irecv(out, group=group, group_src=peer, tag=tag), axis, peer)
 
 
 def _all_gather(out: Tensor, x: Tensor, group: Any, *, async_op: bool) -> Any:
@@ -186,8 +210,16 @@ def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0, dtype=torch.float32).to(parts[0].dtype)
 
 
+def all_reduce(x: Tensor, axis: Axis, wire_bytes: int) -> Pending:
+    """Sum of a small tensor over the axis, in place; finishes with the same bits on every rank."""
+    with waiting(axis):
+        work = dist.all_reduce(x, group=axis.group, async_op=True)
+    return Pending([_Message(work, axis)], lambda: x, wire_bytes)
+
+
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     """Sum of a small tensor over the axis, in place, at once; the same bits on every rank."""
     if axis.size > 1:
-        dist.all_reduce(x, group=axis.group)
+        with waiting(axis):
+            dist.all_reduce(x, group=axis.group)
     return x

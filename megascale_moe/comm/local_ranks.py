@@ -2,12 +2,13 @@
 
 Forking takes 0.2 s where a fresh interpreter per rank takes 10. The rendezvous is a file, gloo is bound to the
 loopback interface, so nothing listens to the network. Children die with their parent (Linux: a death signal), and
-the first rank that fails takes the others down, and is named. Ctrl-C reaches every process of a terminal: ranks leave
-it to their parent, which ends them.
+the first rank that fails takes the others down, and is named; a stopped one, when others have waited for it in vain.
+Ctrl-C reaches every process of a terminal: ranks leave it to their parent, which ends them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from megascale_moe.comm.lost import LostPeer
 
 PR_SET_PDEATHSIG = 1
 GRACE = 1.0
@@ -78,6 +81,10 @@ def _rank(
         )
         function(rank)
         dist.barrier()  # nobody leaves while a peer still talks to it
+    except LostPeer as lost:
+        time.sleep(GRACE)
+        print(f"megascale: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)
     except Exception:
         time.sleep(GRACE)
         raise
@@ -99,7 +106,7 @@ def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
         first = [rank for rank, process in enumerate(ranks) if process.exitcode]
         if first:
             time.sleep(0.2)  # the rank that knows the cause is often not the first to go
-            return _cause([process.exitcode for process in ranks], first)
+            return _cause([-signal.SIGSTOP if _stopped(process) else process.exitcode for process in ranks], first)
         if all(process.exitcode == 0 for process in ranks):
             return 0
         time.sleep(0.02)
@@ -108,23 +115,31 @@ def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
 def _cause(codes: list[int | None], first: list[int]) -> int:
     """The exit status to blame, and a line about it unless the rank explained itself (status 2).
 
-    A killed rank comes before others: they fail because it is gone. So does a rank that was `first` to fail.
+    A killed or stopped rank comes before others: they fail because it is gone. So does a rank that was `first` to fail.
     """
     failed = {rank: code for rank, code in enumerate(codes) if code}
     rank = min(failed, key=lambda rank: (failed[rank] != 2, failed[rank] > 0, rank not in first))
     code = failed[rank]
     if code < 0:
         name = signal.Signals(-code).name
-        print(f"megascale: rank {rank} was killed by {name}; all ranks are ended", file=sys.stderr, flush=True)
+        verb = "stopped" if code == -signal.SIGSTOP else "killed"
+        print(f"megascale: rank {rank} was {verb} by {name}; all ranks are ended", file=sys.stderr, flush=True)
     elif code != 2:
         print(f"megascale: rank {rank} failed with exit status {code}", file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
 
 
+def _stopped(process: BaseProcess) -> bool:
+    """True for one that is there but does not run (Linux tells): it can end only by being killed."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 def _end(ranks: Sequence[BaseProcess]) -> None:
     for process in ranks:
         if process.is_alive():
-            process.terminate()
+            (process.kill if _stopped(process) else process.terminate)()
     for process in ranks:
         process.join(5)
         if process.is_alive():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.comm.collectives import Pending
+from megascale_moe.comm.lost import LostPeer
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, check
 from megascale_moe.engine.trace import Event, Trace, now
@@ -78,12 +79,19 @@ def _releases(ops: Sequence[Op], keep: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 class _InFlight:
-    """A Pending under all the names it will fill, with its trace event."""
+    """A Pending under all the names it will fill, with the operator that started it and its trace event."""
 
-    def __init__(self, pending: Pending, names: tuple[str, ...], event: Event | None) -> None:
+    def __init__(self, pending: Pending, op: Op, event: Event | None) -> None:
         self.pending = pending
-        self.names = names
+        self.op = op
         self.event = event
+
+    def wait(self) -> Any:
+        try:
+            return self.pending.wait()
+        except LostPeer as lost:
+            lost.operator = f"{self.op.phase} {self.op.name}"
+            raise
 
 
 def resolve(values: dict[str, Any], name: str) -> Any:
@@ -91,11 +99,11 @@ def resolve(values: dict[str, Any], name: str) -> Any:
     value = values[name] if name else None
     if isinstance(value, _InFlight):
         start = now()
-        result = value.pending.wait()
+        result = value.wait()
         if value.event is not None:
             value.event.end = now()
             value.event.exposed = value.event.end - start
-        alive = {name: part for name, part in _named(value.names, result).items() if values.get(name) is value}
+        alive = {name: part for name, part in _named(value.op.writes, result).items() if values.get(name) is value}
         values.update(alive)  # a name that nothing reads was dropped already and stays so
         value = values[name]
     return value
@@ -124,7 +132,7 @@ def _step(
     if isinstance(result, Pending):
         if event is not None:
             event.wire_bytes = result.wire_bytes
-        values.update(dict.fromkeys(op.writes, _InFlight(result, op.writes, event)))
+        values.update(dict.fromkeys(op.writes, _InFlight(result, op, event)))
     else:
         values.update(_named(op.writes, result))
         if event is not None:

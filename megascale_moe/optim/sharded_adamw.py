@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw  # the function: making torch's optimizer class imports the compiler, for seconds
 
 from megascale_moe.comm.axis import Axes, Axis
-from megascale_moe.comm.collectives import Pending
+from megascale_moe.comm.collectives import Pending, all_reduce
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
@@ -266,8 +265,7 @@ def _sum_op(groups: Sequence[FlatWeights], world: Axis) -> Op:
         total = torch.stack(squares).sum()
         if world.size == 1:
             return total
-        work = dist.all_reduce(total, group=world.group, async_op=True)
-        return Pending([work], lambda: total, NORM_BYTES)
+        return all_reduce(total, world, NORM_BYTES)
 
     alone = world.size == 1
     return Op(

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megascale_moe.config import ConfigError
 from megascale_moe.engine.cost import Seconds, stem
-from megascale_moe.engine.op import Op, Phase
+from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.engine.remat import kept_names, rematerialize
 
-Keeps = Callable[[str], bool]
+Keeps = Callable[[Op, str], bool]
 
 DROPPED = frozenset({
     "ln1_out", "ln1_out_ag", "qkv", "attn_a2a", "attn_part", "attn_out", "ln2_out", "ln2_out_ag", "dispatch_in",
@@ -34,17 +34,19 @@ def base(name: str) -> str:
     return stem(name).split("@")[0]
 
 
-def keeps_all(name: str) -> bool:
+def keeps_all(op: Op, name: str) -> bool:
     """Policy "none"."""
     return True
 
 
-def keeps_paper(name: str) -> bool:
+def keeps_paper(op: Op, name: str) -> bool:
     """Policy "paper"."""
-    return not name.startswith("layers.") or base(name) not in DROPPED
+    # Where a rank has all heads of its tokens nothing is sent: this name is of attention's own result, which is kept.
+    result = base(name) == "attn_a2a" and op.stream == Stream.COMPUTE
+    return not name.startswith("layers.") or base(name) not in DROPPED or result
 
 
-def keeps_inputs(name: str) -> bool:
+def keeps_inputs(op: Op, name: str) -> bool:
     """Policy "full": layers begin with a hidden state, whose name is not of a layer."""
     return not name.startswith("layers.")
 
@@ -55,16 +57,20 @@ def keeps_within(
 ) -> Keeps:
     """Policy "budget": drop the kind of tensor that frees most bytes per second of doing it again, until the rest fits.
 
+    The last kind dropped often frees more than is needed: what of all that was dropped still fits is kept after all,
+    layer by layer, the most expensive kinds first.
+
     Args:
         sizes: bytes of each tensor of the forward list. budget: bytes of what may be kept of layers.
 
     Raises:
         ConfigError: nothing that can be dropped makes the rest fit.
     """
-    dropped: set[str] = set()
+    dropped: list[str] = []
+    spared: set[str] = set()
 
-    def keeps(name: str) -> bool:
-        return not name.startswith("layers.") or base(name) not in dropped
+    def keeps(op: Op, name: str) -> bool:
+        return not name.startswith("layers.") or base(name) not in dropped or name in spared
 
     def held() -> tuple[int, float]:
         """Bytes kept of layers, and seconds of what is made again."""
@@ -73,14 +79,15 @@ def keeps_within(
         again = sum(seconds(op) for op in made if op.phase == Phase.R)
         return sum(sizes.get(name, 0) for name in names), again
 
-    candidates = sorted({base(name) for name in kept_names(forward, backward) if name.startswith("layers.")})
+    wanted = [name for name in kept_names(forward, backward) if name.startswith("layers.")]
+    candidates = sorted({base(name) for name in wanted})
     now = held()
     while now[0] > budget:
         best: tuple[float, str, tuple[int, float]] | None = None
         for candidate in (name for name in candidates if name not in dropped):
-            dropped.add(candidate)
+            dropped.append(candidate)
             then = held()
-            dropped.discard(candidate)
+            dropped.pop()
             if then[0] < now[0]:
                 worth = (then[1] - now[1]) / (now[0] - then[0])
                 best = min(best or (worth, candidate, then), (worth, candidate, then))
@@ -89,7 +96,13 @@ def keeps_within(
                 f"overlap.activation_bytes = {budget}: with everything made again a micro-batch still keeps {now[0]:,} "
                 "bytes of this rank's layers; give at least that"
             )
-        dropped.add(best[1])
+        dropped.append(best[1])
         now = best[2]
-    final = frozenset(dropped)
-    return lambda name: not name.startswith("layers.") or base(name) not in final
+    for name in sorted((name for name in wanted if base(name) in dropped), key=lambda n: -dropped.index(base(n))):
+        spared.add(name)
+        then = held()
+        if then[0] <= budget and then[1] < now[1]:
+            now = then
+        else:
+            spared.discard(name)
+    return keeps

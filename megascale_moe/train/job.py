@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megascale_moe.comm.axis import Axes, connect, single
+from megascale_moe.comm.lost import waiting
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require
 
@@ -42,7 +43,8 @@ class Job:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            with waiting(self.axes["world"]):
+                dist.barrier()
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Run `work` on every rank; if it fails with a ConfigError on one, raise that error on all."""

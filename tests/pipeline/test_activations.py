@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megascale_moe.comm.axis import Axes, connect
+from megascale_moe.comm.axis import Axes, connect, single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.engine.remat import kept_names
@@ -109,6 +109,31 @@ def test_the_papers_set(name: str, axes: Axes) -> None:
     assert not {tensor for tensor in kept if tensor.startswith(("ln", "ffn_in", "fc2", "qkv", "attn_"))} - {
         "ln1_out.scale", "ln2_out.scale", "ln2_in",
     }  # fmt: skip
+
+
+def test_one_rank_keeps_the_result_of_attention() -> None:
+    """It has the name that the sent one has elsewhere, which is dropped: attention was done a second time."""
+    parallel, overlap = ParallelConfig(dp=1, node=1, ep=1), OverlapConfig(remat="paper")
+    c, device = model_of("mixtral-8x7b"), torch.device("meta")
+    plan = StepPlan(c, parallel, single(), torch.bfloat16, 1, device=device, overlap=overlap)
+    (stage,) = plan.stages.values()
+    again = {op.name.removeprefix(P) for op in stage.backward if op.phase == "R"}
+    assert again == {"attention_norm", "ffn_norm", "scatter", "swiglu"}
+
+
+@pytest.mark.parametrize("order", ["serial", "paper", "scheduled"])
+@pytest.mark.parametrize("remat", ["paper", "full"])
+def test_nothing_is_made_again_before_its_layers_backward(order: str, remat: str, axes: Axes) -> None:
+    """Orders made everything again at the beginning, all layers at once: the peak was that of "none"."""
+    model = replace(model_of("mixtral-8x7b"), layers=4)
+    plan = plan_of(model, axes, remat)
+    plan = replace(plan, overlap=replace(plan.overlap, order=order))  # type: ignore[arg-type]
+    (stage,) = plan.stages.values()
+    made = {name: place for place, op in enumerate(stage.backward) for name in op.writes}
+    for place, op in enumerate(stage.backward):
+        if op.phase == "R":
+            layer = int(op.name.split(".")[1])
+            assert place > made[f"d:hidden_{layer + 1}"]
 
 
 @pytest.mark.parametrize("remat", ["none", "paper", "full"])
