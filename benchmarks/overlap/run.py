@@ -47,16 +47,16 @@ CASES = {
     "352B": Case(
         ModelConfig(
             layers=1, hidden=1024, heads=16, kv_heads=4, experts=8, top_k=3, ffn_hidden=3584, shared_experts=1,
-            vocab=64, sequence_length=1024, init_std=0.02, balance_loss=0.01,
+            vocab=64, sequence_length=512, init_std=0.02, balance_loss=0.01,
         ),
-        h_ffn=14336, micros=1,
+        h_ffn=14336, micros=4,
     ),
     "DeepSeekMoE": Case(
         ModelConfig(
             layers=1, hidden=512, heads=8, kv_heads=8, experts=16, top_k=6, ffn_hidden=352, shared_experts=2,
             vocab=64, sequence_length=1024, init_std=0.02, balance_loss=0.01,
         ),
-        h_ffn=1408, micros=6,
+        h_ffn=1408, micros=4,
     ),
 }  # fmt: skip
 

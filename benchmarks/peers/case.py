@@ -1,7 +1,8 @@
-"""The common case that every side trains: its size, initial weights and token batches.
+"""The common case that every side trains: its size, initial weights, token batches and, if forced, routing.
 
 Weights are written once per run as a Mixtral checkpoint in Hugging Face naming and the tokens beside
 them, so all sides start from the same numbers and see the same batches: their losses have to agree.
+The sizes are those of case.json, which every side reads from the same folder.
 
     python case.py FOLDER [--steps N] [--seed S]
 """
@@ -18,7 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and hyper-parameters; the same for every side."""
+    """Sizes and hyper-parameters; the same for every side.
+
+    `balanced` forces the experts of a token by its position (`forced_experts`) instead of the router's choice.
+    """
 
     layers: int = 4
     hidden: int = 256
@@ -37,6 +41,7 @@ class Case:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    balanced: bool = False
 
     @property
     def head_size(self) -> int:
@@ -68,9 +73,6 @@ class Case:
             "use_cache": False,
             "torch_dtype": "float32",
         }
-
-
-CASE = Case()
 
 
 def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -138,6 +140,12 @@ def write(folder: Path, case: Case, steps: int, seed: int) -> None:
     save_file({"tokens": make_tokens(case, steps, seed + 1)}, folder / "tokens.bin")
 
 
+def read_case(folder: Path) -> Case:
+    """The case that a run has chosen."""
+    fields = json.loads((folder / "case.json").read_text())
+    return Case(**fields | {"betas": tuple(fields["betas"])})
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The initial weights, FP32, in Mixtral naming."""
     return load_file(folder / "model.safetensors")
@@ -148,13 +156,30 @@ def read_tokens(folder: Path) -> Tensor:
     return load_file(folder / "tokens.bin")["tokens"]
 
 
+def forced_experts(tokens: int, case: Case, repeated: int = 1) -> Tensor:
+    """int64 [tokens, top_k]: experts in turn by position, so that each gets equally many tokens of each rank.
+
+    Without an auxiliary loss a router collapses within a few steps, and every rank waits for the one with the loaded
+    expert. Tokens are in the order of their positions, `repeated` consecutive ones sharing one; where a rank has a
+    slice of every sequence, its positions begin at a multiple of the period and need no offset.
+    """
+    positions = torch.arange(tokens).div(repeated, rounding_mode="floor")[:, None]
+    return (positions * case.top_k + torch.arange(case.top_k)) % case.experts
+
+
+def forced_gates(probabilities: Tensor, choice: Tensor) -> Tensor:
+    """The router's probabilities of the forced experts, with sum one as Mixtral's: the router still learns."""
+    gates = probabilities.gather(-1, choice)
+    return gates / gates.sum(-1, keepdim=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write(options.folder, CASE, options.steps, options.seed)
+    write(options.folder, Case(), options.steps, options.seed)
 
 
 if __name__ == "__main__":

@@ -34,26 +34,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from case import CASE, read_tokens
+from case import Case, read_case, read_tokens
 
 GRACE_SECONDS = 20.0
-REPORTED = ("torch", "transformers", "torchtitan", "deepspeed", "megascale-moe")
+REPORTED = ("torch", "transformers", "torchtitan", "deepspeed", "megatron-core", "megascale-moe")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver asked this rank to be."""
+    """What the driver asked this rank to be.
+
+    `together` consecutive ranks get the same sequences of a step, because they share the work of each.
+    """
 
     folder: Path
+    case: Case
     dtype: torch.dtype
     rank: int
     ranks: int
     threads: int
+    together: int
     options: tuple[str, ...]
 
     @property
     def bf16(self) -> bool:
         return self.dtype == torch.bfloat16
+
+    @property
+    def sequences(self) -> range:
+        """Those of a step that this rank gets."""
+        share = self.case.sequences * self.together // self.ranks
+        first = self.rank // self.together * share
+        return range(first, first + share)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -67,10 +79,12 @@ def read_job() -> Job:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1)
     known, rest = parser.parse_known_args()
     dtype = torch.bfloat16 if known.dtype == "bf16" else torch.float32
     rank = int(os.environ.get("RANK", "0"))
-    return Job(known.folder, dtype, rank, known.ranks, known.threads, tuple(rest))
+    case = read_case(known.folder)
+    return Job(known.folder, case, dtype, rank, known.ranks, known.threads, known.together, tuple(rest))
 
 
 def serve(build: Build) -> None:
@@ -145,10 +159,16 @@ PIPES: list[subprocess.Popen[bytes]] = []
 
 
 def start_rank(rank: int, ranks: int) -> None:
-    """One more process of this script; its standard input stays open as long as we live."""
+    """One more process of this script, on its own host if there are several; its input is open as long as we live."""
     places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MEETING": str(os.getpid())}
-    command = [sys.executable, *sys.argv]
+    command = [*enter_host(rank), sys.executable, *sys.argv]
     PIPES.append(subprocess.Popen(command, env=os.environ | places, stdin=subprocess.PIPE, stdout=2))
+
+
+def enter_host(rank: int) -> list[str]:
+    """What to put before a command to run it on the host of a rank: network namespaces that HOSTS names, if any."""
+    hosts = os.environ.get("HOSTS", "").split(",")
+    return ["ip", "netns", "exec", hosts[rank]] if hosts[0] else []
 
 
 def next_count(job: Job, commands: "queue.Queue[str | None]") -> int:
@@ -166,8 +186,8 @@ class Worker:
 
     def __init__(self, job: Job, step: Step) -> None:
         self.step = step
-        share = CASE.sequences // job.ranks
-        self.tokens = read_tokens(job.folder)[:, job.rank * share : (job.rank + 1) * share].contiguous()
+        mine = job.sequences
+        self.tokens = read_tokens(job.folder)[:, mine.start : mine.stop].contiguous()
         self.done = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,16 @@ def own_folders(environment: str) -> dict[str, str]:
     return caches | {"PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
-def start(name: str, dtype: str, ranks: int, work: Path, patience: float) -> SideProcess:
-    """Start one side on the checkpoint and tokens in `work`."""
+def start(
+    name: str, dtype: str, ranks: int, work: Path, patience: float, hosts: Sequence[str] = (), interface: str = "lo"
+) -> SideProcess:
+    """Start one side on the checkpoint and tokens in `work`, on this host or each rank in a network namespace."""
     side, threads = SIDES[name], 2 if ranks == 1 else 1
-    command = [str(python_of(side.environment)), str(HERE / side.script), "--folder", str(work), "--dtype", dtype]
-    command += ["--ranks", str(ranks), "--threads", str(threads), *side.options]
-    settings = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["ip", "netns", "exec", hosts[0]] if hosts else []
+    command += [str(python_of(side.environment)), str(HERE / side.script), "--folder", str(work), "--dtype", dtype]
+    command += ["--ranks", str(ranks), "--threads", str(threads), "--together", str(side.together), *side.options]
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface}
+    settings |= {"HOSTS": ",".join(hosts)}
     settings |= own_folders(side.environment)
     settings |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return SideProcess(name, command, os.environ | settings, work / f"{name}.log", patience)
@@ -154,9 +158,14 @@ def working_folder() -> Iterator[Path]:
 
 
 class Field:
-    """All sides of one case, and what they answered. A side that fails leaves; the others go on."""
+    """All sides of one case, and what they answered. A side that fails leaves; the others go on.
 
-    def __init__(self) -> None:
+    Args:
+        sent: bytes that all ranks have sent so far, where something counts them.
+    """
+
+    def __init__(self, sent: Callable[[], int] = lambda: 0) -> None:
+        self.sent = sent
         self.running: dict[str, SideProcess] = {}
         self.answers: dict[str, list[Answer]] = {}
         self.versions: dict[str, dict[str, str]] = {}
@@ -167,9 +176,14 @@ class Field:
         self.running[side.name] = side
         try:
             self.versions[side.name] = side.answer()["versions"]
-            self.answers[side.name] = [side.run(warmup)]
+            self.answers[side.name] = [self.run(side, warmup)]
         except SideFailed as failure:
             self.drop(side.name, failure)
+
+    def run(self, side: SideProcess, steps: int) -> Answer:
+        before = self.sent()
+        answer = side.run(steps)
+        return answer | {"wire": self.sent() - before}
 
     def refuse(self, name: str, reason: str) -> None:
         print(f"!! {name} not started: {reason}", file=sys.stderr)
@@ -187,7 +201,7 @@ class Field:
         shift = number % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             try:
-                self.answers[name].append(self.running[name].run(steps))
+                self.answers[name].append(self.run(self.running[name], steps))
             except SideFailed as failure:
                 self.drop(name, failure)
 

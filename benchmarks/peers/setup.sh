@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes one virtual environment per peer, with pinned versions.
-#   ./setup.sh [FOLDER] [NAME...]     FOLDER: $PEERS_VENVS or .venvs here; NAME: transformers torchtitan deepspeed
+#   ./setup.sh [FOLDER] [NAME...]     FOLDER: $PEERS_VENVS or .venvs here; NAME: transformers torchtitan deepspeed megatron
 # Then: PEERS_VENVS=FOLDER python run.py
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -8,7 +8,7 @@ folder=${1:-${PEERS_VENVS:-$here/.venvs}}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 names=("${@:2}")
-[ ${#names[@]} -gt 0 ] || names=(transformers torchtitan deepspeed)
+[ ${#names[@]} -gt 0 ] || names=(transformers torchtitan deepspeed megatron)
 
 make_environment() { # NAME: an environment with nothing but the pinned torch in it
     [ -x "$folder/$1/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder/$1"
@@ -33,6 +33,10 @@ for name in "${names[@]}"; do
             # its first start compiles a shared-memory all-reduce; do that here, run.py looks in the same place
             PATH="$folder/$name/bin:$PATH" TORCH_EXTENSIONS_DIR="$folder/$name/extensions" DS_ACCELERATOR=cpu \
                 "$folder/$name/bin/python" -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+            ;;
+        megatron)
+            install "$name" packaging einops safetensors
+            install "$name" --no-deps megatron-core==0.16.1 # of what it depends on, the rest is only for GPUs
             ;;
         *) echo "unknown peer: $name" >&2; exit 2 ;;
     esac

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 
-from case import CASE, Case
+from case import Case
 from protocol import Job, Step, serve
 from training import next_token_loss
 
@@ -62,8 +62,8 @@ def build(job: Job) -> Step:
     model = MixtralForCausalLM.from_pretrained(job.folder, dtype=torch.float32, attn_implementation="sdpa").train()
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, CASE),
-        config=engine_config(job, options.zero, CASE),
+        model_parameters=parameter_groups(model, job.case),
+        config=engine_config(job, options.zero, job.case),
         dist_init_required=False,
     )
 

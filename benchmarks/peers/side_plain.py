@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from case import CASE, read_weights
+from case import read_weights
 from plain import Decoder
 from protocol import Job, Step, serve
 from training import Master, Plain, next_token_loss
 
 
 def build(job: Job) -> Step:
-    model = Decoder(CASE)
+    model = Decoder(job.case)
     model.load_state_dict(read_weights(job.folder))
     autocast = job.bf16 and "--autocast" in job.options
-    updater = Master(model) if job.bf16 and not autocast else Plain(model)
+    updater = Master(model, job.case) if job.bf16 and not autocast else Plain(model, job.case)
     network = DistributedDataParallel(model) if job.ranks > 1 else model
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from torchtitan.models.qwen3.sharding import set_qwen3_sharding_config
 
-from case import CASE, Case, read_weights
+from case import Case, read_weights
 from protocol import Job, Step, serve
 from training import Master, Plain, next_token_loss
 
@@ -115,6 +115,7 @@ def moe_config(case: Case, full: bool) -> object:
         score_func="softmax",
         route_norm=True,
     )
+    router._debug_force_load_balance = case.balanced  # its own option, the same experts as `forced_experts`
     return make_moe_config(num_experts=case.experts, router=router, routed_experts=experts, load_balance_coeff=None)
 
 
@@ -172,11 +173,11 @@ def renamed(weights: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
 def load(job: Job, full: bool) -> Qwen3Model:
     """The whole model on this rank with the initial weights."""
     set_spmd_backend(BACKEND)
-    config = model_config(CASE, full)
+    config = model_config(job.case, full)
     set_qwen3_sharding_config(config, enable_sp=True, enable_ep=job.ranks > 1)
     model = config.build()
     model.init_states(buffer_device=torch.device("cpu"))
-    model.load_state_dict(renamed(read_weights(job.folder), CASE))
+    model.load_state_dict(renamed(read_weights(job.folder), job.case))
     return model
 
 
@@ -219,7 +220,7 @@ def build(job: Job) -> Step:
         shard(model, job, options)
     if options.compile and (not sharded or options.experts == "full"):
         compile_blocks(model, options.experts == "full")
-    updater = Master(model) if job.bf16 and not sharded else Plain(model)
+    updater = Master(model, job.case) if job.bf16 and not sharded else Plain(model, job.case)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = next_token_loss(model(inputs), targets)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from case import Case, forced_experts, forced_gates
 from protocol import Job, Step, serve
 from training import Master, Plain, next_token_loss
 
@@ -46,6 +48,17 @@ def sharding(job: Job, options: argparse.Namespace) -> dict[str, DistributedConf
     return {"distributed_config": config}
 
 
+def force_experts(case: Case) -> None:
+    """Let every router take the experts it is told to, at the gates of its own probabilities."""
+
+    def forward(self: MixtralTopKRouter, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
+        choice = forced_experts(len(logits), case)
+        return logits, forced_gates(logits.float().softmax(-1), choice), choice
+
+    MixtralTopKRouter.forward = forward
+
+
 def load(job: Job, options: argparse.Namespace) -> nn.Module:
     return MixtralForCausalLM.from_pretrained(
         job.folder,
@@ -66,10 +79,13 @@ def compile_layers(model: nn.Module) -> None:
 
 def build(job: Job) -> Step:
     options = read_options(job)
+    if job.case.balanced:
+        force_experts(job.case)
     model = load(job, options)
     policy = bool(sharding(job, options))
     autocast = job.bf16 and not policy and options.half == "autocast"
-    updater = Master(model) if job.bf16 and not policy and not autocast else Plain(model)
+    masters = job.bf16 and not policy and not autocast
+    updater = Master(model, job.case) if masters else Plain(model, job.case)
     if options.compile:
         compile_layers(model)
     network = DistributedDataParallel(model) if job.ranks > 1 and not policy else model

@@ -11,7 +11,7 @@ class Side:
 
     `environment` names a folder made by setup.sh, or is empty for the Python that runs the driver.
     `optional` sides take part only when asked for by name: the slower of two forms that were compared.
-    `half` marks a side that computes partly in BF16 even in the FP32 case.
+    `half` marks a side that computes partly in BF16 even in the FP32 case. `together` ranks work on the same sequences.
     """
 
     script: str
@@ -21,6 +21,7 @@ class Side:
     ranks: tuple[int, ...] = (1, 2)
     optional: bool = False
     half: bool = False
+    together: int = 1
 
     def fits(self, dtype: str, ranks: int) -> bool:
         return dtype in self.dtypes and ranks in self.ranks
@@ -32,6 +33,13 @@ def transformers(*options: str, **fields: object) -> Side:
 
 def torchtitan(*options: str, **fields: object) -> Side:
     return Side(script="side_torchtitan.py", environment="torchtitan", options=options, **fields)  # type: ignore[arg-type]
+
+
+def on_cluster(name: str, *options: str, together: int = 1) -> Side:
+    """A side of four ranks, for on_cluster.py."""
+    environment = "" if name == OURS else name
+    fields = {"dtypes": ("fp32",), "ranks": (4,), "together": together, "optional": True}
+    return Side(script=f"side_{name}.py", environment=environment, options=options, **fields)  # type: ignore[arg-type]
 
 
 FULL: dict[str, object] = {"dtypes": ("fp32",)}
@@ -60,6 +68,20 @@ SIDES = {
     "torchtitan-full-keep": torchtitan("--experts=full", "--keep", **FULL, ranks=(2,), optional=True),
     "torchtitan-shard": torchtitan("--experts=shipped", "--half=shard", ranks=(1,), **HALF, optional=True),
     "deepspeed-autoep": Side(script="side_deepspeed.py", environment="deepspeed"),
+    # four ranks
+    "megascale-sp-ep": on_cluster(OURS, "--layout=sp+ep", "--order=scheduled", together=4),
+    "megascale-ep": on_cluster(OURS, "--layout=ep", "--order=scheduled"),
+    "megascale-sp-ep-serial": on_cluster(OURS, "--layout=sp+ep", together=4),
+    "megascale-sp-ep-serial-gloo": on_cluster(OURS, "--layout=sp+ep", "--gloo", together=4),
+    "megascale-tp-serial": on_cluster(OURS, "--layout=tp+tp", together=4),
+    "megascale-tp-serial-gloo": on_cluster(OURS, "--layout=tp+tp", "--gloo", together=4),
+    "megatron-tp": on_cluster("megatron", "--tp=4", "--etp=4", together=4),
+    "megatron-tp-ep": on_cluster("megatron", "--tp=4", "--ep=4", together=4),
+    "megatron-tp2-ep": on_cluster("megatron", "--tp=2", "--ep=4", "--distributed", together=2),
+    "megatron-ep": on_cluster("megatron", "--ep=4", "--distributed"),
+    "megatron-ep-replicated": on_cluster("megatron", "--ep=4"),
+    "torchtitan-ep": on_cluster("torchtitan", "--experts=full"),
+    "transformers-ep": on_cluster("transformers", "--experts=grouped_mm"),
 }
 
 

@@ -113,15 +113,24 @@ def footnotes(results: Results) -> list[str]:
 
 def plain_table(results: Results) -> str:
     """Aligned columns for a terminal."""
-    rows = [COLUMNS, *(cells(row) for row in summarize(results))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned([COLUMNS, *(cells(row) for row in summarize(results))])
     return "\n".join(["", title(results), origin(results), "", *lines, *footnotes(results)])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def markdown(results: Results) -> str:
     """The same for README.md."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in summarize(results))]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = piped([COLUMNS, *(cells(row) for row in summarize(results))])
     notes = [f"- {note}" for note in footnotes(results)]
     return "\n".join([f"### {title(results)}", "", origin(results), "", *lines, *(["", *notes] if notes else [])])
+
+
+def piped(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, the first row being its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]

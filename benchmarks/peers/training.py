@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from case import CASE, Case
+from case import Case
 
 
 class Updater(Protocol):
@@ -28,7 +28,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def adamw(parameters: Iterable[nn.Parameter], case: Case = CASE) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], case: Case) -> torch.optim.AdamW:
     """Fused AdamW; decay on matrices, groups that never mix meshes."""
     groups: dict[tuple[object, float], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -64,7 +64,7 @@ def whole(tensor: Tensor) -> Tensor:
 class Plain:
     """Clip, step, forget the gradients."""
 
-    def __init__(self, model: nn.Module, case: Case = CASE) -> None:
+    def __init__(self, model: nn.Module, case: Case) -> None:
         self.parameters = list(model.parameters())
         self.limit = case.clip
         self.optimizer = adamw(self.parameters, case)
@@ -78,7 +78,7 @@ class Plain:
 class Master:
     """The same with a BF16 model: FP32 weights and optimizer state here, a BF16 copy in the model."""
 
-    def __init__(self, model: nn.Module, case: Case = CASE) -> None:
+    def __init__(self, model: nn.Module, case: Case) -> None:
         self.working = list(model.parameters())
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.working]
         for parameter in self.working:  # not model.to(): buffers such as rotary frequencies stay FP32

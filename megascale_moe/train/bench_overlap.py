@@ -78,8 +78,8 @@ def variants(parallel: ParallelConfig) -> list[Variant]:
         Variant("sp+ep, scheduled, split by rank, paper's remat", both,
                 OverlapConfig(order="scheduled", split="by rank", remat="paper")),
         Variant("sp+ep, scheduled, two micro-batches", both, OverlapConfig(order="scheduled", micro_batches=2)),
-        Variant("sp+ep, scheduled, two micro-batches, paper's remat", both,
-                OverlapConfig(order="scheduled", micro_batches=2, remat="paper")),
+        Variant("sp+ep, scheduled, two micro-batches, split in 2", both,
+                OverlapConfig(order="scheduled", micro_batches=2, split="2")),
     ]  # fmt: skip
 
 
