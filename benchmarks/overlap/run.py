@@ -2,7 +2,8 @@
 
     python benchmarks/overlap/run.py --write      # as root; a quarter of an hour on a quiet machine of two cores
 
-Four ranks on a cluster of network namespaces (benchmarks/cluster). The layers are small copies with the proportions of
+Ranks on a cluster of network namespaces (benchmarks/cluster), four or with `--ranks 8` as many as a node of the paper
+has. The layers are small copies with the proportions of
 the paper's (experts, top-k, heads per key head, expert width per hidden size); the links are set so that R, the ratio
 of computation to communication of an expert, is that of a rank of an 8-GPU H800 node with the real layer's width.
 """
@@ -30,8 +31,7 @@ from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfi
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
 from megascale_moe.parallel import experts  # noqa: E402
 from megascale_moe.train.bench_overlap import bench_overlap, document  # noqa: E402
-
-RANKS = 4
+from megascale_moe.train.hardware import available_cores  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Case:
 CASES = {
     "352B": Case(
         ModelConfig(
-            layers=1, hidden=1024, heads=16, kv_heads=4, experts=8, top_k=3, ffn_hidden=3584, shared_experts=1,
+            layers=1, hidden=1024, heads=32, kv_heads=8, experts=8, top_k=3, ffn_hidden=3584, shared_experts=1,
             vocab=64, sequence_length=512, init_std=0.02, balance_loss=0.01,
         ),
         h_ffn=14336, micros=4,
@@ -86,13 +86,13 @@ def on_rank(config: Config, rounds: int) -> list[dict[str, Any]]:
     return bench_overlap(config, dist.get_world_size(), rounds, progress)
 
 
-def measure(name: str, rounds: int, scale: float, dtype: str) -> dict[str, Any]:
+def measure(name: str, ranks: int, rounds: int, scale: float, dtype: str) -> dict[str, Any]:
     """One case on links `scale` times those in proportion."""
     case = CASES[name]
-    rates = gemm_rates(RANKS)
+    rates = gemm_rates(ranks)
     links = balance(NODES["h800"], dtype, rates)
     width = case.h_ffn / case.model.ffn_hidden
-    shape = Shape(RANKS, RANKS, links.intra * width * scale, links.inter * width * scale)
+    shape = Shape(ranks, ranks, links.intra * width * scale, links.inter * width * scale)
     node = NODES["h800"]
     real = ratio(case.h_ffn, node.nvlink, node.peak, 2)
     here = ratio(case.model.ffn_hidden, shape.intra / 8, rates[dtype], 4 if dtype == "fp32" else 2)
@@ -101,17 +101,17 @@ def measure(name: str, rounds: int, scale: float, dtype: str) -> dict[str, Any]:
         f"R of the node {real:.2f}, of the cluster {here:.2f}", file=sys.stderr, flush=True,
     )  # fmt: skip
     config = Config(
-        model=case.model, parallel=ParallelConfig(dp=1, node=RANKS),
+        model=case.model, parallel=ParallelConfig(dp=1, node=ranks),
         train=TrainConfig(global_batch=case.micros, micro_batch=1, dtype=dtype),  # type: ignore[arg-type]
     )  # fmt: skip
     with cluster(shape) as made:
         before = made.traffic()
         rows = run_on_cluster(made, on_rank, config, rounds, timeout=1800.0)[0]
         sent = [asdict(now - then) for now, then in zip(made.traffic(), before, strict=True)]
-    found = document(config, RANKS, rows)
+    found = document(config, ranks, rows)
     return found | {
         "case": name, "gemm_flops": rates, "link_bits_per_s": shape.intra, "R_node": real, "R_cluster": here,
-        "counters": sent, "link_scale": scale, "dtype": dtype,
+        "counters": sent, "link_scale": scale, "dtype": dtype, "cores": min(available_cores(), ranks),
     }  # fmt: skip
 
 
@@ -119,13 +119,15 @@ def table(found: dict[str, Any]) -> str:
     """For people: tokens/s and ratios to the first variant."""
     rows = found["rows"]
     first = rows[0]
-    heads = ("", "ms", "spread", "tokens/s", "x", "exposed ms", "of the first's", "alone: computing", "communicating",
-             "ms over the longer")  # fmt: skip
+    heads = ("", "ms", "spread", "tokens/s", "x", "ranks wait ms", "of the first's", "cores idle ms", "of the first's",
+             "alone: computing", "communicating", "ms over the longer")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     lines += [
         f"| {row['variant']} | {row['median'] * 1e3:.0f} | {row['spread'] * 1e3:.0f} | {row['tokens_per_s']:.0f} | "
         f"{first['median'] / row['median']:.2f} | {row['exposed_s'] * 1e3:.0f} | "
-        f"{row['exposed_s'] / first['exposed_s']:.0%} | {row['computing_alone_s'] * 1e3:.0f} | "
+        f"{row['exposed_s'] / first['exposed_s']:.0%} | {idle(row, found) * 1e3:.0f} | "
+        f"{idle(row, found) / idle(first, found):.0%} | "
+        f"{row['computing_alone_s'] * 1e3:.0f} | "
         f"{row['communicating_alone_s'] * 1e3:.0f} | "
         f"{row['median'] / max(row['computing_alone_s'], row['communicating_alone_s']):.2f} |"
         for row in rows
@@ -133,20 +135,34 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def idle(row: dict[str, Any], found: dict[str, Any]) -> float:
+    """Seconds of a step in which a core of this machine had nothing to do: ranks that share cores wait for each other
+    also where every core is busy.
+    """
+    return float(row["median"] - row["cpu_s"] / found["cores"])
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--link-scale", type=float, default=1.0, help="links times this")
+    parser.add_argument("--link-scale", type=float, default=1.0, help="links times this; 0.43: see README.md")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--write", action="store_true", help="write results-CASE.json")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print results and do nothing else")
     options = parser.parse_args()
+    for path in options.table or []:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{path.name}\n\n{table(found)}\n")
+    if options.table:
+        return
     for name in CASES if options.case == "all" else [options.case]:
-        found = measure(name, options.rounds, options.link_scale, options.dtype)
+        found = measure(name, options.ranks, options.rounds, options.link_scale, options.dtype)
         print(f"\n{name}\n\n{table(found)}\n", flush=True)
         if options.write:
-            path = HERE / f"results-{name}-{options.dtype}-x{options.link_scale:g}.json"
+            path = HERE / f"results-{name}-{options.dtype}-{options.ranks}-ranks-x{options.link_scale:g}.json"
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

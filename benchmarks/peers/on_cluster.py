@@ -46,11 +46,15 @@ KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": 
 NODE = "h800"
 SPEEDS = "0.25,1,2.25"
 """The network cards of an H800 node (50 GB/s a GPU), its NVLink (200), and the NVLink of an H100 (450)."""
-REAL_WIDTH = 14336  # of an expert of Mixtral-8x7B, of which the case is a copy: 3.5 times the hidden size
 MIXTRAL = Case(
     layers=2, hidden=512, heads=16, kv_heads=4, experts=8, top_k=2, expert_width=1792, vocabulary=1024,
     sequence=1024, sequences=4, balanced=True,
 )  # fmt: skip
+CASES = {
+    "mixtral": (MIXTRAL, 14336),
+    "deepseekmoe": (replace(MIXTRAL, heads=8, kv_heads=8, experts=16, top_k=6, expert_width=352), 1408),
+}
+"""Copies in proportion (the second without shared experts, which Mixtral's form has not), and the real expert width."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,12 @@ class Links:
     speed: float
     flops: float
     bits: float
+    real_width: int
 
     def record(self, case: Case) -> dict[str, float]:
         """For the results: R, computation over communication of an expert, of the node over NVLink and here."""
         node = NODES[NODE]
-        real = ratio(REAL_WIDTH, node.nvlink, node.peak, 2)
+        real = ratio(self.real_width, node.nvlink, node.peak, 2)
         here = ratio(case.expert_width, self.bits / 8, self.flops, 4)
         return {"speed": self.speed, "flops": self.flops, "bits_per_s": self.bits, "R_node": real, "R_cluster": here}
 
@@ -75,6 +80,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--heats", default=",".join(HEATS), help="what is measured together")
     parser.add_argument("--sides", help=f"one heat of these instead; comma-separated, of {', '.join(names)}")
     parser.add_argument("--speeds", default=SPEEDS, help=f"of the links, 1 being NVLink's; by default {SPEEDS}")
+    parser.add_argument("--case", choices=CASES, default="mixtral")
     parser.add_argument("--layers", type=int, default=MIXTRAL.layers)
     parser.add_argument("--sequences", type=int, default=MIXTRAL.sequences, help="of a step")
     parser.add_argument("--rounds", type=int, default=8)
@@ -82,15 +88,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=6, help="unmeasured steps of each side; ours measures three")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds a side may stay silent")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for cluster-xSPEED-HEAT.json")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print results files and do nothing else")
     return parser.parse_args()
 
 
-def links_in_proportion(case: Case) -> tuple[float, float]:
+def links_in_proportion(case: Case, real_width: int) -> tuple[float, float]:
     """FLOP/s of a rank, and bits/s of its link so that R is that of the node with the real width."""
     flops = gemm_rates(RANKS)
-    return flops["fp32"], balance(NODES[NODE], "fp32", flops).intra * REAL_WIDTH / case.expert_width
+    return flops["fp32"], balance(NODES[NODE], "fp32", flops).intra * real_width / case.expert_width
 
 
 def heats(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -133,14 +139,15 @@ def enter_all(field: Field, names: list[str], made: Cluster, options: argparse.N
 def run_speeds(options: argparse.Namespace) -> int:
     """One results file per speed and heat; 1 if a side failed or its losses differ."""
     os.environ |= KEEP_FREED
-    case = replace(MIXTRAL, layers=options.layers, sequences=options.sequences)
-    flops, bits = links_in_proportion(case)
+    case, real_width = CASES[options.case]
+    case = replace(case, layers=options.layers, sequences=options.sequences)
+    flops, bits = links_in_proportion(case, real_width)
     options.results.mkdir(parents=True, exist_ok=True)
     sound = True
     for speed, heat in itertools.product(map(float, options.speeds.split(",")), heats(options).items()):
         name, names = heat
-        results = measure(options, names, case, Links(speed, flops, bits * speed))
-        path = options.results / f"cluster-x{speed:g}-{name}.json"
+        results = measure(options, names, case, Links(speed, flops, bits * speed, real_width))
+        path = options.results / f"cluster-{options.case}-x{speed:g}-{name}.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(plain_table(results), flush=True)
         sound = sound and not results["failures"] and all(row["agrees"] for row in summarize(results))

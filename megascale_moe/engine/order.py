@@ -9,7 +9,9 @@ their bits).
     paper       by hand, as the paper does: in backward a weight gradient goes behind the next communication, what is
                 made again goes behind the communication before it, and communications start as soon as they can
     scheduled   by a list scheduler from the operators' times: at each point the operator that can run at once, the one
-                with the longest way to the end first; weight gradients have the shortest way and so fill the waits
+                with the longest way to the end first; weight gradients have the shortest way and so fill the waits, but
+                those of a layer are done before the next layer computes: what they read could otherwise not die, nor
+                could their sums leave, until the end of the list
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megascale_moe.engine.cost import Seconds
+from megascale_moe.engine.cost import LAYER, Seconds
 from megascale_moe.engine.op import Op, Phase, Stream
 
 
@@ -117,6 +119,7 @@ def _early_communication(ops: Sequence[Op]) -> list[Op]:
 def scheduled_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
     """List scheduling (Graham 1966) on one computing stream and the links, priority the longest way to the end."""
     before = dependencies(ops)
+    _bound(ops, before)
     after: list[list[int]] = [[] for _ in ops]
     for place, needed in enumerate(before):
         for source in needed:
@@ -137,6 +140,20 @@ def scheduled_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
             if not missing[follower]:
                 state.add(follower, max(ends[source] for source in before[follower]))
     return [ops[place] for place in done]
+
+
+def _bound(ops: Sequence[Op], before: list[set[int]]) -> None:
+    """Let what a layer's backward computes wait for the weight gradients of the layer above it."""
+    weights: set[int] = set()
+    above: dict[str, set[int]] = {}
+    for place, op in enumerate(ops):
+        layer = LAYER.search(op.name)
+        if layer is not None and op.phase == Phase.W:
+            weights.add(place)
+        elif layer is not None and op.phase == Phase.B and op.stream == Stream.COMPUTE:
+            if layer[0] not in above:
+                above[layer[0]], weights = weights, set()
+            before[place] |= above[layer[0]]
 
 
 def best_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -75,8 +76,6 @@ def variants(parallel: ParallelConfig) -> list[Variant]:
         Variant("sp+ep, scheduled", both, OverlapConfig(order="scheduled")),
         Variant("sp+ep, scheduled, split in 2", both, OverlapConfig(order="scheduled", split="2")),
         Variant("sp+ep, scheduled, split by rank", both, OverlapConfig(order="scheduled", split="by rank")),
-        Variant("sp+ep, scheduled, split by rank, paper's remat", both,
-                OverlapConfig(order="scheduled", split="by rank", remat="paper")),
         Variant("sp+ep, scheduled, two micro-batches", both, OverlapConfig(order="scheduled", micro_batches=2)),
         Variant("sp+ep, scheduled, two micro-batches, split in 2", both,
                 OverlapConfig(order="scheduled", micro_batches=2, split="2")),
@@ -101,6 +100,7 @@ class Runner:
         self.seconds: list[float] = []
         self.exposed: list[float] = []
         self.communication: list[float] = []
+        self.cpu: list[float] = []
         self.computing_alone: list[float] = []
         self.communicating_alone: list[float] = []
         self.wire_bytes = 0
@@ -147,10 +147,12 @@ class Runner:
 
     def step(self) -> None:
         """Forward and backward of all micro-batches; then each of the two things it consists of."""
+        cpu = time.process_time()
         trace, took = self._run(self.program)
+        self.cpu.append(_over_ranks(time.process_time() - cpu, self.world, dist.ReduceOp.SUM))
         self.seconds.append(took)
-        self.exposed.append(_slowest(trace.exposed, self.world))
-        self.communication.append(_slowest(trace.communication, self.world))
+        self.exposed.append(_over_ranks(trace.exposed, self.world))
+        self.communication.append(_over_ranks(trace.communication, self.world))
         self.wire_bytes = sum(trace.wire_bytes().values())
         self.computing_alone.append(self._run(self.computing)[1])
         self.communicating_alone.append(self._communicate())
@@ -163,7 +165,7 @@ class Runner:
         out = program.run(dict(self.values), self.weights, self.sinks, trace, observe)
         for name in list(out):
             resolve(out, name)
-        return trace, _slowest(now() - start, self.world)
+        return trace, _over_ranks(now() - start, self.world)
 
     def _communicate(self) -> float:
         _barrier(self.world)
@@ -172,7 +174,7 @@ class Runner:
             pending = message()
             if isinstance(pending, Pending):
                 pending.wait()
-        return _slowest(now() - start, self.world)
+        return _over_ranks(now() - start, self.world)
 
     def row(self) -> dict[str, Any]:
         """The result."""
@@ -182,7 +184,8 @@ class Runner:
         return {
             "variant": self.variant.name, "median": middle, "spread": high - low, "unit": "s",
             "tokens_per_s": tokens / middle, "exposed_s": median(self.exposed),
-            "communication_s": median(self.communication), "wire_bytes": self.wire_bytes, "pieces": self.plan.pieces,
+            "cpu_s": median(self.cpu), "communication_s": median(self.communication),
+            "wire_bytes": self.wire_bytes, "pieces": self.plan.pieces,
             "computing_alone_s": median(self.computing_alone),
             "communicating_alone_s": median(self.communicating_alone), "all": self.seconds,
             "all_computing_alone": self.computing_alone, "all_communicating_alone": self.communicating_alone,
@@ -200,11 +203,11 @@ def _barrier(world: int) -> None:
         dist.barrier()
 
 
-def _slowest(seconds: float, world: int) -> float:
-    """Over all ranks."""
+def _over_ranks(seconds: float, world: int, how: Any = dist.ReduceOp.MAX) -> float:
+    """The slowest rank's, or all together."""
     value = torch.tensor(seconds, dtype=torch.float64)
     if world > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=how)
     return float(value)
 
 

@@ -198,6 +198,18 @@ def test_scheduler_fills_a_wait_with_what_nobody_waits_for() -> None:
     assert makespan(simulate(order, seconds)) == 6 < makespan(simulate(ops, seconds)) == 10
 
 
+def test_weight_gradients_are_done_before_the_next_layer_computes() -> None:
+    """They have the shortest way to the end: all of them came last, and with them what they read and their sums."""
+    ops = lists_of(plan_of(dispatch="all_gather", config=replace(SHARED, layers=4)))[1]
+    order = scheduled_order(ops, Rates().seconds)
+    layers = [int(op.name.split(".")[1]) for op in order if op.phase == Phase.W and op.name.startswith("layers.")]
+    assert layers == sorted(layers, reverse=True)
+    for layer in (2, 1, 0):
+        inputs = [op for op in order if op.phase == Phase.B and op.stream == Stream.COMPUTE]
+        computes = next(place for place, op in enumerate(order) if op in inputs and f"layers.{layer}." in op.name)
+        assert all(op.phase != Phase.W or f"layers.{layer + 1}." not in op.name for op in order[computes:])
+
+
 @pytest.mark.parametrize("name", ["gqa", "capacity", "mla", "top-1-gated"])
 def test_scheduled_order_is_never_slower_by_its_own_measure(name: str) -> None:
     rates = Rates(links={Stream.INTRA: 1e8, Stream.INTER: 1e8})
