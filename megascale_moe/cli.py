@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from rich.console import Console
@@ -102,29 +102,26 @@ def _parser() -> argparse.ArgumentParser:
     description = "Communication-efficient training of Mixture-of-Experts models."
     parser = _Parser(prog="megascale", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "train", help="train a model; starts its own local ranks, or is one rank under torchrun", allow_abbrev=False,
+    run = _command(
+        commands, "train", help="train a model; starts its own local ranks, or is one rank under torchrun",
         usage="megascale train CONFIG.toml [--section.key=value ...] [--nproc N] [--resume] [--json]",
         epilog="Any config key can be overridden: --parallel.ep=4 --train.steps=100. Exit status: 0 fine, 1 it failed, "
         "2 the input is wrong, 130 interrupted.",
     )
     run.add_argument("config", metavar="CONFIG.toml", help="what to train, and how; see configs/")
-    run.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as the mesh needs)")
+    _add_nproc(run, "as the mesh needs")
     run.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
-    run.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    proof = commands.add_parser(
-        "verify", help="show that outputs and gradients of every layout are those of one device", allow_abbrev=False,
+    proof = _command(
+        commands, "verify", help="show that outputs and gradients of every layout are those of one device",
         usage="megascale verify CONFIG.toml [--section.key=value ...] [--nproc N] [--only] [--json]",
         epilog="Scales the config's model down and runs a training step of every layout that fits N ranks. Exit "
         "status: 0 all right, 1 a layout differs (the first operator that does is named), 2 the input is wrong.",
     )
     proof.add_argument("config", metavar="CONFIG.toml", help="the model and its layout; see configs/")
-    proof.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as many as GPUs, or 8)")
+    _add_nproc(proof, "as many as GPUs, or 8")
     proof.add_argument("--only", action="store_true", help="verify the config's own layout alone")
-    proof.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    dry = commands.add_parser(
-        "dryrun", help="what one rank of a job of any size holds, sends and computes, without the job",
-        allow_abbrev=False,
+    dry = _command(
+        commands, "dryrun", help="what one rank of a job of any size holds, sends and computes, without the job",
         usage="megascale dryrun CONFIG.toml --gpus N [--rank R] [--section.key=value ...] [--skip-messages] [--json]",
         epilog="Runs the training step of one rank on fake process groups and tensors without storage. Exit status: 0 "
         "fine, 1 ranks disagree about a message, 2 the input is wrong.",
@@ -133,20 +130,18 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--gpus", type=_count, required=True, metavar="N", help="ranks of the job")
     dry.add_argument("--rank", type=_place, default=0, metavar="R", help="the rank that is run (default: 0)")
     dry.add_argument("--skip-messages", action="store_true", help="do not compare the messages of all ranks")
-    dry.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    measure = commands.add_parser(
-        "bench", help="measure what layouts, orders and splits bring on the ranks at hand", allow_abbrev=False,
+    measure = _command(
+        commands, "bench", help="measure what layouts, orders and splits bring on the ranks at hand",
         usage="megascale bench overlap CONFIG.toml [--nproc N] [--rounds N] [--section.key=value ...] [--json]",
         epilog="Forward and backward of the config's model, all variants interleaved. Exit status: 0 fine, 2 the input "
         "is wrong.",
     )
     measure.add_argument("name", choices=["overlap"], help="what to measure")
     measure.add_argument("config", metavar="CONFIG.toml", help="the model, the batch, and dp and node of its mesh")
-    measure.add_argument("--nproc", type=_count, metavar="N", help="ranks to start here (default: as the mesh needs)")
+    _add_nproc(measure, "as the mesh needs")
     measure.add_argument("--rounds", type=_count, default=5, metavar="N", help="measured rounds (default: 5)")
-    measure.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    page = commands.add_parser(
-        "report", help="one page about a run: its step, what travels, memory, curves", allow_abbrev=False,
+    page = _command(
+        commands, "report", help="one page about a run: its step, what travels, memory, curves",
         usage="megascale report RUN | CONFIG.toml [--out PATH] [--gpus N] [--section.key=value ...] [--json]",
         epilog="Writes report.html into the run folder, or beside the TOML file. Exit status: 0 fine, 2 the input is "
         "wrong.",
@@ -154,12 +149,19 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("source", metavar="RUN", help="a run folder, or a TOML file for a plan without a run")
     page.add_argument("--out", type=Path, metavar="PATH", help="where to write the page")
     page.add_argument("--gpus", type=_count, metavar="N", help="ranks of a plan (default: as the mesh needs)")
-    page.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    examine = commands.add_parser(
-        "doctor", help="what this machine has, what will be used, what is missing", allow_abbrev=False
-    )
-    examine.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    _command(commands, "doctor", help="what this machine has, what will be used, what is missing")
     return parser
+
+
+def _command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+    """A command, with what every command takes."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **texts)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    return parser
+
+
+def _add_nproc(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--nproc", type=_count, metavar="N", help=f"ranks to start here (default: {default})")
 
 
 def _count(text: str) -> int:

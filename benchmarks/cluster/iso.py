@@ -73,10 +73,15 @@ def ratio(h_ffn: int, bandwidth: float, flops: float, itemsize: int) -> float:
     return 3 * h_ffn * bandwidth / (itemsize * flops)
 
 
-def balance(node: Node, dtype: str, flops: dict[str, float]) -> Balance:
-    """The links for ranks that compute with `flops` (FLOP/s by dtype), to 0.1 Mbit/s."""
+def balance(node: Node, dtype: str, flops: dict[str, float], width: float = 1.0) -> Balance:
+    """The links for ranks that compute with `flops` (FLOP/s by dtype), to 0.1 Mbit/s.
+
+    Args:
+        width: of the real model's experts over those of a copy, whose R is that much smaller on equal links.
+    """
     intra, inter = (
-        round(flops[dtype] * bytes_s / node.peak * ITEMSIZE[dtype] / 2 * 8, -5) for bytes_s in (node.nvlink, node.nic)
+        round(width * flops[dtype] * bytes_s / node.peak * ITEMSIZE[dtype] / 2 * 8, -5)
+        for bytes_s in (node.nvlink, node.nic)
     )
     return Balance(node, dtype, flops, intra, inter)
 

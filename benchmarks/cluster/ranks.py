@@ -8,7 +8,6 @@ is found by its namespace.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cluster.cluster import NAMESPACES, Cluster
+from megascale_moe.comm.local_ranks import stopped
 from megascale_moe.config import require
 
 CLONE_NEWNET = 0x40000000
@@ -198,17 +198,10 @@ def _wait(ranks: Sequence[BaseProcess]) -> tuple[int, int]:
         first = [rank for rank, process in enumerate(ranks) if process.exitcode]
         if first:
             time.sleep(GATHER)
-            return _blame([-signal.SIGSTOP if _stopped(p) else p.exitcode for p in ranks], first)
+            return _blame([-signal.SIGSTOP if stopped(p) else p.exitcode for p in ranks], first)
         if all(process.exitcode == 0 for process in ranks):
             return 0, 0
         time.sleep(0.02)
-
-
-def _stopped(process: BaseProcess) -> bool:
-    """True for one that is there but does not run: others notice only at the timeout of a collective."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
-    return False
 
 
 def _blame(codes: Sequence[int | None], first: Sequence[int]) -> tuple[int, int]:
@@ -222,7 +215,7 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
     """Ask, wait, kill; one that is stopped cannot hear."""
     for process in ranks:
         if process.is_alive():
-            (process.kill if _stopped(process) else process.terminate)()
+            (process.kill if stopped(process) else process.terminate)()
     limit = time.monotonic() + PATIENCE
     for process in ranks:
         process.join(max(0.0, limit - time.monotonic()))

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -40,6 +40,7 @@ from megascale_moe.engine.trace import now  # noqa: E402
 from megascale_moe.parallel import experts  # noqa: E402
 from megascale_moe.train.data import Batch  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
+from megascale_moe.train.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
 RANKS, NODE, H_FFN = 4, 2, 14336
@@ -108,10 +109,8 @@ class Runner:
         dist.barrier()
         start = now()
         self.trainer.step(mine, self.config.train.global_batch * MODEL.sequence_length)
-        took = torch.tensor(now() - start)
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)
         self.done += 1
-        return float(took)
+        return over_ranks(now() - start, RANKS)
 
 
 def on_rank(
@@ -140,12 +139,11 @@ def on_rank(
 def measure(layout: str, sequences: int, rounds: int, passes: int) -> dict[str, Any]:
     """Alternately on links in proportion and on those where only traffic between nodes is free."""
     rates = gemm_rates(RANKS)
-    links = balance(NODES["h800"], "fp32", rates)
-    width = H_FFN / MODEL.ffn_hidden
+    links = balance(NODES["h800"], "fp32", rates, H_FFN / MODEL.ffn_hidden)
     shapes = {
-        "in proportion": Shape(RANKS, NODE, links.intra * width, links.inter * width),
-        TENTH: Shape(RANKS, NODE, links.intra * width, links.inter * width / 10),
-        FREE: Shape(RANKS, NODE, links.intra * width, FAST),
+        "in proportion": Shape(RANKS, NODE, links.intra, links.inter),
+        TENTH: Shape(RANKS, NODE, links.intra, links.inter / 10),
+        FREE: Shape(RANKS, NODE, links.intra, FAST),
     }
     print(
         f"links {shapes[FREE].intra / 1e6:.0f} and {shapes['in proportion'].inter / 1e6:.0f} Mbit/s; R inside a node "
@@ -180,11 +178,11 @@ def measure(layout: str, sequences: int, rounds: int, passes: int) -> dict[str, 
 def row(variant: Variant, seconds: dict[str, list[float]], needed: float) -> dict[str, Any]:
     """Of one variant; `needed`: seconds in which the link carries what it sends."""
     with_links, free = (median(seconds[kind]) for kind in (variant.links, FREE))
-    low, _, high = quantiles(seconds[variant.links], n=4)
     exposed = with_links - free
     return {
-        "variant": variant.name, "links": variant.links, "median": with_links, "spread": high - low, "unit": "s",
-        "free_s": free, "exposed_s": exposed, "needed_s": needed, "hidden": 1 - exposed / needed, "all": seconds,
+        "variant": variant.name, "links": variant.links, "unit": "s",
+        "median": with_links, "spread": spread(seconds[variant.links]), "free_s": free,
+        "exposed_s": exposed, "needed_s": needed, "hidden": 1 - exposed / needed, "all": seconds,
     }  # fmt: skip
 
 

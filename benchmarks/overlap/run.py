@@ -90,9 +90,8 @@ def measure(name: str, ranks: int, rounds: int, scale: float, dtype: str) -> dic
     """One case on links `scale` times those in proportion."""
     case = CASES[name]
     rates = gemm_rates(ranks)
-    links = balance(NODES["h800"], dtype, rates)
-    width = case.h_ffn / case.model.ffn_hidden
-    shape = Shape(ranks, ranks, links.intra * width * scale, links.inter * width * scale)
+    links = balance(NODES["h800"], dtype, rates, case.h_ffn / case.model.ffn_hidden)
+    shape = Shape(ranks, ranks, links.intra * scale, links.inter * scale)
     node = NODES["h800"]
     real = ratio(case.h_ffn, node.nvlink, node.peak, 2)
     here = ratio(case.model.ffn_hidden, shape.intra / 8, rates[dtype], 4 if dtype == "fp32" else 2)

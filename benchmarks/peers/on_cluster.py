@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from benchmarks.cluster.cluster import Cluster, Shape, cluster
 from benchmarks.cluster.iso import NODES, balance, gemm_rates, ratio
 from case import Case
 from cluster_table import markdown, plain_table
-from run import MEMORY_NEEDED, Field, describe, memory, say, start, working_folder
+from run import MEMORY_NEEDED, Field, describe, memory, run_or_print, say, start, working_folder
 from sides import SIDES, choose
 from table import summarize
 
@@ -96,7 +95,7 @@ def read_options() -> argparse.Namespace:
 def links_in_proportion(case: Case, real_width: int) -> tuple[float, float]:
     """FLOP/s of a rank, and bits/s of its link so that R is that of the node with the real width."""
     flops = gemm_rates(RANKS)
-    return flops["fp32"], balance(NODES[NODE], "fp32", flops).intra * real_width / case.expert_width
+    return flops["fp32"], balance(NODES[NODE], "fp32", flops, real_width / case.expert_width).intra
 
 
 def heats(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -154,14 +153,5 @@ def run_speeds(options: argparse.Namespace) -> int:
     return 0 if sound else 1
 
 
-def main() -> int:
-    options = read_options()
-    if options.table:
-        print("\n\n".join(markdown(json.loads(path.read_text())) for path in options.table))
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run_speeds(options)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_or_print(read_options(), run_speeds, markdown))

@@ -297,14 +297,16 @@ def run_cases(options: argparse.Namespace) -> int:
     return 0 if sound else 1
 
 
-def main() -> int:
-    options = read_options()
+def run_or_print(
+    options: argparse.Namespace, run: Callable[[argparse.Namespace], int], as_markdown: Callable[[Answer], str]
+) -> int:
+    """Measure, or print results that there are; the exit status."""
     if options.table:
-        print("\n\n".join(markdown(json.loads(path.read_text())) for path in options.table))
+        print("\n\n".join(as_markdown(json.loads(path.read_text())) for path in options.table))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run_cases(options)
+    return run(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_or_print(read_options(), run_cases, markdown))

@@ -1,5 +1,6 @@
 """Results of one case as a table: medians over rounds, ratios to ours, and whether the losses agree."""
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -8,19 +9,20 @@ Row = dict[str, Any]
 # Relative difference of losses that counts as the same training: sums in another order in FP32,
 # rounding to BF16 (8 bits of mantissa, averaged over 4,096 tokens) otherwise.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-3}
-COLUMNS = [
-    "side",
-    "tokens/s",
-    "min - max",
-    "CPU ms/step",
-    "speed",
-    "CPU",
-    "GiB",
-    "others",
-    "loss",
-    "difference",
-    "agrees",
-]
+CELLS: dict[str, Callable[[Row], str]] = {
+    "side": lambda row: row["side"],
+    "tokens/s": lambda row: f"{row['tokens_per_s']:.0f}",
+    "min - max": lambda row: f"{row['slowest']:.0f} - {row['fastest']:.0f}",
+    "CPU ms/step": lambda row: f"{row['cpu_ms']:.0f}",
+    "speed": lambda row: f"{row['speed_ratio']:.2f}",
+    "CPU": lambda row: f"{row['cpu_ratio']:.2f}",
+    "GiB": lambda row: f"{row['memory_gib']:.1f}",
+    "others": lambda row: f"{row['others']:.2f}",
+    "loss": lambda row: f"{row['loss']:.4f}",
+    "difference": lambda row: f"{row['difference']:.0e}",
+    "agrees": lambda row: "yes" if row["agrees"] else "NO",
+}
+"""Columns by name: what they show of a row."""
 
 
 def summarize(results: Results) -> list[Row]:
@@ -74,21 +76,9 @@ def all_losses(answers: list[Row]) -> list[float]:
     return [loss for answer in answers for loss in answer["losses"]]
 
 
-def cells(row: Row) -> list[str]:
-    """One row as text."""
-    return [
-        row["side"],
-        f"{row['tokens_per_s']:.0f}",
-        f"{row['slowest']:.0f} - {row['fastest']:.0f}",
-        f"{row['cpu_ms']:.0f}",
-        f"{row['speed_ratio']:.2f}",
-        f"{row['cpu_ratio']:.2f}",
-        f"{row['memory_gib']:.1f}",
-        f"{row['others']:.2f}",
-        f"{row['loss']:.4f}",
-        f"{row['difference']:.0e}",
-        "yes" if row["agrees"] else "NO",
-    ]
+def grid(found: list[Row], columns: dict[str, Callable[[Row], str]]) -> list[list[str]]:
+    """A table as text, its head first."""
+    return [list(columns), *([cell(row) for cell in columns.values()] for row in found)]
 
 
 def title(results: Results) -> str:
@@ -102,7 +92,12 @@ def origin(results: Results) -> str:
     machine = results["machine"]
     hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
     amount = f"{results['rounds']} rounds of {results['steps']} steps"
-    return f"{results['date']}; {hardware}; {amount}; ratios to {reference_side(results)}"
+    return f"{results['date']}; {hardware}; {amount}"
+
+
+def base(results: Results) -> str:
+    """What the ratios are to."""
+    return f"ratios to {reference_side(results)}"
 
 
 def footnotes(results: Results) -> list[str]:
@@ -113,8 +108,8 @@ def footnotes(results: Results) -> list[str]:
 
 def plain_table(results: Results) -> str:
     """Aligned columns for a terminal."""
-    lines = aligned([COLUMNS, *(cells(row) for row in summarize(results))])
-    return "\n".join(["", title(results), origin(results), "", *lines, *footnotes(results)])
+    lines = aligned(grid(summarize(results), CELLS))
+    return "\n".join(["", title(results), f"{origin(results)}; {base(results)}", "", *lines, *footnotes(results)])
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -125,9 +120,10 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 def markdown(results: Results) -> str:
     """The same for README.md."""
-    lines = piped([COLUMNS, *(cells(row) for row in summarize(results))])
+    lines = piped(grid(summarize(results), CELLS))
     notes = [f"- {note}" for note in footnotes(results)]
-    return "\n".join([f"### {title(results)}", "", origin(results), "", *lines, *(["", *notes] if notes else [])])
+    top = [f"### {title(results)}", "", f"{origin(results)}; {base(results)}", ""]
+    return "\n".join([*top, *lines, *(["", *notes] if notes else [])])
 
 
 def piped(rows: list[list[str]]) -> list[str]:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -44,16 +44,13 @@ from megascale_moe.engine.gradient import Gradient  # noqa: E402
 from megascale_moe.engine.memory import Meter, tensors_in  # noqa: E402
 from megascale_moe.engine.op import Op, Phase, Stream  # noqa: E402
 from megascale_moe.engine.remat import kept_names  # noqa: E402
-from megascale_moe.engine.trace import Trace, now  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
-from megascale_moe.model.segments import Segments  # noqa: E402
 from megascale_moe.parallel import experts  # noqa: E402
-from megascale_moe.parallel.model import local_inputs  # noqa: E402
 from megascale_moe.parallel.weights import initial, placements  # noqa: E402
 from megascale_moe.pipeline.program import Profile, StepPlan  # noqa: E402
-from megascale_moe.pipeline.step import of_micro  # noqa: E402
 from megascale_moe.testing import run_ranks  # noqa: E402
 from megascale_moe.train.profiling import Profiler  # noqa: E402
+from megascale_moe.train.timed import Timed, over_ranks, random_inputs, run_timed, spread  # noqa: E402
 
 MODEL = ModelConfig(
     layers=4, hidden=512, heads=8, kv_heads=4, experts=8, top_k=2, ffn_hidden=1792, vocab=256, sequence_length=1024,
@@ -98,21 +95,22 @@ class Variant:
 
     def step(self) -> None:
         """One that counts."""
-        trace, seconds, cpu = self.bench.run(self.program)
-        self.seconds.append(seconds)
-        self.cpu.append(cpu)
-        made_again = (e.end - e.start for e in trace.events if e.phase == Phase.R and e.stream == Stream.COMPUTE)
-        self.again.append(self.bench.slowest(sum(made_again)))
-        self.exposed.append(self.bench.slowest(trace.exposed))
+        timed = self.bench.run(self.program)
+        self.seconds.append(timed.seconds)
+        self.cpu.append(timed.cpu_s)
+        events = timed.trace.events
+        made_again = (e.end - e.start for e in events if e.phase == Phase.R and e.stream == Stream.COMPUTE)
+        self.again.append(over_ranks(sum(made_again), self.bench.world))
+        self.exposed.append(over_ranks(timed.trace.exposed, self.bench.world))
 
     def count(self) -> Counts:
         """A step that is not timed."""
-        kept, held, known = self._kept(), 0, 0
+        held = 0
         last = max(place for place, op in enumerate(self.program.ops) if _of_first_forward(op))
         place = -1
 
         def observe(op: Op, values: dict[str, Any]) -> None:
-            nonlocal held, place, known
+            nonlocal held, place
             place += 1
             meter.between()
             if place == last:
@@ -125,10 +123,7 @@ class Variant:
 
         with Meter() as meter:
             self.bench.run(self.program, observe)
-        return Counts(held, kept, meter.held, meter.peak)
-
-    def _kept(self) -> int:
-        return kept_bytes(self.plan)
+        return Counts(held, kept_bytes(self.plan), meter.held, meter.peak)
 
     def row(self, first: Variant, counts: Counts) -> dict[str, Any]:
         """The result; ratios are to `first`, round by round."""
@@ -165,43 +160,19 @@ class Bench:
         placed = placements(MODEL, self.plan.layout, self.plan.part)
         self.weights = {name: initial(name, place, MODEL, 0) for name, place in placed.items()}
         self.sinks = {name: Gradient(torch.zeros(value.shape)) for name, value in self.weights.items()}
-        self.values: dict[str, Any] = {"loss_scale": 1e-3, "auxiliary_scale": torch.tensor(1e-3)}
-        generator = torch.Generator().manual_seed(0)
-        for micro in range(MICROS):
-            tokens = torch.randint(0, MODEL.vocab, (1, MODEL.sequence_length), generator=generator)
-            segments = Segments.whole_rows(*tokens.shape)
-            inputs = local_inputs(tokens, tokens.roll(-1, 1), self.plan.layout, segments, MODEL)
-            self.values |= {of_micro(name, micro): value for name, value in inputs.items()}
+        self.values = random_inputs(self.plan, 0)
         self.profile = self._profile()
 
     def _profile(self) -> Profile:
         """Measured on the plain list that keeps everything: the same for all policies."""
         program, profiler = self.plan.program(), Profiler()
         for _ in range(PROFILE_RUNS):
-            profiler.runs.append(self.run(program, profiler.observe)[0].events)
+            profiler.runs.append(self.run(program, profiler.observe).trace.events)
         return profiler.profile(self.plan, self.plan.overlap, self.plan.axes["data"])
 
-    def run(self, program: Program, observe: Observer | None = None) -> tuple[Trace, float, float]:
-        """Forward and backward of all micro-batches: what happened, seconds of the slowest rank, CPU seconds of all."""
-        trace = Trace()
-        if self.world > 1:
-            dist.barrier()
-        start, cpu = now(), time.process_time()
-        out = program.run(dict(self.values), self.weights, self.sinks, trace, observe)
-        for name in list(out):
-            resolve(out, name)
-        took, used = now() - start, time.process_time() - cpu
-        return trace, self.slowest(took), self._over_ranks(used, dist.ReduceOp.SUM)
-
-    def slowest(self, seconds: float) -> float:
-        """Of all ranks."""
-        return self._over_ranks(seconds, dist.ReduceOp.MAX)
-
-    def _over_ranks(self, value: float, how: Any) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(tensor, op=how)
-        return float(tensor)
+    def run(self, program: Program, observe: Observer | None = None) -> Timed:
+        """Forward and backward of all micro-batches."""
+        return run_timed(program, self.values, self.weights, self.sinks, self.world, observe)
 
     def variants(self, orders: Sequence[str]) -> Iterator[Variant]:
         """Every order with every policy; the budget is halfway between what "none" and "paper" keep."""
@@ -226,14 +197,6 @@ def on_rank(world: int, orders: Sequence[str], rounds: int) -> list[dict[str, An
             print(f"  round {done + 1} of {rounds}", file=sys.stderr, flush=True)
     first = {variant.order: variant for variant in variants if variant.remat == "none"}
     return [variant.row(first[variant.order], found) for variant, found in zip(variants, counts, strict=True)]
-
-
-def spread(values: Sequence[float]) -> float:
-    """Between the quartiles."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4)
-    return high - low
 
 
 def _ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
@@ -264,11 +227,10 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     start = time.monotonic()
     if case == "cluster":
         rates = gemm_rates(world)
-        links = balance(NODES["h800"], "fp32", rates)
-        width = H_FFN / MODEL.ffn_hidden  # links as much faster as the copy's experts are narrower keep the balance
-        with cluster(Shape(world, world, links.intra * width, links.inter * width)) as made:
+        links = balance(NODES["h800"], "fp32", rates, H_FFN / MODEL.ffn_hidden)
+        with cluster(Shape(world, world, links.intra, links.inter)) as made:
             found["rows"] = run_on_cluster(made, on_rank, world, orders, rounds, timeout=600.0)[0]
-        found |= {"link_bits_per_s": links.intra * width, "gemm_flops": rates}
+        found |= {"link_bits_per_s": links.intra, "gemm_flops": rates}
     else:
         found["rows"] = run_ranks(world, on_rank, world, orders, rounds, timeout=600.0)[0]
     return found | {"seconds": time.monotonic() - start}

@@ -106,7 +106,7 @@ def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
         first = [rank for rank, process in enumerate(ranks) if process.exitcode]
         if first:
             time.sleep(0.2)  # the rank that knows the cause is often not the first to go
-            return _cause([-signal.SIGSTOP if _stopped(process) else process.exitcode for process in ranks], first)
+            return _cause([-signal.SIGSTOP if stopped(process) else process.exitcode for process in ranks], first)
         if all(process.exitcode == 0 for process in ranks):
             return 0
         time.sleep(0.02)
@@ -129,7 +129,7 @@ def _cause(codes: list[int | None], first: list[int]) -> int:
     return code if code > 0 else 128 - code
 
 
-def _stopped(process: BaseProcess) -> bool:
+def stopped(process: BaseProcess) -> bool:
     """True for one that is there but does not run (Linux tells): it can end only by being killed."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
@@ -139,7 +139,7 @@ def _stopped(process: BaseProcess) -> bool:
 def _end(ranks: Sequence[BaseProcess]) -> None:
     for process in ranks:
         if process.is_alive():
-            (process.kill if _stopped(process) else process.terminate)()
+            (process.kill if stopped(process) else process.terminate)()
     for process in ranks:
         process.join(5)
         if process.is_alive():

@@ -14,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,19 +30,17 @@ from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig
-from megascale_moe.engine.executor import Observer, Program, resolve
+from megascale_moe.engine.executor import Observer, Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, Stream
-from megascale_moe.engine.trace import Trace, now
+from megascale_moe.engine.trace import now
 from megascale_moe.kernels.allocator import keep_freed_memory
-from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.model import local_inputs
 from megascale_moe.parallel.weights import initial, placements
 from megascale_moe.pipeline.program import StepPlan
-from megascale_moe.pipeline.step import of_micro
 from megascale_moe.train.job import join, local_rank_count, number, under_launcher
 from megascale_moe.train.profiling import Profiler, plain
 from megascale_moe.train.progress import counted_progress
+from megascale_moe.train.timed import Timed, barrier, over_ranks, random_inputs, run_timed, spread
 from megascale_moe.train.trainer import DTYPES
 
 PROFILE_RUNS = 4
@@ -107,23 +103,16 @@ class Runner:
 
     def fill(self, weights: dict[str, Tensor], seed: int) -> None:
         """Weights, gradients and inputs; variants of one layout share them."""
-        plan = self.plan
         self.weights = weights
         self.sinks = {name: Gradient(torch.zeros(value.shape)) for name, value in weights.items()}
-        generator = torch.Generator().manual_seed(seed)
-        shape = (plan.rows, plan.model.sequence_length)
-        self.values: dict[str, Any] = {"loss_scale": 1e-3, "auxiliary_scale": torch.tensor(1e-3)}
-        for micro in range(plan.micros):
-            tokens = torch.randint(0, plan.model.vocab, shape, generator=generator)
-            inputs = local_inputs(tokens, tokens.roll(-1, 1), plan.layout, Segments.whole_rows(*shape), plan.model)
-            self.values |= {of_micro(name, micro): value for name, value in inputs.items()}
+        self.values = random_inputs(self.plan, seed)
 
     def learn(self) -> None:
         """Measure the plain list, for orders and splits that are derived from times."""
         serial = replace(self.plan, overlap=plain(self.plan.overlap))
         program, profiler = serial.program(), Profiler()
         for _ in range(PROFILE_RUNS):
-            profiler.runs.append(self._run(program, profiler.observe)[0].events)
+            profiler.runs.append(self._run(program, profiler.observe).trace.events)
         self.plan = replace(self.plan, profile=profiler.profile(serial, self.plan.overlap, self.axes["data"]))
 
     def prepare(self) -> None:
@@ -147,42 +136,34 @@ class Runner:
 
     def step(self) -> None:
         """Forward and backward of all micro-batches; then each of the two things it consists of."""
-        cpu = time.process_time()
-        trace, took = self._run(self.program)
-        self.cpu.append(_over_ranks(time.process_time() - cpu, self.world, dist.ReduceOp.SUM))
-        self.seconds.append(took)
-        self.exposed.append(_over_ranks(trace.exposed, self.world))
-        self.communication.append(_over_ranks(trace.communication, self.world))
+        timed = self._run(self.program)
+        trace = timed.trace
+        self.cpu.append(timed.cpu_s)
+        self.seconds.append(timed.seconds)
+        self.exposed.append(over_ranks(trace.exposed, self.world))
+        self.communication.append(over_ranks(trace.communication, self.world))
         self.wire_bytes = sum(trace.wire_bytes().values())
-        self.computing_alone.append(self._run(self.computing)[1])
+        self.computing_alone.append(self._run(self.computing).seconds)
         self.communicating_alone.append(self._communicate())
 
-    def _run(self, program: Program, observe: Observer | None = None) -> tuple[Trace, float]:
-        """What happened, and how long it took from a barrier of all ranks to the end of the last."""
-        trace = Trace()
-        _barrier(self.world)
-        start = now()
-        out = program.run(dict(self.values), self.weights, self.sinks, trace, observe)
-        for name in list(out):
-            resolve(out, name)
-        return trace, _over_ranks(now() - start, self.world)
+    def _run(self, program: Program, observe: Observer | None = None) -> Timed:
+        return run_timed(program, self.values, self.weights, self.sinks, self.world, observe)
 
     def _communicate(self) -> float:
-        _barrier(self.world)
+        barrier(self.world)
         start = now()
         for message in self.messages:
             pending = message()
             if isinstance(pending, Pending):
                 pending.wait()
-        return _over_ranks(now() - start, self.world)
+        return over_ranks(now() - start, self.world)
 
     def row(self) -> dict[str, Any]:
         """The result."""
         tokens = self.plan.rows * self.plan.micros * self.plan.model.sequence_length * self.axes["tensor_data"].size
         middle = median(self.seconds)
-        low, _, high = quantiles(self.seconds, n=4) if len(self.seconds) > 1 else [middle] * 3
         return {
-            "variant": self.variant.name, "median": middle, "spread": high - low, "unit": "s",
+            "variant": self.variant.name, "median": middle, "spread": spread(self.seconds), "unit": "s",
             "tokens_per_s": tokens / middle, "exposed_s": median(self.exposed),
             "cpu_s": median(self.cpu), "communication_s": median(self.communication),
             "wire_bytes": self.wire_bytes, "pieces": self.plan.pieces,
@@ -196,19 +177,6 @@ def _brought(known: dict[str, Any], names: tuple[str, ...], *_: Any) -> Any:
     """In place of a communication; what nobody reads is None."""
     results = tuple(known.get(name) for name in names)
     return results[0] if len(results) == 1 else results
-
-
-def _barrier(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-
-
-def _over_ranks(seconds: float, world: int, how: Any = dist.ReduceOp.MAX) -> float:
-    """The slowest rank's, or all together."""
-    value = torch.tensor(seconds, dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(value, op=how)
-    return float(value)
 
 
 def bench_overlap(
@@ -287,13 +255,14 @@ def _bench_rank(config: Config, world: int, rounds: int, as_json: bool, rank: in
     if as_json:
         print(json.dumps(document(config, world, rows)), flush=True)
     else:
-        Console(highlight=False, soft_wrap=True).print(table(rows), width=140)
+        Console(highlight=False, width=130).print(table(rows))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """For people: ratios are to the first row."""
     heads = ("variant", "ms", "spread", "tokens/s", "x", "exposed ms", "computing alone", "communicating alone")
     found = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    found.columns[0].no_wrap = True
     for column in found.columns[1:]:
         column.justify = "right"
     for row in rows:
