@@ -26,8 +26,7 @@ from megascale_moe.comm.lost import LostPeer
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.presets import PRESETS
-from megascale_moe.train import doctor
-from megascale_moe.train.bench_overlap import bench
+from megascale_moe.train import bench_convergence, bench_overlap, doctor
 from megascale_moe.train.checkpoint import SaveError
 from megascale_moe.train.dryrun import dry_run
 from megascale_moe.train.dryrun_table import show
@@ -82,8 +81,11 @@ def _main(arguments: list[str]) -> int:
     config = load(options.config, overrides, PRESETS)
     if options.command == "dryrun":
         return _dryrun(config, options)
+    if options.command == "bench" and options.name == "convergence":
+        order = bench_convergence.Order.of(options.variants, options.seeds, options.out)
+        return bench_convergence.bench(config, options.nproc, order, as_json=options.json)
     if options.command == "bench":
-        return bench(config, options.nproc, options.rounds, as_json=options.json)
+        return bench_overlap.bench(config, options.nproc, options.rounds, as_json=options.json)
     if options.command == "verify":
         return verify(config, options.nproc, only=options.only, as_json=options.json)
     if options.resume:
@@ -131,15 +133,21 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--rank", type=_place, default=0, metavar="R", help="the rank that is run (default: 0)")
     dry.add_argument("--skip-messages", action="store_true", help="do not compare the messages of all ranks")
     measure = _command(
-        commands, "bench", help="measure what layouts, orders and splits bring on the ranks at hand",
-        usage="megascale bench overlap CONFIG.toml [--nproc N] [--rounds N] [--section.key=value ...] [--json]",
-        epilog="Forward and backward of the config's model, all variants interleaved. Exit status: 0 fine, 2 the input "
-        "is wrong.",
+        commands, "bench", help="measure what layouts, orders and splits bring, or what wire formats do to the loss",
+        usage="megascale bench overlap|convergence CONFIG.toml [--nproc N] [--rounds N] [--seeds N] [--variants NAMES] "
+        "[--out FOLDER] [--section.key=value ...] [--json]",
+        epilog="overlap: forward and backward of the config's model, all variants interleaved. convergence: the config "
+        "is trained once per wire format and seed; called again, it goes on. Exit status: 0 fine, 1 a rank failed, 2 "
+        "the input is wrong.",
     )
-    measure.add_argument("name", choices=["overlap"], help="what to measure")
+    measure.add_argument("name", choices=["overlap", "convergence"], help="what to measure")
     measure.add_argument("config", metavar="CONFIG.toml", help="the model, the batch, and dp and node of its mesh")
     _add_nproc(measure, "as the mesh needs")
-    measure.add_argument("--rounds", type=_count, default=5, metavar="N", help="measured rounds (default: 5)")
+    measure.add_argument("--rounds", type=_count, default=5, metavar="N", help="overlap: measured rounds (default: 5)")
+    measure.add_argument("--seeds", type=_count, default=1, metavar="N", help="convergence: how many (default: 1)")
+    measure.add_argument("--variants", default="", metavar="NAMES", help="convergence: formats, comma-separated")
+    measure.add_argument("--out", type=Path, default=Path("runs/convergence"), metavar="FOLDER",
+                         help="convergence: where results are kept (default: runs/convergence)")
     page = _command(
         commands, "report", help="one page about a run: its step, what travels, memory, curves",
         usage="megascale report RUN | CONFIG.toml [--out PATH] [--gpus N] [--section.key=value ...] [--json]",

@@ -274,16 +274,21 @@ class OverlapConfig:
         )
 
 
-WireFormat = Literal["fp32", "bf16", "fp8", "auto"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WireConfig:
-    """The format of what travels."""
+    """The format of what travels: "fp32" is as it was computed, "auto" narrower where the link is the bottleneck.
 
-    gradients: WireFormat = "fp32"
-    activations: WireFormat = "auto"
-    parameters: WireFormat = "auto"
+    "bf16_ring", "fp8_cast" and "fp8_tensor" are what docs/numerics.md measures to be worse.
+    """
+
+    gradients: Literal["fp32", "bf16", "fp8", "auto", "bf16_ring"] = "fp32"
+    activations: Literal["fp32", "bf16", "fp8", "auto", "fp8_cast", "fp8_tensor"] = "fp32"
+    parameters: Literal["fp32", "bf16", "fp8", "auto"] = "fp32"
+
+    @property
+    def gates_last(self) -> bool:
+        """Whether the gating weights come behind FC2, as the paper has it in FP8 runs (its section 4.3)."""
+        return self.activations not in ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
 from megascale_moe.parallel import experts  # noqa: E402
-from megascale_moe.train.bench_overlap import bench_overlap, document  # noqa: E402
+from megascale_moe.train.bench_overlap import Variant, bench_overlap, document, variants  # noqa: E402
 from megascale_moe.train.hardware import available_cores  # noqa: E402
+
+Chosen = Callable[[ParallelConfig], Sequence[Variant]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def balanced_route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple
     return probabilities.gather(1, choice), choice, probabilities
 
 
-def on_rank(config: Config, rounds: int) -> list[dict[str, Any]]:
+def on_rank(config: Config, rounds: int, chosen: Chosen) -> list[dict[str, Any]]:
     """The rows, the same on every rank."""
     experts.route = balanced_route  # type: ignore[assignment]
     keep_freed_memory()
@@ -83,10 +86,12 @@ def on_rank(config: Config, rounds: int) -> list[dict[str, Any]]:
         if lead:
             print(f"  {what}: {done} of {total}", file=sys.stderr, flush=True)
 
-    return bench_overlap(config, dist.get_world_size(), rounds, progress)
+    return bench_overlap(config, dist.get_world_size(), rounds, progress, chosen)
 
 
-def measure(name: str, ranks: int, rounds: int, scale: float, dtype: str) -> dict[str, Any]:
+def measure(
+    name: str, ranks: int, rounds: int, scale: float, dtype: str, chosen: Chosen = variants
+) -> dict[str, Any]:
     """One case on links `scale` times those in proportion."""
     case = CASES[name]
     rates = gemm_rates(ranks)
@@ -105,7 +110,7 @@ def measure(name: str, ranks: int, rounds: int, scale: float, dtype: str) -> dic
     )  # fmt: skip
     with cluster(shape) as made:
         before = made.traffic()
-        rows = run_on_cluster(made, on_rank, config, rounds, timeout=1800.0)[0]
+        rows = run_on_cluster(made, on_rank, config, rounds, chosen, timeout=1800.0)[0]
         sent = [asdict(now - then) for now, then in zip(made.traffic(), before, strict=True)]
     found = document(config, ranks, rows)
     return found | {

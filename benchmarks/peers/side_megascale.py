@@ -3,6 +3,7 @@
     --layout ep|dp|sp+ep|tp+tp   ep: experts split, everything else data parallel, as on the other sides; dp: all of it
                                  data parallel; else attention + FFN over one node of all ranks
     --order serial|scheduled     nothing hidden, or what the first three steps suggest ([overlap], split auto)
+    --two                        two micro-batches at once, the forward of one woven into the backward of the other
     --gloo                       gloo's own collectives in place of our point-to-point exchange
     --eager                      without torch.compile of the fused kernels
 
@@ -30,6 +31,7 @@ def read_options(job: Job) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layout", choices=("ep", "dp", "sp+ep", "tp+tp"), default="ep")
     parser.add_argument("--order", choices=("serial", "scheduled"), default="serial")
+    parser.add_argument("--two", action="store_true")
     parser.add_argument("--gloo", action="store_true")
     parser.add_argument("--eager", action="store_true")
     return parser.parse_args(job.options)
@@ -61,9 +63,11 @@ def parallel_config(layout: str, ranks: int) -> ParallelConfig:
     return ParallelConfig(node=ranks, attention=attention, ffn=ffn)  # type: ignore[arg-type]
 
 
-def overlap_config(order: str) -> OverlapConfig:
+def overlap_config(order: str, micros: int) -> OverlapConfig:
     """Everything hidden that can be, or nothing."""
-    return OverlapConfig(order="scheduled", split="auto") if order == "scheduled" else OverlapConfig()
+    if order == "serial":
+        return OverlapConfig()
+    return OverlapConfig(order="scheduled", split="auto", micro_batches=micros)
 
 
 def force_experts(case: Case) -> None:
@@ -82,9 +86,10 @@ def build(job: Job) -> Step:
         use_gloo_collectives()
     if job.case.balanced:
         force_experts(job.case)
+    micros = 2 if options.two else 1
     config = Config(
         model=model_config(job.case), train=train_config(job.case, job, options.eager),
-        parallel=parallel_config(options.layout, job.ranks), overlap=overlap_config(options.order),
+        parallel=parallel_config(options.layout, job.ranks), overlap=overlap_config(options.order, micros),
     )  # fmt: skip
     mesh = mesh_of(config.parallel, config.model, job.ranks)
     trainer = Trainer(config, mesh, connect(mesh) if job.ranks > 1 else single(), torch.device("cpu"))
@@ -92,8 +97,9 @@ def build(job: Job) -> Step:
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         rows, length = inputs.shape
-        batch = Batch(inputs, targets, tuple(range(0, rows * length + 1, length)))
-        result = trainer.step([batch], job.case.tokens)
+        ends = tuple(range(0, rows // micros * length + 1, length))
+        parts = zip(inputs.chunk(micros), targets.chunk(micros), strict=True)
+        result = trainer.step([Batch(*part, ends) for part in parts], job.case.tokens)
         return torch.tensor(result.loss)
 
     return step

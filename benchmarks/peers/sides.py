@@ -70,6 +70,7 @@ SIDES = {
     "deepspeed-autoep": Side(script="side_deepspeed.py", environment="deepspeed"),
     # four ranks
     "megascale-sp-ep": on_cluster(OURS, "--layout=sp+ep", "--order=scheduled", together=4),
+    "megascale-sp-ep-two": on_cluster(OURS, "--layout=sp+ep", "--order=scheduled", "--two", together=4),
     "megascale-ep": on_cluster(OURS, "--layout=ep", "--order=scheduled"),
     "megascale-sp-ep-serial": on_cluster(OURS, "--layout=sp+ep", together=4),
     "megascale-sp-ep-serial-gloo": on_cluster(OURS, "--layout=sp+ep", "--gloo", together=4),

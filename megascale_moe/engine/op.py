@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megascale_moe.comm.traffic import Traffic
+
 
 class Stream(StrEnum):
     """Where an operator runs; operators of different streams may overlap."""
@@ -55,7 +57,7 @@ class Op:
     whose gradient the operator adds to; it receives their `Gradient`. Operators never change what they read.
 
     `backward` are the operators of its own backward. `redo` are ways to make some of its results again from others,
-    cheaper than the operator itself.
+    cheaper than the operator itself. `traffic` says what a communication exchanges, where it may be written otherwise.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Op:
     cost: Cost = Cost()
     backward: tuple[Op, ...] = ()
     redo: tuple[Op, ...] = ()
+    traffic: Traffic | None = None
 
 
 class ProgramError(RuntimeError):

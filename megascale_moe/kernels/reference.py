@@ -135,3 +135,19 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     counted = (targets >= 0).nonzero().squeeze(1)
     picked = logits[counted]
     return (picked.logsumexp(-1) - picked[torch.arange(len(counted)), targets[counted]]).sum()
+
+
+def float8(x: Tensor, shared: Tensor) -> Tensor:
+    """Each element of x as the nearest E4M3 times a power of two, float64; ties to the even mantissa.
+
+    Args:
+        shared: broadcasts with x, the largest magnitude among those that share the scale of an element.
+    """
+    scale = torch.exp2(torch.floor(torch.log2(shared.double() / 448)) + 1).clamp(min=2.0**-126)
+    magnitudes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()  # in rising order
+    size = (x.double() / scale).abs()
+    above = torch.searchsorted(magnitudes, size).clamp(max=126)
+    below = (above - 1).clamp(min=0)
+    down, up = size - magnitudes[below], magnitudes[above] - size
+    nearest = torch.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
+    return magnitudes[nearest].copysign(x.double()) * scale

@@ -17,9 +17,24 @@ from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.kernels.narrow import BLOCK, Float8, Format
 from megascale_moe.parallel.placement import Box, Placement
 
 ALIGNMENT = 16  # elements: views start on a cache line
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How gradients and updated weights travel: a name in `narrow_sums.FORMS`; how weights are written, None: as they
+    are."""
+
+    gradients: str = "fp32"
+    parameters: Format | None = None
+
+    @property
+    def unit(self) -> int:
+        """Elements that are not taken apart, as they share a scale."""
+        return BLOCK if self.gradients == "fp8" or isinstance(self.parameters, Float8) else 1
 
 
 @dataclass(frozen=True)
@@ -69,12 +84,13 @@ class FlatWeights:
         weights: compute dtype [n * d * S]. gradients: float32 [n * d * S].
         shard: this rank's S elements of either, row [intra.index, inter.index] of [n, d, S].
         master: float32 [S], the exact weights of the shard. shares_memory: it is the shard of `weights` itself,
-            without a copy; so where the compute dtype is float32.
+            without a copy; so where the compute dtype is float32 and weights travel as they are.
+        formats: how gradients and weights travel to ranks that hold the same weights.
     """
 
     def __init__(
         self, placements: Mapping[str, Placement], intra: Axis, inter: Axis, *, decay: bool, dtype: torch.dtype,
-        device: torch.device, name: str = "weights",
+        device: torch.device, name: str = "weights", formats: Formats | None = None,
     ) -> None:  # fmt: skip
         self.name, self.intra, self.inter, self.decay = name, intra, inter, decay
         self.slots: list[Slot] = []
@@ -83,14 +99,15 @@ class FlatWeights:
             self.slots.append(Slot(weight, placement, end))
             end = _round_up(self.slots[-1].stop, ALIGNMENT)
         ranks = intra.size * inter.size
-        padded = _round_up(end, ALIGNMENT * ranks)
+        self.formats = formats if formats and ranks > 1 else Formats()
+        padded = _round_up(end, max(ALIGNMENT, self.formats.unit) * ranks)
         self.weights = torch.zeros(padded, dtype=dtype, device=device)
         self.gradients = torch.zeros(padded, dtype=torch.float32, device=device)
         size, row = padded // ranks, intra.index * inter.size + inter.index
         self.shard = slice(row * size, (row + 1) * size)
-        self.shares_memory = dtype == torch.float32
+        self.shares_memory = dtype == torch.float32 and self.formats.parameters is None
         mine = self.weights[self.shard]
-        self.master = mine if self.shares_memory else mine.float()
+        self.master = mine if self.shares_memory else mine.to(torch.float32, copy=True)
 
     def views(self) -> Iterator[tuple[str, Tensor, Gradient]]:
         """(name, weight, gradient) of every weight."""
@@ -98,6 +115,12 @@ class FlatWeights:
             part = slice(slot.start, slot.stop)
             gradient = Gradient(self.gradients[part].view(slot.shape))
             yield slot.name, self.weights[part].view(slot.shape), gradient
+
+    def clear_padding(self) -> None:
+        """Zero what belongs to no gradient, where it was used for something else."""
+        starts = [slot.start for slot in self.slots] + [len(self.gradients)]
+        for slot, start in zip(self.slots, starts[1:], strict=True):
+            self.gradients[slot.stop : start] = 0
 
     def set(self, slot: Slot, value: Tensor) -> None:
         """Fill one weight, and this rank's part of its master, from a float32 tensor of the local shape."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from megascale_moe.engine.op import Op
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.sync import Job, gather_job, ready, reduce_job
+from megascale_moe.optim.sync import Job, arrived, gather_job, reduce_job
 
 AHEAD = 2
 """Groups between the one whose weights are asked for and the one that is used."""
@@ -64,7 +64,7 @@ def _insert_gathers(inserted: dict[int, list[Op]], uses: Sequence[tuple[int, Fla
             at = 0 if uses[index][1].inter.name == "tied" else index - max(AHEAD - hop, 0)
             inserted.setdefault(uses[at][0] if at > 0 else 0, []).extend(ops)
     for (place, group), job in zip(uses, jobs, strict=True):
-        inserted.setdefault(place, []).extend([ready([group])] if job else [])
+        inserted.setdefault(place, []).extend([arrived(group)] if job else [])
 
 
 def _insert_reductions(

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
-from megascale_moe.comm.collectives import Pending, all_gather, all_gather_in_place, reduce_scatter, tag_of
+from megascale_moe.comm.collectives import Pending, all_gather, all_gather_in_place, tag_of
 from megascale_moe.engine.op import Cost, Op, Phase, Stream
 from megascale_moe.optim.flat import FlatWeights
+from megascale_moe.optim.narrow_sums import FORMS, Reduce
 
 CHUNK = 1 << 19
 """Elements of a shard per chunk: 2 MiB messages between nodes, long against a link's latency, short against a group."""
@@ -64,7 +65,7 @@ def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Op], chunk: int 
     for flat in groups:
         first, *rest = [_gather_job(part) for part in _chunks(flat, chunk)]
         jobs += [[[updates[flat.name], *first[0]], *first[1:]], *rest]
-    in_place = [flat for flat in groups if _levels(flat) and len(_chunks(flat, chunk)) == 1]
+    in_place = [flat for flat in groups if _levels(flat) and _in_place(_chunks(flat, chunk)[0])]
     return [*pipelined(jobs), ready(in_place)]
 
 
@@ -74,14 +75,22 @@ def reduce_job(flat: FlatWeights) -> Job:
 
 
 def gather_job(flat: FlatWeights) -> Job:
-    """The hops of one group's updated weights, uncut and received where they belong."""
-    (part,) = _chunks(flat, flat.weights.numel())
-    return _gather_job(part) if _levels(flat) else []
+    """The hops of one group's updated weights, uncut; `arrived` comes behind them."""
+    return _travel(_whole(flat)) if _levels(flat) else []
+
+
+def arrived(flat: FlatWeights) -> Op:
+    """What stands between `gather_job` and the first use of the weights."""
+    return ready([flat]) if flat.formats.parameters is None else _unpack(_whole(flat))
 
 
 def updated(groups: Sequence[FlatWeights]) -> dict[str, Tensor]:
-    """What `gather_job` reads, by name: this rank's shards of the weights."""
-    return {updated_of(flat): flat.weights[flat.shard] for flat in groups}
+    """What `gather_job` reads, by name: this rank's shards of the weights, exact ones where they are yet to be written
+    in another format."""
+    return {
+        updated_of(flat): flat.weights[flat.shard] if flat.formats.parameters is None else flat.master
+        for flat in groups
+    }
 
 
 def pipelined(jobs: Sequence[Job]) -> list[Op]:
@@ -121,6 +130,12 @@ class _Chunk:
         """Elements of all ranks, n * d * s."""
         return self.size * self.flat.intra.size * self.flat.inter.size
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """A rank's part as rows that share a scale."""
+        unit = self.flat.formats.unit
+        return self.size // unit, unit
+
     def name(self, what: str) -> str:
         """The name of a value that belongs to the chunk."""
         return f"{self.flat.name}.{what}" if self.alone else f"{self.flat.name}.{what}.{self.index}"
@@ -132,10 +147,15 @@ class _Chunk:
 
 def _chunks(flat: FlatWeights, chunk: int) -> list[_Chunk]:
     """As few as needed, of (almost) equal size; one where there are no two links to overlap."""
-    size = flat.master.numel()
+    size, unit = flat.master.numel(), flat.formats.unit
     count = -(-size // chunk) if len(_levels(flat)) == 2 else 1
-    bounds = [size * index // count for index in range(count + 1)]
+    bounds = [size // unit * index // count * unit for index in range(count)] + [size]
     return [_Chunk(flat, bounds[i], bounds[i + 1], i, count == 1) for i in range(count)]
+
+
+def _whole(flat: FlatWeights) -> _Chunk:
+    (part,) = _chunks(flat, flat.weights.numel())
+    return part
 
 
 @dataclass(frozen=True)
@@ -147,7 +167,7 @@ class _Level:
     stream: Stream
 
     def op(
-        self, kind: str, chunk: _Chunk, reads: str, writes: str, sent: int, phase: Phase,
+        self, kind: str, chunk: _Chunk, reads: str, writes: str, sent: float, phase: Phase,
         collective: Callable[[Tensor, Axis, int], Pending],
     ) -> Op:  # fmt: skip
         """A collective over the axis in which a rank sends `sent` bytes to each of its peers."""
@@ -176,6 +196,8 @@ def _gradients_of(flat: FlatWeights) -> str:
 def _reduce_job(chunk: _Chunk) -> Job:
     """float32 [n, d, s] -> sums over the node [d, s] -> sums over all [s], each flattened."""
     levels = _levels(chunk.flat)
+    collective, element = FORMS[chunk.flat.formats.gradients]
+    first = collective if not chunk.alone or chunk.flat.formats.gradients == "fp32" else _in_buffer(chunk.flat)
     packing = [] if chunk.alone else [_pack(chunk)]
     reads = packing[0].writes[0] if packing else _gradients_of(chunk.flat)
     job: Job = []
@@ -183,9 +205,25 @@ def _reduce_job(chunk: _Chunk) -> Job:
     for level in levels:
         elements //= level.axis.size
         writes = chunk.name("shard" if level is levels[-1] else "node_sums")
-        job.append([level.op("reduce_scatter", chunk, reads, writes, 4 * elements, Phase.W, reduce_scatter)])
+        sent = element * elements
+        job.append([level.op("reduce_scatter", chunk, reads, writes, sent, Phase.W, collective if job else first)])
         reads = writes
     return [[*packing, *job[0]], *job[1:]]
+
+
+def _in_buffer(flat: FlatWeights) -> Reduce:
+    """The reduce-scatter of the gradient buffer itself, which may be written over: also what is between gradients, and
+    must be zero again when they are summed the next time."""
+    collective, _ = FORMS[flat.formats.gradients]
+
+    def run(gradients: Tensor, axis: Axis, tag: int) -> Pending:
+        return collective(gradients, axis, tag).then(clear)
+
+    def clear(sums: Tensor) -> Tensor:
+        flat.clear_padding()
+        return sums
+
+    return run
 
 
 def _pack(chunk: _Chunk) -> Op:
@@ -210,25 +248,36 @@ def _assemble(flat: FlatWeights, chunk: int) -> Op:
 
 
 def _gather_job(chunk: _Chunk) -> Job:
+    """All that a chunk's updated weights need to be in `weights`."""
+    if not _levels(chunk.flat):
+        return [[]]
+    return _travel(chunk) if _in_place(chunk) else [*_travel(chunk), [_unpack(chunk)]]
+
+
+def _in_place(chunk: _Chunk) -> bool:
+    """Whether weights are received where they belong, rather than unpacked."""
+    return chunk.alone and chunk.flat.formats.parameters is None
+
+
+def _travel(chunk: _Chunk) -> Job:
     """Updated weights [s] -> those of the same place in all nodes [d, s] -> of all ranks [n, d, s], in `weights`.
 
     The only chunk of a group is received where it belongs. Several arrive packed and are copied there, while later
-    ones travel.
+    ones travel. What is written in another format is so before the first hop and until after the last.
     """
-    flat, levels = chunk.flat, _levels(chunk.flat)
-    reads, sent = updated_of(flat), chunk.size * flat.weights.itemsize
+    flat, levels, form = chunk.flat, _levels(chunk.flat), chunk.flat.formats.parameters
+    reads = updated_of(flat)
+    sent = chunk.size * flat.weights.itemsize if form is None else form.size(*chunk.matrix)
     job: Job = []
     for level in reversed(levels):
         writes = chunk.name("weights" if level is levels[0] else "row")
-        collective = _in_place(flat, level) if chunk.alone else _of_part(chunk) if not job else all_gather
+        collective = _into_weights(flat, level) if _in_place(chunk) else _of_part(chunk) if not job else all_gather
         job.append([level.op("all_gather", chunk, reads, writes, sent, Phase.F, collective)])
         reads, sent = writes, sent * level.axis.size
-    if not chunk.alone:
-        job.append([_unpack(chunk, reads)])
-    return job or [[]]
+    return job
 
 
-def _in_place(flat: FlatWeights, level: _Level) -> Callable[[Tensor, Axis, int], Pending]:
+def _into_weights(flat: FlatWeights, level: _Level) -> Callable[[Tensor, Axis, int], Pending]:
     """Receive into the weights: between nodes this rank's row of [n, d * S], inside of the node the other rows."""
     rows = flat.weights.view(flat.intra.size, -1)
     buffer = flat.weights if level.word == "intra" else rows[flat.intra.index]
@@ -236,18 +285,31 @@ def _in_place(flat: FlatWeights, level: _Level) -> Callable[[Tensor, Axis, int],
 
 
 def _of_part(chunk: _Chunk) -> Callable[[Tensor, Axis, int], Pending]:
-    return lambda updated, axis, tag: all_gather(updated[chunk.part], axis, tag)
+    form = chunk.flat.formats.parameters
+
+    def run(updated: Tensor, axis: Axis, tag: int) -> Pending:
+        part = updated[chunk.part]
+        return all_gather(part if form is None else form.encode(part.view(chunk.matrix)), axis, tag)
+
+    return run
 
 
-def _unpack(chunk: _Chunk, reads: str) -> Op:
-    """Copy a chunk of all ranks to where it belongs in the weights."""
-    flat = chunk.flat
+def _unpack(chunk: _Chunk) -> Op:
+    """Put a chunk of all ranks where it belongs in the weights, this rank's own as the others have it."""
+    flat, form = chunk.flat, chunk.flat.formats.parameters
+    n, d = flat.intra.size, flat.inter.size
 
     def run(gathered: Tensor) -> None:
-        chunk.of(flat.weights).copy_(gathered.view(flat.intra.size, flat.inter.size, chunk.size))
+        places = chunk.of(flat.weights)
+        if form is None:
+            places.copy_(gathered.view(n, d, chunk.size))
+            return
+        for message, row in zip(gathered.view(n * d, -1), (row for rows in places for row in rows), strict=True):
+            form.decode(message, row.view(chunk.matrix))
 
     cost = Cost(memory_bytes=2 * chunk.total * flat.weights.itemsize)
-    return Op(name=f"parameters.{flat.name}.unpack", reads=(reads,), writes=(), run=run, cost=cost)
+    reads = (chunk.name("weights"),)
+    return Op(name=f"parameters.{flat.name}.unpack", reads=reads, writes=(), run=run, cost=cost)
 
 
 def ready(groups: Sequence[FlatWeights]) -> Op:

@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megascale_moe.comm.axis import Axis
-from megascale_moe.comm.collectives import Pending, exchange, tag_of
+from megascale_moe.comm.collectives import tag_of
+from megascale_moe.comm.traffic import Traffic
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
-from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.attention import Graph, Spans, causal_attention_backward, causal_attention_forward
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
 from megascale_moe.model.attention import latent_heads
 from megascale_moe.model.counts import attention_flops_per_token
 from megascale_moe.model.rotary import softmax_scale
 from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.collective import gather_tokens, scatter_sums
+from megascale_moe.parallel.collective import communication, gather_tokens, scatter_sums, with_backward
 from megascale_moe.parallel.dense import linear, norm
 from megascale_moe.parallel.heads import head_norm, heads_of_rank
 from megascale_moe.parallel.layout import Layout
@@ -46,15 +46,16 @@ def attention_ops(prefix: str, config: ModelConfig, layout: Layout) -> list[Op]:
         core = _core(f"{p}attention", gathered, f"{p}attn", c, layout)
         return [*split_projection(p, c, layout), core, *split_output(p, c, layout)]
     ops = _latent_head_ops(p, c, layout, layout) if c.attention == "mla" else _head_ops(p, c, layout)
-    heads = (f"{p}q", f"{p}k", f"{p}v")
+    heads, result = (f"{p}q", f"{p}k", f"{p}v"), f"{p}attn"
     if layout.node.size > 1:
         ops.append(_scatter_heads(f"{p}scatter_heads", heads, gathered, c, layout))
         ops.append(_core(f"{p}attention", gathered, f"{p}attn", c, layout))
         ops.append(_gather_heads(f"{p}gather_heads", f"{p}attn", f"{p}attn_a2a", c, layout))
+        result = f"{p}attn_a2a"
     else:
-        ops.append(_core(f"{p}attention", heads, f"{p}attn_a2a", c, layout))
+        ops.append(_core(f"{p}attention", heads, f"{p}attn", c, layout))
     sizes = (c.heads * c.value_dim, c.hidden)
-    ops.append(linear(f"{p}out", f"{p}attn_a2a", f"{p}attn_out", f"{p}attention.out.weight", sizes, layout))
+    ops.append(linear(f"{p}out", result, f"{p}attn_out", f"{p}attention.out.weight", sizes, layout))
     return ops
 
 
@@ -222,32 +223,35 @@ def _select(x: Tensor, heads: Sequence[int]) -> Tensor:
 def _scatter_heads(name: str, heads: tuple[str, str, str], gathered: tuple[str, str, str], c: ModelConfig,
                    layout: Layout) -> Op:
     """All heads of a slice of the sequence -> a share of the heads of the whole sequence."""
-    axis, n = layout.node, layout.node.size
+    n, T = layout.node.size, layout.tokens
     shares = [heads_of_rank(rank, n, c) for rank in range(n)]
-    mine, keys = shares[axis.index]
-    widths = [len(mine) * c.query_dim, len(keys) * c.query_dim, len(keys) * c.value_dim]
+    of_rank = [[len(mine) * c.query_dim, len(keys) * c.query_dim, len(keys) * c.value_dim] for mine, keys in shares]
+    widths, widest = of_rank[layout.node.index], (T, max(map(sum, of_rank)))
+    sizes = len(shares[layout.node.index][0]), len(shares[layout.node.index][1])
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Pending:
-        send = [torch.cat((_select(q, qh), _select(k, kh), _select(v, kh)), dim=1) for qh, kh in shares]
-        return _to_sequence(send, layout.rows, axis, tag_of(name)).then(unpack)
+    def pack(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [torch.cat((_select(q, qh), _select(k, kh), _select(v, kh)), dim=1) for qh, kh in shares]
 
-    def unpack(x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = x.split(widths, dim=-1)
-        return q.unflatten(1, (len(mine), -1)), k.unflatten(1, (len(keys), -1)), v.unflatten(1, (len(keys), -1))
+    def finish(whole: Tensor, _: object) -> tuple[Tensor, ...]:
+        q, k, v = _whole_rows(whole, sum(widths), layout).split(widths, dim=-1)
+        return q.unflatten(1, (sizes[0], -1)), k.unflatten(1, (sizes[1], -1)), v.unflatten(1, (sizes[1], -1))
 
-    def run_backward(dq: Tensor, dk: Tensor, dv: Tensor) -> Pending:
-        packed = torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), dim=1)
-        pending = _to_heads(packed, layout.rows, axis, tag_of(name + " B"))
-        return pending.then(lambda parts: _sum_heads(parts, shares, c))
+    def pack_back(dq: Tensor, dk: Tensor, dv: Tensor) -> Sequence[Tensor]:
+        return _slices(torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), dim=1), layout)
 
-    wire = layout.bytes(layout.tokens * sum(widths)) * (n - 1)
-    cost = Cost(wire_bytes=wire, axis="node")
-    backward = Op(
-        name=name, phase=Phase.B, reads=tuple(map(grad, gathered)), writes=tuple(map(grad, heads)), run=run_backward,
-        stream=Stream.INTRA, cost=cost,
-    )
-    return Op(
-        name=name, reads=heads, writes=gathered, run=run, stream=Stream.INTRA, cost=cost, backward=(backward,)
+    there = Traffic(
+        axis=layout.node, tag=tag_of(name), pack=pack, shapes=lambda: [(T, sum(widths))] * n, finish=finish,
+        typical=widest, dtype=layout.dtype,
+    )  # fmt: skip
+    back = Traffic(
+        axis=layout.node, tag=tag_of(name + " B"), pack=pack_back, dtype=layout.dtype, typical=widest,
+        shapes=lambda: [(T, sum(width)) for width in of_rank], finish=lambda _, parts: _sum_heads(parts, shares, c),
+    )  # fmt: skip
+    elements = T * sum(widths) * (n - 1)
+    slopes = tuple(map(grad, gathered))
+    return with_backward(
+        communication(name, Phase.F, heads, gathered, there, elements, layout),
+        communication(name, Phase.B, slopes, tuple(map(grad, heads)), back, elements, layout),
     )
 
 
@@ -269,36 +273,31 @@ def _sum_heads(parts: list[Tensor], shares: Sequence[tuple[range, Sequence[int]]
 
 def _gather_heads(name: str, x: str, y: str, c: ModelConfig, layout: Layout) -> Op:
     """A share of the heads of the whole sequence -> all heads of a slice; the dual of `_scatter_heads`."""
-    axis, n = layout.node, layout.node.size
-
-    def run(x: Tensor) -> Pending:
-        return _to_heads(x, layout.rows, axis, tag_of(name)).then(lambda parts: torch.cat(parts, dim=1))
-
-    def run_backward(dy: Tensor) -> Pending:
-        send = [part.contiguous() for part in dy.chunk(n, dim=1)]
-        return _to_sequence(send, layout.rows, axis, tag_of(name + " B"))
-
-    wire = layout.bytes(layout.tokens * c.heads * c.value_dim) * (n - 1) / n
-    cost = Cost(wire_bytes=wire, axis="node")
-    backward = Op(
-        name=name, phase=Phase.B, reads=(grad(y),), writes=(grad(x),), run=run_backward, stream=Stream.INTRA, cost=cost
+    n, T, width = layout.node.size, layout.tokens, c.heads * c.value_dim // layout.node.size
+    shape = (T, width)
+    there = Traffic(
+        axis=layout.node, tag=tag_of(name), pack=lambda x: _slices(x, layout), shapes=lambda: [shape] * n,
+        finish=lambda _, parts: torch.cat(parts, dim=1), typical=shape, dtype=layout.dtype,
+    )  # fmt: skip
+    back = Traffic(
+        axis=layout.node, tag=tag_of(name + " B"), pack=lambda d: [part.contiguous() for part in d.chunk(n, dim=1)],
+        shapes=lambda: [shape] * n, finish=lambda whole, _: _whole_rows(whole, width, layout), typical=shape,
+        dtype=layout.dtype,
+    )  # fmt: skip
+    elements = T * width * (n - 1)
+    return with_backward(
+        communication(name, Phase.F, (x,), (y,), there, elements, layout),
+        communication(name, Phase.B, (grad(y),), (grad(x),), back, elements, layout),
     )
-    return Op(name=name, reads=(x,), writes=(y,), run=run, stream=Stream.INTRA, cost=cost, backward=(backward,))
 
 
-def _to_sequence(send: list[Tensor], rows: int, axis: Axis, tag: int) -> Pending:
-    """send[r] [rows * s/n, c] for rank r -> [rows * s, c], the slices of all ranks put together in order."""
-    out = send[0].new_empty(axis.size, *send[0].shape)
-
-    def finish(_: object) -> Tensor:
-        by_row: Tensor = out.unflatten(1, (rows, -1))
-        return by_row.transpose(0, 1).reshape(axis.size * send[0].shape[0], -1)
-
-    return exchange(send, out.unbind(), axis, tag).then(finish)
+def _whole_rows(whole: Tensor, width: int, layout: Layout) -> Tensor:
+    """[rows * s/n, width] of every rank one behind the other -> [rows * s, width], the slices put together in order."""
+    by_rank: Tensor = whole.view(layout.node.size, layout.rows, -1, width)
+    return by_rank.transpose(0, 1).reshape(-1, width)
 
 
-def _to_heads(x: Tensor, rows: int, axis: Axis, tag: int) -> Pending:
-    """x [rows * s, c], one slice of every row to each rank -> list of [rows * s/n, c], one per rank's heads."""
-    sliced = x.unflatten(0, (rows, axis.size, -1)).transpose(0, 1).contiguous().flatten(1, 2)
-    out = torch.empty_like(sliced)
-    return exchange(sliced.unbind(), out.unbind(), axis, tag).then(list)
+def _slices(x: Tensor, layout: Layout) -> Sequence[Tensor]:
+    """x [rows * s, width] -> for each rank its slice of every row, [rows * s/n, width]."""
+    by_rank: Tensor = x.unflatten(0, (layout.rows, layout.node.size, -1)).transpose(0, 1).contiguous()
+    return by_rank.flatten(1, 2).unbind()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,16 +120,21 @@ def gather(
 def expert_ops(p: str, c: ModelConfig, layout: Layout, piece: str = "", part: float = 1.0) -> list[Op]:
     """ffn_in [R, hidden] -> fc2_out [R, hidden], rows grouped by local expert.
 
+    The gating weights come before FC2, whose result then is not needed in backward, or, the layout's `gates_last`,
+    behind it. The gradients are the same expressions: the weights' own is a sum over FC2's inputs in both.
+
     Args:
         piece: behind every name, where the rows are worked on piece by piece. part: the piece's share of them.
     """
     experts, width, rows = f"{p}ffn.experts.", c.ffn_hidden // layout.etp.size, f"{p}rows{piece}"
     R = part * routed(c, layout)
     x, up, down, y = (f"{p}{name}{piece}" for name in ("ffn_in", "fc13_out", "fc2_in", "fc2_out"))
+    gates = routing_names(p, layout)[0]
+    fc2 = _grouped_linear(f"{p}fc2{piece}", rows, down, y, f"{experts}w2", (width, c.hidden), R, c, layout)
     return [
         _grouped_linear(f"{p}fc13{piece}", rows, x, up, f"{experts}w13", (c.hidden, 2 * width), R, c, layout),
-        _gated_swiglu(f"{p}swiglu{piece}", rows, up, down, routing_names(p, layout)[0], R * width, layout),
-        _grouped_linear(f"{p}fc2{piece}", rows, down, y, f"{experts}w2", (width, c.hidden), R, c, layout),
+        _gated_swiglu(f"{p}swiglu{piece}", rows, up, down, gates, R * width, layout),
+        _with_gates(fc2, gates) if layout.gates_last else fc2,
     ]
 
 
@@ -173,12 +178,32 @@ def _grouped_linear(
     )
 
 
+def _with_gates(linear: Op, gates: str) -> Op:
+    """A grouped product whose results are weighted with their gates; the gradient of its input is that without them,
+    which is what SwiGLU's backward multiplies."""
+    b, w = linear.backward
+    run, add = linear.run, w.run
+
+    def of_rows(gates: Tensor, rows: Any) -> Tensor:
+        return gates.flatten()[expert_rows(rows).slot][:, None]
+
+    def forward(x: Tensor, rows: Any, gates: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = run(x, rows, weight)
+        return y.mul_(of_rows(gates, rows))
+
+    def weight_gradient(x: Tensor, dy: Tensor, rows: Any, gates: Tensor, sink: Gradient) -> None:
+        add(x, (dy * of_rows(gates, rows)).to(dy.dtype), rows, sink)
+
+    back = (b, replace(w, reads=(*w.reads, gates), run=weight_gradient))
+    return replace(linear, reads=(*linear.reads, gates), run=forward, backward=back)
+
+
 def _gated_swiglu(name: str, rows: str, x: str, y: str, gates: str, elements: float, layout: Layout) -> Op:
     """fc2_in = silu(a) * b * gating weight for fc13_out = [a, b]; about so many elements of fc2_in."""
     cost = Cost(6.0 * elements, layout.bytes(3 * elements))
 
     def forward(x: Tensor, gates: Tensor, rows: Any) -> Tensor:
-        return swiglu(x, gates.flatten()[expert_rows(rows).slot])
+        return swiglu(x, None if layout.gates_last else gates.flatten()[expert_rows(rows).slot])
 
     def backward(x: Tensor, gates: Tensor, rows: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         slot = expert_rows(rows).slot

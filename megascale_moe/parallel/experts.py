@@ -12,21 +12,14 @@ before FC2, so FC2's output need not be kept. On one rank the communication is g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megascale_moe.comm.collectives import (
-    Pending,
-    all_gather,
-    all_gather_rows,
-    all_to_all,
-    reduce_scatter,
-    reduce_scatter_rows,
-    tag_of,
-)
+from megascale_moe.comm.collectives import Pending, all_gather, reduce_scatter, tag_of
+from megascale_moe.comm.traffic import Traffic, as_rows, sum_to
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
@@ -34,7 +27,7 @@ from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.rows import RowMap, count, row_map, take_rows
 from megascale_moe.model.router import balance_weights, route, z_sum
 from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.collective import gather_tokens, scatter_sums
+from megascale_moe.parallel.collective import communication, gather_tokens, scatter_sums, with_backward
 from megascale_moe.parallel.dense import add, dense_ffn
 from megascale_moe.parallel.expert_ops import (
     Dispatch,
@@ -291,42 +284,51 @@ def _own(rows: Any) -> RowMap:
 
 def _swap(name: str, p: str, x: str, y: str, outward: bool, c: ModelConfig, layout: Layout) -> Op:
     """All-to-all of routed rows, from tokens to experts (`outward`) or home."""
-    axis = layout.ep
-    wire = layout.bytes(layout.tokens * c.top_k * c.hidden) * (axis.size - 1) / axis.size
+    axis, h = layout.ep, c.hidden
+    rows = layout.tokens * c.top_k / axis.size  # to each rank
 
-    def mover(phase: Phase, outward: bool) -> Callable[[Tensor, Dispatch], Pending]:
-        def run(x: Tensor, rows: Dispatch) -> Pending:
-            sizes = (rows.send, rows.receive) if outward else (rows.receive, rows.send)
-            return all_to_all(x, *sizes, axis, tag_of(f"{name} {phase}"))
+    def traffic(phase: Phase, outward: bool) -> Traffic:
+        def sizes(rows: Dispatch) -> tuple[list[int], list[int]]:
+            return (rows.send, rows.receive) if outward else (rows.receive, rows.send)
 
-        return run
+        return Traffic(
+            axis=axis, tag=tag_of(f"{name} {phase}"), pack=lambda x, rows: x.contiguous().split(sizes(rows)[0]),
+            shapes=lambda rows: [(count, h) for count in sizes(rows)[1]], plan=(1,), finish=as_rows,
+            typical=(rows, h), dtype=layout.dtype,
+        )  # fmt: skip
 
-    cost = Cost(wire_bytes=wire, axis=axis.name)
-    return _both_ways(name, p, x, y, mover(Phase.F, outward), mover(Phase.B, not outward), cost, layout)
+    there, back = traffic(Phase.F, outward), traffic(Phase.B, not outward)
+    return _both_ways(name, p, x, y, there, back, rows * h * (axis.size - 1), layout)
 
 
 def _spread(name: str, p: str, x: str, y: str, outward: bool, c: ModelConfig, layout: Layout) -> Op:
     """Received rows to all ranks that share their experts (`outward`), or the sum of what each made of them back."""
-    axis = layout.etp
-    wire = layout.bytes(layout.tokens * c.top_k * c.hidden) * (axis.size - 1)
+    axis, h = layout.etp, c.hidden
+    rows = layout.tokens * c.top_k
 
-    def mover(phase: Phase, outward: bool) -> Callable[[Tensor, Dispatch], Pending]:
-        move = all_gather_rows if outward else reduce_scatter_rows
-        return lambda x, rows: move(x, rows.share, axis, tag_of(f"{name} {phase}"))
+    def traffic(phase: Phase, outward: bool) -> Traffic:
+        def pack(x: Tensor, rows: Dispatch) -> Sequence[Tensor]:
+            return [x.contiguous()] * axis.size if outward else x.contiguous().split(rows.share)
 
-    cost = Cost(wire_bytes=wire, axis=axis.name)
-    return _both_ways(name, p, x, y, mover(Phase.F, outward), mover(Phase.B, not outward), cost, layout)
+        def shapes(rows: Dispatch) -> list[tuple[int, int]]:
+            counts = rows.share if outward else [rows.share[axis.index]] * axis.size
+            return [(count, h) for count in counts]
+
+        return Traffic(
+            axis=axis, tag=tag_of(f"{name} {phase}"), pack=pack, shapes=shapes, plan=(1,), typical=(rows, h),
+            finish=as_rows if outward else sum_to(layout.dtype), dtype=layout.dtype, sums=not outward,
+        )  # fmt: skip
+
+    there, back = traffic(Phase.F, outward), traffic(Phase.B, not outward)
+    return _both_ways(name, p, x, y, there, back, rows * h * (axis.size - 1), layout)
 
 
 def _both_ways(
-    name: str, p: str, x: str, y: str, forward: Callable[..., Pending], backward: Callable[..., Pending], cost: Cost,
-    layout: Layout,
+    name: str, p: str, x: str, y: str, there: Traffic, back: Traffic, elements: float, layout: Layout
 ) -> Op:
-    """A communication of routed rows, the same number of bytes in each direction."""
-    rows, stream = f"{p}rows", layout.stream(layout.axes[cost.axis])
-    b = Op(
-        name=name, phase=Phase.B, reads=(grad(y), rows), writes=(grad(x),), run=backward, stream=stream, cost=cost
+    """A communication of routed rows, the same number of elements in each direction."""
+    rows = f"{p}rows"
+    return with_backward(
+        communication(name, Phase.F, (x, rows), (y,), there, elements, layout),
+        communication(name, Phase.B, (grad(y), rows), (grad(x),), back, elements, layout),
     )
-    return Op(name=name, reads=(x, rows), writes=(y,), run=forward, stream=stream, cost=cost, backward=(b,))
-
-

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megascale_moe.config import ConfigError
 from megascale_moe.engine.cost import Seconds, stem
-from megascale_moe.engine.op import Op, Phase, Stream
+from megascale_moe.engine.op import Op, Phase
 from megascale_moe.engine.remat import kept_names, rematerialize
 
 Keeps = Callable[[Op, str], bool]
@@ -41,9 +41,7 @@ def keeps_all(op: Op, name: str) -> bool:
 
 def keeps_paper(op: Op, name: str) -> bool:
     """Policy "paper"."""
-    # Where a rank has all heads of its tokens nothing is sent: this name is of attention's own result, which is kept.
-    result = base(name) == "attn_a2a" and op.stream == Stream.COMPUTE
-    return not name.startswith("layers.") or base(name) not in DROPPED or result
+    return not name.startswith("layers.") or base(name) not in DROPPED
 
 
 def keeps_inputs(op: Op, name: str) -> bool:

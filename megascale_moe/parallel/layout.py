@@ -22,6 +22,7 @@ class Layout:
         attention: "sp" or "tp". ffn: "ep", "tp" or "ep+tp". dispatch: "auto", "all_to_all" or "all_gather".
         vocabulary: "replicated" or "sharded": embedding and head by vocabulary over the node.
         pieces: into how many a communication and the computation next to it are cut, by peers; 1: not cut.
+        gates_last: whether gating weights are applied behind FC2 rather than before it.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Layout:
     ffn: str = "ep"
     vocabulary: str = "replicated"
     pieces: int = 1
+    gates_last: bool = False
 
     @classmethod
     def alone(cls, rows: int, length: int, dtype: torch.dtype = torch.float32) -> Layout:

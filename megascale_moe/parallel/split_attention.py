@@ -10,19 +10,21 @@ gradients of the own part first while the others' arrive, the others' first wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from megascale_moe.comm.collectives import Pending, shift, tag_of
+from megascale_moe.comm.collectives import tag_of
+from megascale_moe.comm.traffic import Traffic
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
+from megascale_moe.parallel.collective import communication
 from megascale_moe.parallel.heads import head_norm, heads_of_rank
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.pieces import distances
@@ -143,36 +145,41 @@ def _width(peer: int, c: ModelConfig, layout: Layout) -> int:
 
 def _send_heads(p: str, group: Sequence[int], c: ModelConfig, layout: Layout) -> Op:
     """The heads of some peers to them, this rank's heads of as many peers' tokens from those."""
-    name, axis, mine = f"{p}scatter_heads@{group[0]}", layout.node, _width(layout.node.index, c, layout)
-
-    def run(*parts: Tensor) -> Pending:
-        out = [part.new_empty(layout.tokens, mine) for part in parts]
-        return shift(parts, out, group, axis, tag_of(name)).then(tuple)
-
-    sent = sum(_width(_peer(distance, layout), c, layout) for distance in group)
-    cost = Cost(wire_bytes=layout.bytes(layout.tokens * sent), axis="node")
-    return Op(
-        name=name, reads=tuple(f"{p}heads@{distance}" for distance in group),
-        writes=tuple(f"{p}heads_a2a@{distance}" for distance in group), run=run, stream=layout.stream(axis), cost=cost,
-    )
+    mine = _width(layout.node.index, c, layout)
+    sent = [_width(_peer(distance, layout), c, layout) for distance in group]
+    reads = tuple(f"{p}heads@{distance}" for distance in group)
+    writes = tuple(f"{p}heads_a2a@{distance}" for distance in group)
+    return _shifted(f"{p}scatter_heads@{group[0]}", Phase.F, reads, writes, group, sent, [mine] * len(group), layout)
 
 
 def _return_heads(p: str, group: Sequence[int], c: ModelConfig, layout: Layout) -> Op:
     """The backward of `_send_heads`."""
-    name, axis = f"{p}scatter_heads@{group[0]}", layout.node
-    widths = [_width(_peer(distance, layout), c, layout) for distance in group]
-    back = [axis.size - distance for distance in group]
+    mine = _width(layout.node.index, c, layout)
+    received = [_width(_peer(distance, layout), c, layout) for distance in group]
+    reads = tuple(grad(f"{p}heads_a2a@{distance}") for distance in group)
+    writes = tuple(grad(f"{p}heads@{distance}") for distance in group)
+    back = [layout.node.size - distance for distance in group]
+    sent = [mine] * len(group)
+    return _shifted(f"{p}scatter_heads@{group[0]}", Phase.B, reads, writes, back, sent, received, layout)
 
-    def run(*parts: Tensor) -> Pending:
-        out = [part.new_empty(layout.tokens, width) for part, width in zip(parts, widths, strict=True)]
-        return shift(parts, out, back, axis, tag_of(name + " B")).then(tuple)
 
-    wire = layout.bytes(layout.tokens * _width(axis.index, c, layout)) * len(group)
-    return Op(
-        name=name, phase=Phase.B, reads=tuple(grad(f"{p}heads_a2a@{distance}") for distance in group),
-        writes=tuple(grad(f"{p}heads@{distance}") for distance in group), run=run, stream=layout.stream(axis),
-        cost=Cost(wire_bytes=wire, axis="node"),
-    )
+def _shifted(
+    name: str, phase: Phase, reads: tuple[str, ...], writes: tuple[str, ...], distances: Sequence[int],
+    sent: Sequence[int], received: Sequence[int], layout: Layout, pack: Callable[..., Sequence[Tensor]] | None = None,
+) -> Op:  # fmt: skip
+    """A matrix [tokens, sent[i]] to the rank distances[i] on, one [tokens, received[i]] from as far back.
+
+    Args:
+        pack: makes what is sent of what is read, if it is not that.
+    """
+    T, widths = layout.tokens, (*sent, *received)
+    traffic = Traffic(
+        axis=layout.node, tag=tag_of(name if phase == Phase.F else f"{name} {phase}"),
+        pack=pack or (lambda *parts: [part.contiguous() for part in parts]),
+        shapes=lambda: [(T, width) for width in received], finish=lambda _, parts: tuple(parts),
+        typical=(T, max(widths)), dtype=layout.dtype, distances=tuple(distances),
+    )  # fmt: skip
+    return communication(name, phase, reads, writes, traffic, T * sum(sent), layout)
 
 
 def _assemble(
@@ -234,32 +241,21 @@ def _slice_of(x: Tensor, rank: int, layout: Layout) -> Tensor:
 
 
 def _send_outputs(p: str, group: Sequence[int], c: ModelConfig, layout: Layout) -> Op:
-    name, axis = f"{p}gather_heads@{group[0]}", layout.node
+    def pack(attn: Tensor) -> list[Tensor]:
+        return [_slice_of(attn, _peer(distance, layout), layout) for distance in group]
 
-    def run(attn: Tensor) -> Pending:
-        parts = [_slice_of(attn, _peer(distance, layout), layout) for distance in group]
-        return shift(parts, [torch.empty_like(part) for part in parts], group, axis, tag_of(name)).then(tuple)
-
-    wire = layout.bytes(layout.tokens * c.heads * c.value_dim / axis.size) * len(group)
-    return Op(
-        name=name, reads=(f"{p}attn",), writes=tuple(f"{p}attn_part@{distance}" for distance in group), run=run,
-        stream=layout.stream(axis), cost=Cost(wire_bytes=wire, axis="node"),
-    )
+    widths = [c.heads * c.value_dim // layout.node.size] * len(group)
+    writes = tuple(f"{p}attn_part@{distance}" for distance in group)
+    name = f"{p}gather_heads@{group[0]}"
+    return _shifted(name, Phase.F, (f"{p}attn",), writes, group, widths, widths, layout, pack)
 
 
 def _return_outputs(p: str, group: Sequence[int], c: ModelConfig, layout: Layout) -> Op:
-    name, axis = f"{p}gather_heads@{group[0]}", layout.node
-    back = [axis.size - distance for distance in group]
-
-    def run(*parts: Tensor) -> Pending:
-        return shift(parts, [torch.empty_like(part) for part in parts], back, axis, tag_of(name + " B")).then(tuple)
-
-    wire = layout.bytes(layout.tokens * c.heads * c.value_dim / axis.size) * len(group)
-    return Op(
-        name=name, phase=Phase.B, reads=tuple(grad(f"{p}attn_part@{distance}") for distance in group),
-        writes=tuple(f"{p}attn_slope@{_peer(distance, layout)}" for distance in group), run=run,
-        stream=layout.stream(axis), cost=Cost(wire_bytes=wire, axis="node"),
-    )
+    widths = [c.heads * c.value_dim // layout.node.size] * len(group)
+    reads = tuple(grad(f"{p}attn_part@{distance}") for distance in group)
+    writes = tuple(f"{p}attn_slope@{_peer(distance, layout)}" for distance in group)
+    back = [layout.node.size - distance for distance in group]
+    return _shifted(f"{p}gather_heads@{group[0]}", Phase.B, reads, writes, back, widths, widths, layout)
 
 
 def _output_cost(c: ModelConfig, layout: Layout) -> Cost:

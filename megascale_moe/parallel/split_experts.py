@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale_moe.comm.collectives import Pending, shift, sum_in_order, tag_of
+from megascale_moe.comm.collectives import sum_in_order, tag_of
+from megascale_moe.comm.traffic import Traffic, as_rows
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.op import Cost, Op, Phase, grad
 from megascale_moe.kernels.rows import RowMap, row_map, sum_rows, take_rows
+from megascale_moe.parallel.collective import communication, with_backward
 from megascale_moe.parallel.expert_ops import expert_ops, gather, moved, routing_names, rows_within_capacity, scatter
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.pieces import distances
@@ -121,29 +123,23 @@ def _of_piece(rows: Any) -> RowMap:
 
 def _travel(
     name: str, phase: Phase, reads: tuple[str, ...], write: str, piece: Piece, parts: Parts, sizes: Sizes,
-    elements: float, layout: Layout, *, home: bool,
+    elements: float, c: ModelConfig, layout: Layout, *, home: bool, plan: tuple[int, ...] = (),
 ) -> Op:
     """Rows to the ranks at a piece's distances, or home.
 
     Args:
-        parts: what goes to each of them, from the values of `reads`. sizes: how many rows come from each.
+        parts: what goes to each of them, from the values of `reads`. sizes: how many rows come from each, from the
+            values of those that `plan` names.
         elements: sent when routing is balanced.
     """
-    axis = layout.group
-    steps = [axis.size - distance if home else distance for distance in piece.distances]
-
-    def run(*values: Any) -> Pending:
-        send = [part.contiguous() for part in parts(*values)]
-        receive = list(sizes(*values))
-        out = send[0].new_empty(sum(receive), send[0].shape[-1])
-        return shift(send, out.split(receive), steps, axis, tag_of(f"{name} {phase}")).then(lambda _: out)
-
-    cost = Cost(wire_bytes=layout.bytes(elements), axis=axis.name)
-    return Op(name=name, phase=phase, reads=reads, writes=(write,), run=run, stream=layout.stream(axis), cost=cost)
-
-
-def _both(forward: Op, backward: Op) -> Op:
-    return replace(forward, backward=(backward,))
+    axis, h, count = layout.group, c.hidden, len(piece.distances)
+    traffic = Traffic(
+        axis=axis, tag=tag_of(f"{name} {phase}"), pack=lambda *values: [part.contiguous() for part in parts(*values)],
+        shapes=lambda *rows: [(size, h) for size in sizes(*rows)], plan=plan, finish=as_rows, dtype=layout.dtype,
+        typical=(elements / count / h, h),
+        distances=tuple(axis.size - distance if home else distance for distance in piece.distances),
+    )  # fmt: skip
+    return communication(name, phase, reads, (write,), traffic, elements, layout)
 
 
 # --- all-to-all ------------------------------------------------------------------------------------------------------
@@ -195,13 +191,12 @@ def _dispatch_rows(p: str, piece: Piece, c: ModelConfig, layout: Layout) -> Op:
     elements = layout.tokens * c.top_k * c.hidden * piece.share
     back = _travel(
         name, Phase.B, (grad(y), rows), _slope(p, piece), piece, lambda d, rows: d.split(rows.received),
-        lambda d, rows: rows.sent, elements, layout, home=True,
+        lambda rows: rows.sent, elements, c, layout, home=True, plan=(1,),
     )
     forward = _travel(
-        name, Phase.F, reads, y, piece, parts, lambda x, rows, piece_rows: piece_rows.received, elements, layout,
-        home=False,
+        name, Phase.F, reads, y, piece, parts, lambda rows: rows.received, elements, c, layout, home=False, plan=(2,)
     )
-    return _both(forward, back)
+    return with_backward(forward, back)
 
 
 def _arrived(p: str, piece: Piece) -> str:
@@ -248,14 +243,14 @@ def _combine_rows(p: str, piece: Piece, c: ModelConfig, layout: Layout) -> Op:
     )  # fmt: skip
     elements = layout.tokens * c.top_k * c.hidden * piece.share
     forward = _travel(
-        name, Phase.F, (x, rows), y, piece, lambda x, rows: x.split(rows.received), lambda x, rows: rows.sent,
-        elements, layout, home=True,
+        name, Phase.F, (x, rows), y, piece, lambda x, rows: x.split(rows.received), lambda rows: rows.sent,
+        elements, c, layout, home=True, plan=(1,),
     )
     backward = _travel(
         name, Phase.B, (grad(y), rows), grad(x), piece, lambda d, rows: d.split(rows.sent),
-        lambda d, rows: rows.received, elements, layout, home=False,
+        lambda rows: rows.received, elements, c, layout, home=False, plan=(1,),
     )
-    return _both(forward, backward)
+    return with_backward(forward, backward)
 
 
 def _ranks(pieces: Sequence[Piece], layout: Layout) -> list[int]:
@@ -350,14 +345,14 @@ def _dispatch_tokens(p: str, piece: Piece, c: ModelConfig, layout: Layout) -> Op
     name, y, T = f"{p}dispatch_all_gather{piece.mark}", _tokens(p, piece), layout.tokens
     sizes, elements = [T] * len(piece.distances), T * c.hidden * len(piece.distances)
     forward = _travel(
-        name, Phase.F, (f"{p}ln2_out",), y, piece, lambda x: _to_all(x, piece), lambda x: sizes, elements, layout,
-        home=False,
+        name, Phase.F, (f"{p}ln2_out",), y, piece, lambda x: _to_all(x, piece), lambda: sizes, elements, c,
+        layout, home=False,
     )
     backward = _travel(
-        name, Phase.B, (grad(y),), _token_slope(p, piece), piece, lambda d: d.split(T), lambda d: sizes, elements,
+        name, Phase.B, (grad(y),), _token_slope(p, piece), piece, lambda d: d.split(T), lambda: sizes, elements, c,
         layout, home=True,
     )
-    return _both(forward, backward)
+    return with_backward(forward, backward)
 
 
 def _work_on_tokens(p: str, piece: Piece, c: ModelConfig, layout: Layout) -> list[Op]:
@@ -375,13 +370,13 @@ def _combine_tokens(p: str, piece: Piece, c: ModelConfig, layout: Layout) -> Op:
     x, y = f"{p}partial{piece.mark}", f"{p}sums{piece.mark}"
     sizes, elements = [T] * len(piece.distances), T * c.hidden * len(piece.distances)
     forward = _travel(
-        name, Phase.F, (x,), y, piece, lambda x: x.split(T), lambda x: sizes, elements, layout, home=True
+        name, Phase.F, (x,), y, piece, lambda x: x.split(T), lambda: sizes, elements, c, layout, home=True
     )
     backward = _travel(
-        name, Phase.B, (grad(f"{p}ffn_out"),), grad(x), piece, lambda d: _to_all(d, piece), lambda d: sizes, elements,
+        name, Phase.B, (grad(f"{p}ffn_out"),), grad(x), piece, lambda d: _to_all(d, piece), lambda: sizes, elements, c,
         layout, home=False,
     )
-    return _both(forward, backward)
+    return with_backward(forward, backward)
 
 
 def _in_rank_order(parts: Sequence[Tensor], pieces: Sequence[Piece], layout: Layout) -> list[Tensor]:

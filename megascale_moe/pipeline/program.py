@@ -6,18 +6,19 @@ Trainer, `verify` and `dryrun` call it with the same arguments, so what is check
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from megascale_moe.comm.axis import Axes
-from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
+from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.cost import Measured, Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, backward, grad
 from megascale_moe.engine.order import best_order, paper_order
 from megascale_moe.engine.remat import rematerialize
+from megascale_moe.engine.wire import chooser, compress
 from megascale_moe.parallel.kept import Keeps, keeps_all, keeps_inputs, keeps_paper, keeps_within
 from megascale_moe.parallel.layout import Layout
 from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, load_names, part_ops
@@ -56,13 +57,15 @@ class StepPlan:
     head: Head = "train"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     profile: Profile = field(default_factory=Profile)
 
     @cached_property
     def layout(self) -> Layout:
         """Where a micro-batch lies."""
         length = self.model.sequence_length
-        return Layout.of(self.parallel, self.rows, length, self.axes, self.dtype, self.pieces)
+        layout = Layout.of(self.parallel, self.rows, length, self.axes, self.dtype, self.pieces)
+        return replace(layout, gates_last=self.wire.gates_last)
 
     @property
     def pieces(self) -> int:
@@ -101,9 +104,11 @@ class StepPlan:
         forward = part_ops(self.model, self.layout, part, self.head)
         reads = "" if part.first else f"hidden_{part.layers[0]}"
         writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"
+        choose = chooser(self.wire.activations, self.profile.cost.seconds)
+        back = compress(backward(forward, [grad(writes)] if writes else []), choose)
+        forward = compress(forward, choose)
         if self.head != "train":
             return Stage(forward, (), reads, writes)
-        back = backward(forward, [grad(writes)] if writes else [])
         given = [*INPUTS, reads]
         back = rematerialize(forward, back, self._keeps(forward, back, given), given)
         return Stage(self._ordered(forward), self._ordered(back), reads, writes)

@@ -29,7 +29,7 @@ from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.comm.mesh import mesh_of
-from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig
+from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.executor import Observer, Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, Stream
@@ -38,22 +38,24 @@ from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.parallel.weights import initial, placements
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.train.job import join, local_rank_count, number, under_launcher
-from megascale_moe.train.profiling import Profiler, plain
+from megascale_moe.train.profiling import Profiler, needs_profile, plain
 from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.timed import Timed, barrier, over_ranks, random_inputs, run_timed, spread
 from megascale_moe.train.trainer import DTYPES
 
 PROFILE_RUNS = 4
 SERIAL = OverlapConfig()
+AS_COMPUTED = WireConfig()
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A layout and how its communication is hidden."""
+    """A layout, how its communication is hidden and how it is written."""
 
     name: str
     parallel: ParallelConfig
     overlap: OverlapConfig = SERIAL
+    wire: WireConfig = AS_COMPUTED
 
 
 def variants(parallel: ParallelConfig) -> list[Variant]:
@@ -91,8 +93,9 @@ class Runner:
         rows = config.train.micro_batch or 1
         micros = max(config.train.global_batch // mesh.dp // rows, 1)
         self.plan = StepPlan(
-            config.model, variant.parallel, self.axes, DTYPES[config.train.dtype], rows, micros, overlap=overlap
-        )
+            config.model, variant.parallel, self.axes, DTYPES[config.train.dtype], rows, micros, overlap=overlap,
+            wire=variant.wire,
+        )  # fmt: skip
         self.seconds: list[float] = []
         self.exposed: list[float] = []
         self.communication: list[float] = []
@@ -109,7 +112,8 @@ class Runner:
 
     def learn(self) -> None:
         """Measure the plain list, for orders and splits that are derived from times."""
-        serial = replace(self.plan, overlap=plain(self.plan.overlap))
+        overlap, wire = plain(self.plan.overlap, self.plan.wire)
+        serial = replace(self.plan, overlap=overlap, wire=wire)
         program, profiler = serial.program(), Profiler()
         for _ in range(PROFILE_RUNS):
             profiler.runs.append(self._run(program, profiler.observe).trace.events)
@@ -180,17 +184,20 @@ def _brought(known: dict[str, Any], names: tuple[str, ...], *_: Any) -> Any:
 
 
 def bench_overlap(
-    config: Config, world: int, rounds: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> list[dict[str, Any]]:
+    config: Config, world: int, rounds: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    chosen: Callable[[ParallelConfig], Sequence[Variant]] = variants,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Run on every rank; the rows of all variants that fit the ranks and the model.
 
     Args:
         config: the model (its layers), micro-batch, global batch and dtype; parallel gives dp and node.
+        chosen: from that, what is compared.
     """
     made: dict[Any, Any] = {}
-    runners = list(_runners(config, world, made))
+    runners = list(_runners(config, world, made, chosen))
     for runner in runners:
-        if runner.variant.overlap.order == "scheduled":
+        if needs_profile(runner.variant.overlap, runner.variant.wire):
             runner.learn()
         runner.prepare()
     for done in range(rounds):
@@ -200,11 +207,13 @@ def bench_overlap(
     return [runner.row() for runner in runners]
 
 
-def _runners(config: Config, world: int, made: dict[Any, Any]) -> Sequence[Runner]:
+def _runners(
+    config: Config, world: int, made: dict[Any, Any], chosen: Callable[[ParallelConfig], Sequence[Variant]]
+) -> Sequence[Runner]:
     found: list[Runner] = []
     shared: dict[tuple[str, str], dict[str, Tensor]] = {}
     mesh = mesh_of(config.parallel, config.model, world)
-    for variant in variants(replace(config.parallel, pp=mesh.pp, dp=mesh.dp, node=mesh.node)):
+    for variant in chosen(replace(config.parallel, pp=mesh.pp, dp=mesh.dp, node=mesh.node)):
         try:
             runner = Runner(variant, config, world, made)
         except ConfigError:

@@ -42,13 +42,6 @@ from megascale_moe.train.report.watch import Watch
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
 
-NOT_YET: dict[str, tuple[object, ...]] = {
-    "wire.gradients": ("fp32", "auto"),
-    "wire.activations": ("auto",),
-    "wire.parameters": ("auto",),
-}
-"""What a setting may be until its other values are implemented."""
-
 RECENT = 3
 """Last steps from whose traces the report's times are taken, where the first steps have not measured them."""
 
@@ -72,7 +65,6 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
         ConfigError: batch sizes that do not divide, a run folder that cannot be written or already holds a run, a
             checkpoint that does not exist.
     """
-    _check_available(config)
     check_batches(config, mesh)
     folder = Path(config.run.folder)
     _check_writable(folder)
@@ -114,14 +106,6 @@ def micro_batch(config: Config, mesh: Mesh) -> int:
     """Sequences per micro-batch: as configured, or one through a pipeline and else all that a rank has."""
     share = config.train.global_batch // mesh.dp
     return config.train.micro_batch or (share if mesh.pp == 1 else 1)
-
-
-def _check_available(config: Config) -> None:
-    """Refuse settings that nothing reads yet: a run that ignored them would be taken for what it is not."""
-    for name, wanted in NOT_YET.items():
-        section, key = name.split(".")
-        given = getattr(getattr(config, section), key)
-        require(given in wanted, f"{name} = {given!r} is not available yet; use {wanted[0]!r}")
 
 
 def _check_writable(folder: Path) -> None:

@@ -87,13 +87,14 @@ def rank_messages(config: Config, mesh: Mesh, rank: int, rows: int, micros: int,
     """The messages of one rank."""
     axes = axes_of(mesh, rank, "nccl")
     plan = StepPlan(
-        config.model, config.parallel, axes, dtype, rows, micros, device=META, overlap=config.overlap
+        config.model, config.parallel, axes, dtype, rows, micros, device=META, overlap=config.overlap, wire=config.wire
     )
     collectives: dict[str, list[Collective]] = defaultdict(list)
     for stage in plan.stages.values():
         _collect(collectives, [*stage.forward, *stage.backward])
     hidden = config.overlap.hides_synchronisation
-    groups = flat_groups(placements(config.model, plan.layout, plan.part), axes, dtype, META, by_layer=hidden)
+    weights = placements(config.model, plan.layout, plan.part)
+    groups = flat_groups(weights, axes, dtype, META, by_layer=hidden, wire=config.wire)
     optimizer = ShardedAdamW(groups, axes["world"], config.train)
     _collect(collectives, optimizer.hidden([]) if hidden else optimizer.ops)
     return RankMessages(_tuples(collectives), *_transfers(plan, mesh.ranks("pp", rank)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.collectives import all_reduce_sum
-from megascale_moe.config import OverlapConfig
+from megascale_moe.config import OverlapConfig, WireConfig
 from megascale_moe.engine.cost import Measured, measured
 from megascale_moe.engine.executor import resolve
 from megascale_moe.engine.op import Op, Phase
@@ -27,15 +27,17 @@ STEPS = 3
 """Steps of the plain list; the first, which warms up, is not counted."""
 
 
-def needs_profile(overlap: OverlapConfig) -> bool:
+def needs_profile(overlap: OverlapConfig, wire: WireConfig) -> bool:
     """Whether anything is derived from measured times."""
-    return overlap.order == "scheduled" or overlap.split == "auto" or overlap.remat == "budget"
+    derived = overlap.order == "scheduled" or overlap.split == "auto" or overlap.remat == "budget"
+    return derived or wire.activations == "auto"
 
 
-def plain(overlap: OverlapConfig) -> OverlapConfig:
-    """What runs while measuring: nothing hidden, and no more memory than asked for."""
+def plain(overlap: OverlapConfig, wire: WireConfig) -> tuple[OverlapConfig, WireConfig]:
+    """What runs while measuring: nothing hidden, no more memory than asked for, no format that is yet to be chosen."""
     remat = "full" if overlap.remat == "budget" else overlap.remat
-    return OverlapConfig(remat=remat)
+    activations = "fp32" if wire.activations == "auto" else wire.activations
+    return OverlapConfig(remat=remat), replace(wire, activations=activations)
 
 
 class Profiler:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megascale_moe.comm.axis import Axes
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import Config, ModelConfig, OverlapConfig
+from megascale_moe.config import Config, ModelConfig, OverlapConfig, WireConfig
 from megascale_moe.engine.executor import Observer, Program, resolve
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.allocator import keep_freed_memory
@@ -73,13 +73,13 @@ class Trainer:
             keep_freed_memory()
         wanted = config.train.compile
         Fusion.enabled = wanted == "on" or (wanted == "auto" and (device.type != "cpu" or config.train.steps >= 500))
-        self.profiler = Profiler() if needs_profile(config.overlap) and device.type != "meta" else None
-        self.overlap = plain(config.overlap) if self.profiler else config.overlap
+        self.profiler = Profiler() if needs_profile(config.overlap, config.wire) and device.type != "meta" else None
+        self.overlap, self.wire = plain(config.overlap, config.wire) if self.profiler else (config.overlap, config.wire)
         self.profile = Profile()
         plan = self.plan(1)
         self.part, self.placements = plan.part, placements(self.model, plan.layout, plan.part)
         by_layer = config.overlap.hides_synchronisation
-        groups = flat_groups(self.placements, axes, self.dtype, device, by_layer=by_layer)
+        groups = flat_groups(self.placements, axes, self.dtype, device, by_layer=by_layer, wire=config.wire)
         self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
         self.buffers = {
             name: torch.zeros(shape, device=device)
@@ -91,16 +91,18 @@ class Trainer:
     def plan(self, rows: int, micros: int = 1, head: Head = "train") -> StepPlan:
         """What this rank does with `micros` micro-batches of `rows` sequences."""
         c = self.config
-        overlap = self.overlap if head == "train" else OverlapConfig()
+        training = head == "train"  # what is evaluated are the weights, without what hides or narrows communication
         return StepPlan(
-            self.model, c.parallel, self.axes, self.dtype, rows, micros, head, self.device, overlap, self.profile
-        )
+            self.model, c.parallel, self.axes, self.dtype, rows, micros, head, self.device,
+            self.overlap if training else OverlapConfig(), self.wire if training else WireConfig(), self.profile,
+        )  # fmt: skip
 
     def initialise(self) -> None:
         """Fill the weights from the seed; the same whatever the layout."""
         for group, slot in self._slots():
             value = initial(slot.name, slot.placement, self.model, self.config.train.seed)
             group.set(slot, value.to(self.device))
+        self._as_others_have_them()
 
     def set_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Take weights of the whole model (our names, float32), for example from another library's checkpoint."""
@@ -108,6 +110,12 @@ class Trainer:
             group.set(slot, slot.placement.take(parameters[slot.name]).float().to(self.device))
         for name, value in self.buffers.items():
             value.copy_(parameters[name])
+        self._as_others_have_them()
+
+    def _as_others_have_them(self) -> None:
+        """Round exact weights as those are that arrive in another format, which all ranks compute with."""
+        if any(group.formats.parameters is not None for group in self.optimizer.groups):
+            self.optimizer.settle()
 
     def _slots(self) -> Iterable[tuple[FlatWeights, Slot]]:
         return ((group, slot) for group in self.optimizer.groups for slot in group.slots)
@@ -199,7 +207,7 @@ class Trainer:
             return
         plan, _ = self.program(len(batches[0].tokens), len(batches), "train")
         self.profile = profiler.profile(plan, self.config.overlap, self.axes["data"])
-        self.overlap, self.profiler = self.config.overlap, None
+        self.overlap, self.wire, self.profiler = self.config.overlap, self.config.wire, None
         self.program.cache_clear()
 
     def evaluate(self, batches: Iterable[Batch], target_count: int) -> float:
@@ -266,6 +274,7 @@ class Trainer:
         for name, value in self.buffers.items():
             value.copy_(checkpoint.read(f"buffers.{name}", (0,), tuple(value.shape)))
         self.optimizer.restore(checkpoint.step)
+        self._as_others_have_them()
         self.steps = checkpoint.step
 
     def expected(self) -> dict[str, tuple[int, ...]]:

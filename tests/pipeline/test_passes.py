@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megascale_moe.comm.axis import axes_of, connect, single
 from megascale_moe.comm.mesh import Mesh, mesh_of
-from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
+from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.executor import resolve
 from megascale_moe.engine.gradient import Gradient
@@ -32,11 +32,13 @@ from tests.parallel.test_layouts import SMALL, TOLERANCE, VARIANTS
 MICROS = 2
 
 
-def run_plan(config: ModelConfig, parallel: ParallelConfig, overlap: OverlapConfig, mesh: Mesh) -> Result:
+def run_plan(
+    config: ModelConfig, parallel: ParallelConfig, overlap: OverlapConfig, mesh: Mesh, wire: WireConfig = WireConfig()  # noqa: B008
+) -> Result:
     """One rank's step of two micro-batches per data-parallel rank; gradients summed over replicas."""
     axes = connect(mesh) if mesh.world > 1 else single()
     batch = random_rows(config, rows=2 * MICROS * mesh.dp)
-    plan = StepPlan(config, parallel, axes, torch.float32, 2, MICROS, overlap=overlap)
+    plan = StepPlan(config, parallel, axes, torch.float32, 2, MICROS, overlap=overlap, wire=wire)
     model = build(config)
     placed = placements(config, plan.layout, plan.part)
     named = dict(model.named_parameters())

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale_moe.cli import main
+from megascale_moe.comm import traffic
 from megascale_moe.comm.axis import Axis, connect
 from megascale_moe.comm.collectives import Pending, tag_of
 from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.optim import sync
-from megascale_moe.parallel import attention, collective, experts, split_experts
+from megascale_moe.parallel import collective, split_experts
 from megascale_moe.pipeline import step
 from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
@@ -171,14 +172,14 @@ def own_part(_: Collective, x: Tensor, axis: Axis, tag: int) -> Pending:
     return Pending([], lambda: x.chunk(axis.size)[axis.index].clone(), 0)
 
 
-def swapped(right: Collective, *args: Any) -> Pending:
+def swapped(right: Collective, send: Any, receive: Any, axis: Axis, tag: int) -> Pending:
     """The parts of the ranks in the wrong order."""
-    return right(*args).then(lambda parts: parts[::-1])
+    return right(send, receive[::-1], axis, tag)
 
 
-def rolled(right: Collective, x: Tensor, rows: Any, axis: Axis, tag: int) -> Pending:
-    """Gathered rows shifted by one."""
-    return right(x, rows, axis, tag).then(lambda out: out.roll(1, 0))
+def rolled(right: Collective, send: Any, receive: Any, axis: Axis, tag: int) -> Pending:
+    """The rows of each part shifted by one."""
+    return right(send, receive, axis, tag).then(lambda parts: [part.copy_(part.roll(1, 0)) for part in parts])
 
 
 def first_of_batch(right: Collective, x: Tensor, *args: Any, **options: Any) -> Pending:
@@ -192,7 +193,7 @@ BREAKAGES = {
         "--parallel.node=4 --parallel.dispatch=all_gather", ("layers.1.combine_reduce_scatter", "F", 0, "ffn_out"),
     ),
     "heads swapped": (
-        attention, "_to_heads", "layers.0.gather_heads", swapped,
+        traffic, "exchange", "layers.0.gather_heads", swapped,
         "--parallel.node=4", ("layers.0.gather_heads", "F", 0, "attn_a2a"),
     ),
     "slice instead of a sum in backward": (
@@ -205,7 +206,7 @@ BREAKAGES = {
         "--parallel.node=4 --parallel.attention=tp", ("layers.1.scatter_tokens", "F", 0, "attn_out"),
     ),
     "rows passed on wrongly": (
-        experts, "all_gather_rows", "layers.0.dispatch_etp_all_gather F", rolled,
+        traffic, "exchange", "layers.0.dispatch_etp_all_gather F", rolled,
         "--parallel.node=4 --parallel.ffn=ep+tp --parallel.ep=2 --parallel.etp=2 --parallel.dispatch=all_to_all",
         ("layers.0.dispatch_etp_all_gather", "F", 0, "dispatch_all"),
     ),
@@ -302,7 +303,7 @@ def test_an_operator_that_raises(verify: Callable[..., Verdict], monkeypatch: py
     def broken(right: Collective, *args: Any) -> Pending:
         raise RuntimeError("no such thing")
 
-    spoiled(monkeypatch, attention, "_to_sequence", "layers.0.scatter_heads", broken)
+    spoiled(monkeypatch, traffic, "exchange", "layers.0.scatter_heads", broken)
     verdict = verify("mixtral-8x7b", "--nproc", "2", "--only", "--json")
     assert verdict.status == 1
     assert verdict.document["passed"] is False

@@ -76,7 +76,7 @@ class Step:
         """The list with the optimizer, behind it or inside as the order says."""
         plan, hidden = self.plan, self.plan.overlap.hides_synchronisation
         weights = placements(plan.model, plan.layout, plan.part)
-        groups = flat_groups(weights, plan.axes, plan.dtype, torch.device("meta"), by_layer=hidden)
+        groups = flat_groups(weights, plan.axes, plan.dtype, torch.device("meta"), by_layer=hidden, wire=plan.wire)
         optimizer = ShardedAdamW(groups, plan.axes["world"], self.train)
         return optimizer.hidden(plan.ops) if hidden else [*plan.ops, *optimizer.ops]
 
@@ -90,7 +90,8 @@ def step_of(trainer: Trainer, rows: int, micros: int, runs: Sequence[Sequence[Ev
     how = "in the first steps of this run, which wait for every communication at once, the optimizer's in the last"
     if not isinstance(cost, Measured):
         how = "in the last steps of this run"
-    wanted = replace(plan, overlap=trainer.config.overlap)  # the run may have ended before it went over to it
+    config = trainer.config
+    wanted = replace(plan, overlap=config.overlap, wire=config.wire)  # the run may have ended before it got there
     return Step(wanted, trainer.config.train, found, f"Seconds of operators were measured {how}.")
 
 

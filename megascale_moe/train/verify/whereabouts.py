@@ -147,7 +147,8 @@ class Whereabouts:
             "q_a2a": Place((f"{p}q",), rows, queries),
             "k_a2a": Place((f"{p}k",), rows, copied, copies=True),
             "v_a2a": Place((f"{p}v",), rows, copied, copies=True),
-            "attn": Place((f"{p}attn_a2a",), rows, self._share(c.heads * c.value_dim, "node")),
+            "attn_a2a": Place((f"{p}attn",), self.slice),
+            "attn": Place((f"{p}attn",), rows, self._share(c.heads * c.value_dim, "node")),
         }.get(name)
 
     def _tensor_attention(self, p: str, name: str) -> Place | None:
@@ -164,7 +165,7 @@ class Whereabouts:
             "q": Place((f"{p}q",), rows, heads),
             "k": Place((f"{p}k",), rows, keys),
             "v": Place((f"{p}v",), rows, keys),
-            "attn": Place((f"{p}attn_a2a",), rows, self._share(c.heads * c.value_dim, "node")),
+            "attn": Place((f"{p}attn",), rows, self._share(c.heads * c.value_dim, "node")),
             "attn_partial": Place((f"{p}attn_out",), rows, total="node"),
         }
         for latent in ("ln1_out", "q_low_norm", "kv_latent", "k_shared"):

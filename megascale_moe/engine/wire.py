@@ -1,0 +1,146 @@
+"""Compression as a pass: a communication becomes three operators, which write its matrices in fewer bytes, move these
+and write them back (paper, section 4.3).
+
+    encode    right where the communication stood, on the computing stream
+    move      the same exchange of other matrices; scales travel in the message of what they scale
+    decode    before the first reader of a result: the time in between still hides the communication
+
+What stays on a rank is not rewritten, and sums are taken in float32 of what arrived. A reduce-scatter is an exchange
+followed by a sum here, so it needs no form of its own: it is the all-to-all of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale_moe.comm.collectives import Pending
+from megascale_moe.comm.traffic import Traffic
+from megascale_moe.engine.cost import LAYER, Seconds
+from megascale_moe.engine.op import Cost, Op, Phase, Stream
+from megascale_moe.kernels.narrow import BFloat16, Float8, Format
+
+Choose = Callable[[Op], Format | None]
+
+ROWS, CHANNELS = Float8("rows"), Float8("channels")
+FORMATS: dict[str, tuple[Format, Format]] = {
+    "bf16": (BFloat16(), BFloat16()), "fp8": (ROWS, CHANNELS), "fp8_cast": (Float8("none"), Float8("none")),
+    "fp8_tensor": (Float8("tensor"), Float8("tensor")),
+}  # fmt: skip
+"""By name in `[wire] activations`: how activations are written, and how their gradients."""
+
+
+def chooser(wire: str, seconds: Seconds) -> Choose:
+    """What `[wire] activations` says, for the communications of layers.
+
+    Args:
+        wire: a name of `FORMATS`; "fp32" for nothing narrower than what is computed; "auto" for FP8 where sending less
+            saves more time than writing and reading it takes.
+    """
+
+    def choose(op: Op) -> Format | None:
+        if wire == "fp32" or op.traffic is None or not LAYER.search(op.name):
+            return None
+        form = FORMATS["fp8" if wire == "auto" else wire][op.phase == Phase.B]
+        if share(op, form) >= 1 or (wire == "auto" and not worthwhile(op, form, seconds)):
+            return None
+        return form
+
+    return choose
+
+
+def worthwhile(op: Op, form: Format, seconds: Seconds) -> bool:
+    """Whether the link is the bottleneck and not the cast. All ranks of an axis must find the same: it is asked of a
+    typical message."""
+    assert op.traffic is not None
+    rows, width = op.traffic.typical
+    peers = len(op.traffic.distances) or op.traffic.axis.size - 1
+    whole = rows * width * peers * op.traffic.dtype.itemsize
+    typical = replace(op, cost=replace(op.cost, wire_bytes=whole))
+    encode, _, decode = in_format(typical, form)
+    return seconds(typical) * (1 - share(op, form)) > seconds(encode) + seconds(decode)
+
+
+def share(op: Op, form: Format) -> float:
+    """Bytes of a typical message in a format, over what they are without."""
+    assert op.traffic is not None
+    rows, width = (max(round(size), 1) for size in op.traffic.typical)
+    return form.size(rows, width) / (rows * width * op.traffic.dtype.itemsize)
+
+
+def compress(ops: Sequence[Op], choose: Choose) -> list[Op]:
+    """The list with the communications for which `choose` names a format in that format."""
+    out: list[Op] = []
+    waiting: list[Op] = []  # decoders, until something reads their results
+    for op in ops:
+        wanted = [decode for decode in waiting if not set(decode.writes).isdisjoint(op.reads)]
+        waiting = [decode for decode in waiting if decode not in wanted]
+        out += wanted
+        form = choose(op) if op.traffic is not None else None
+        if form is None:
+            out.append(op)
+        else:
+            encode, move, decode = in_format(op, form)
+            out += [encode, move]
+            waiting.append(decode)
+    return out + waiting
+
+
+def in_format(op: Op, form: Format) -> tuple[Op, Op, Op]:
+    """A communication as encode, move and decode."""
+    traffic = op.traffic
+    assert traffic is not None
+    coded, arrived = f"coded {op.writes[0]}", f"arrived {op.writes[0]}"
+    plan = tuple(op.reads[place] for place in traffic.plan)
+    elements = op.cost.wire_bytes / traffic.dtype.itemsize
+    sent = op.cost.wire_bytes * share(op, form)
+    one_way = traffic.dtype.itemsize * elements + sent
+    encode = replace(
+        op, name=f"encode {op.name}", writes=(coded,), run=lambda *reads: _encode(traffic, form, reads),
+        stream=Stream.COMPUTE, cost=Cost(3 * elements, one_way), backward=(), traffic=None,
+    )
+    move = replace(
+        op, reads=(coded, *plan), writes=(arrived,), run=lambda coded, *plan: _move(traffic, form, coded, plan),
+        cost=replace(op.cost, wire_bytes=sent), backward=(), traffic=None,
+    )
+    decode = replace(
+        op, name=f"decode {op.name}", reads=(arrived, *plan), stream=Stream.COMPUTE, cost=encode.cost, backward=(),
+        run=lambda arrived, *plan: _decode(traffic, form, arrived, plan), traffic=None,
+    )
+    return encode, move, decode
+
+
+def _encode(traffic: Traffic, form: Format, reads: Sequence[Any]) -> list[Tensor]:
+    """Messages, and what stays as it is; a matrix for everyone is written once."""
+    written: dict[int, Tensor] = {}
+    messages = []
+    for place, matrix in enumerate(traffic.pack(*reads)):
+        if not traffic.own(place):
+            if id(matrix) not in written:
+                written[id(matrix)] = form.encode(matrix)
+            matrix = written[id(matrix)]
+        messages.append(matrix)
+    return messages
+
+
+def _move(traffic: Traffic, form: Format, messages: list[Tensor], plan: Sequence[Any]) -> Pending:
+    room = [
+        messages[place] if traffic.own(place)
+        else torch.empty(form.size(*shape), dtype=torch.uint8, device=messages[0].device)
+        for place, shape in enumerate(traffic.shapes(*plan))
+    ]  # fmt: skip
+    return traffic.move(messages, room).then(lambda _: room)
+
+
+def _decode(traffic: Traffic, form: Format, messages: list[Tensor], plan: Sequence[Any]) -> Any:
+    def fill(place: int, matrix: Tensor) -> None:
+        if traffic.own(place):
+            matrix.copy_(messages[place])
+        else:
+            form.decode(messages[place], matrix)
+
+    return traffic.unpack(fill, messages[0].device, plan)

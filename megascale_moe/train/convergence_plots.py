@@ -1,0 +1,91 @@
+"""Plots of `megascale bench convergence`; the only module that needs matplotlib.
+
+Losses of runs that differ by thousandths lie on each other: drawn is the difference to the FP32 run of the same seed,
+inside the band that the seeds of FP32 span among themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+DEFAULT = "fp32"
+SMOOTH = 40
+"""Parts of a run over which losses are averaged."""
+
+
+def draw(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write the plots; their paths."""
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    paths = []
+    for name, figure in (
+        ("losses", _losses(runs, variants)), ("gradient-errors", _errors(runs, variants)),
+        ("gradient-cosines", _errors(runs, variants, cosine=True)),
+    ):  # fmt: skip
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def _smooth(losses: Sequence[float]) -> tuple[Any, Any]:
+    """(steps, means) of as many parts."""
+    parts = np.array_split(np.asarray(losses, dtype=float), min(SMOOTH, len(losses)))
+    ends = np.cumsum([len(part) for part in parts])
+    return ends, np.array([part.mean() for part in parts])
+
+
+def _style(variant: str) -> dict[str, Any]:
+    """What the paper rejects is dashed."""
+    return {"linestyle": "--" if "_" in variant else "-", "linewidth": 1.4}
+
+
+def _losses(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Any:
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(1, 1.6))
+    plain = {run["seed"]: _smooth(run["losses"]) for run in runs if run["variant"] == DEFAULT}
+    for seed, (steps, means) in plain.items():
+        above.plot(steps, means, color="black", linewidth=1, label=f"fp32, seed {seed}")
+    above.set_ylabel("training loss (nats)")
+    if plain:
+        steps = next(iter(plain.values()))[0]
+        means = np.stack([means for _, means in plain.values()])
+        band = np.abs(means - means.mean(0)).max(0)
+        below.fill_between(steps, -band, band, color="0.88", label="fp32: spread of the seeds")
+    for variant in variants:
+        gaps = [_smooth(run["losses"])[1] - plain[run["seed"]][1] for run in runs
+                if run["variant"] == variant != DEFAULT and run["seed"] in plain]  # fmt: skip
+        if gaps:
+            below.plot(steps, np.mean(gaps, 0), label=variant, **_style(variant))
+    below.axhline(0, color="black", linewidth=0.6)
+    below.set_yscale("symlog", linthresh=0.01)
+    below.set_ylabel("loss - loss of fp32, same seed (nats)")
+    below.set_xlabel("step")
+    below.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def _errors(runs: Sequence[dict[str, Any]], variants: Sequence[str], *, cosine: bool = False) -> Any:
+    """Left over steps, median of the layers; right by layer, median over the steps. Means over seeds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    for variant in (name for name in variants if name != DEFAULT):
+        same = [run["gradient_errors"] for run in runs if run["variant"] == variant]
+        steps, layers = sorted(same[0], key=int), list(next(iter(same[0].values())))
+        values = np.array([[[probe[step][layer] for layer in layers] for step in steps] for probe in same]).mean(0)
+        shown = 1 - values[..., 1] if cosine else values[..., 0]
+        left.plot([int(step) for step in steps], np.median(shown, 1), marker=".", label=variant, **_style(variant))
+        right.plot(layers, np.median(shown, 0), marker=".", **_style(variant))
+    left.set_yscale("log")
+    left.set_xlabel("step")
+    left.set_ylabel("1 - cosine with the exact gradient" if cosine else "relative error of the gradient")
+    left.legend(fontsize=8)
+    right.tick_params(axis="x", rotation=60)
+    return figure
