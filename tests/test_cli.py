@@ -102,7 +102,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         ("--overlap.split=half", "overlap.split = 'half': must be 'none', 'auto' or a number of pieces"),
         ("--overlap.remat=budget", "overlap.activation_bytes = 0 with overlap.remat = 'budget': give the bytes"),
         ("--overlap.activation_bytes=9", "overlap.activation_bytes = 9 with overlap.remat = 'none': use"),
-        ("--wire.gradients=fp8", "wire.gradients = 'fp8' is not available yet; use 'fp32'"),
+        ("--wire.activations=int8", "wire.activations = 'int8': must be one of 'fp32', 'bf16', 'fp8', 'auto'"),
         ("--train.device=cuda", "train.device = 'cuda': 1 ranks here, 0 GPUs visible"),
         ("--nproc=2 --train.device=cuda", "train.device = 'cuda': 2 ranks here, 0 GPUs visible"),
         ("--model.vocab=100", "model.vocab = 100: too small to train a byte-level tokenizer"),

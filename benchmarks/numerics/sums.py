@@ -5,10 +5,12 @@
 The arithmetic is that of megascale_moe/optim/narrow_sums.py, which tests/optim/test_formats.py compares with real rings
 and exchanges bit by bit; so many ranks as in a large job do not fit a machine, their arithmetic does.
 
-Theory, for terms of one size and d the relative error (root mean square) of one rounding. Messages rounded once and
-summed exactly: errors grow as the sum does, relative error d whatever the number n of ranks. A ring rounds the partial
-sum of k terms at hop k. Independent terms, sum of k as sqrt(k): relative error d sqrt((n + 1) / 2). Equal ones, sum of
-k as k: d sqrt((n + 1)(2n + 1) / (6n)), which is d sqrt(n / 3).
+Theory, for n terms of one size, roundings that know nothing of each other, and d the relative error (root mean square)
+of one. Each term rounded once: errors add up to sqrt(n) d. The sum is sqrt(n) terms large where they are independent,
+so its relative error is d; it is n where they are alike, and the error is d / sqrt(n). A ring rounds the partial sum of
+k terms at hop k as well, sqrt(k) or k terms large: together d sqrt((n + 1) / 2 - 1 / n + 1), or
+d sqrt(((n + 1)(2n + 1) / 6 - 1 / n) / n + 1 / n). Where a term comes near the last bit of the partial sum (64 alike
+ones), its roundings are alike, too, and the error is larger than that.
 """
 
 from __future__ import annotations
@@ -76,10 +78,12 @@ def gradients(kind: str, ranks: int) -> list[Tensor]:
 
 def theory(form: str, kind: str, n: int, one: dict[str, float]) -> float:
     """Relative error, from that of one rounding in the format."""
+    alike = kind == "alike"
     if form != "bf16 ring":
-        return one[form]
+        return one[form] / (math.sqrt(n) if alike else 1)
     d = one["bf16, float32 sums"]
-    return d * math.sqrt((n + 1) / 2 if kind == "independent" else (n + 1) * (2 * n + 1) / (6 * n))
+    independent = (n + 1) / 2 - 1 / n + 1
+    return d * math.sqrt(((n + 1) * (2 * n + 1) / 6 - 1 / n) / n + 1 / n if alike else independent)
 
 
 def measure() -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -29,11 +30,13 @@ from benchmarks.cluster.iso import NODES, balance, gemm_rates  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.nodes import DATA, H_FFN, MODEL, NODE, RANKS  # noqa: E402
 from benchmarks.overlap.run import CASES, measure  # noqa: E402
+from megascale_moe.comm import collectives  # noqa: E402
 from megascale_moe.comm.axis import connect  # noqa: E402
 from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import OverlapConfig, ParallelConfig, WireConfig  # noqa: E402
 from megascale_moe.engine.executor import Program, resolve  # noqa: E402
 from megascale_moe.engine.trace import Trace, now  # noqa: E402
+from megascale_moe.optim import narrow_sums  # noqa: E402
 from megascale_moe.optim.sharded_adamw import flat_groups, gather_all  # noqa: E402
 from megascale_moe.optim.sync import given, reduce, shard_of, updated  # noqa: E402
 from megascale_moe.parallel.weights import placements  # noqa: E402
@@ -96,9 +99,12 @@ def sync_on_rank(where: Cluster, rounds: int) -> list[dict[str, Any]]:
         programs["gradients", name] = reductions, given(groups)
         programs["parameters", name] = gather_all(groups), updated(groups)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
+    alone: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
     sent: dict[tuple[str, str], list[int]] = {}
+    messages = {key: messages_of(program, values) for key, (program, values) in programs.items()}
     for done in range(rounds + 1):
         for key, (program, values) in programs.items():
+            alone[key].append(communicating(messages[key]))
             dist.barrier()
             before, start, trace = where.traffic()[dist.get_rank()], now(), Trace()
             left = program.run(dict(values), {}, trace=trace)
@@ -111,9 +117,35 @@ def sync_on_rank(where: Cluster, rounds: int) -> list[dict[str, Any]]:
             sent[key] = [sum(trace.wire_bytes().values()), on_link]
     return [
         {"what": what, "format": name, "median": median(times), "spread": spread(times), "unit": "s",
+         "communicating_alone_s": median(alone[what, name][1:]), "all_communicating_alone": alone[what, name][1:],
          "wire_bytes": sent[what, name][0], "inter_bytes_on_the_link": sent[what, name][1], "all": times}
         for (what, name), times in seconds.items()
     ]  # fmt: skip
+
+
+def messages_of(program: Program, values: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What the list exchanges: arguments of `exchange`, in order."""
+    found: list[tuple[Any, ...]] = []
+    right = collectives.exchange
+
+    def noted(*arguments: Any) -> Any:
+        found.append(arguments)
+        return right(*arguments)
+
+    with mock.patch.object(collectives, "exchange", noted), mock.patch.object(narrow_sums, "exchange", noted):
+        left = program.run(dict(values), {})
+        for name in list(left):
+            resolve(left, name)
+    return found
+
+
+def communicating(messages: list[tuple[Any, ...]]) -> float:
+    """Seconds of the same messages one after the other, nothing cast or summed."""
+    dist.barrier()
+    start = now()
+    for arguments in messages:
+        collectives.exchange(*arguments).wait()
+    return over_ranks(now() - start, RANKS)
 
 
 def between_nodes(rounds: int) -> dict[str, Any]:
@@ -131,15 +163,17 @@ def between_nodes(rounds: int) -> dict[str, Any]:
 
 def between_table(found: dict[str, Any]) -> str:
     """For people."""
-    heads = ("", "format", "ms", "spread", "MB sent", "of fp32's bytes", "of fp32's time")
+    heads = ("", "format", "ms", "spread", "of fp32's", "MB sent", "of fp32's bytes", "communicating alone ms",
+             "of fp32's time")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     plain = {row["what"]: row for row in found["rows"] if row["format"] == "fp32"}
     for row in found["rows"]:
         first = plain[row["what"]]
         lines.append(
             f"| {row['what']} | {row['format']} | {row['median'] * 1e3:.0f} | {row['spread'] * 1e3:.0f} | "
-            f"{row['wire_bytes'] / 1e6:.1f} | {row['wire_bytes'] / first['wire_bytes']:.2f} | "
-            f"{row['median'] / first['median']:.2f} |"
+            f"{row['median'] / first['median']:.2f} | {row['wire_bytes'] / 1e6:.1f} | "
+            f"{row['wire_bytes'] / first['wire_bytes']:.2f} | {row['communicating_alone_s'] * 1e3:.0f} | "
+            f"{row['communicating_alone_s'] / first['communicating_alone_s']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -17,9 +17,11 @@ that is more). What is not finite is not finite afterwards, nor is what shares i
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cache
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +87,10 @@ class Float8:
         """x [R, w] of a floating type -> uint8 [size]."""
         message = torch.empty(self.size(*x.shape), dtype=torch.uint8, device=x.device)
         numbers, scales = self._parts(message, *x.shape)
+        if (kernels := self._kernels(x)) is not None:
+            encode = kernels.encode_rows if self.sharing == "rows" else kernels.encode_channels
+            encode(x, numbers, scales)
+            return message
         if self.sharing == "tensor" and x.numel():
             scales.copy_(_exponent(x.abs().amax()))
         for rows, shared in self._blocks(x):
@@ -97,6 +103,9 @@ class Float8:
     def decode(self, message: Tensor, out: Tensor) -> Tensor:
         """uint8 [size] -> out [R, w] of a floating type, which is filled and returned."""
         numbers, scales = self._parts(message, *out.shape)
+        if (kernels := self._kernels(out)) is not None:
+            kernels.decode(numbers, scales, out, per_row=self.sharing == "rows")
+            return out
         for rows, shared in self._blocks(out):
             part = numbers[rows]
             if self.sharing == "none":
@@ -113,6 +122,11 @@ class Float8:
         shapes = {"rows": (rows, 1), "channels": (-(-rows // GROUP), width)}
         return numbers, scales.view(shapes.get(self.sharing, (1, 1)))
 
+    def _kernels(self, x: Tensor) -> Any:
+        """The Triton kernels, where there are any for this."""
+        fits = x.is_cuda and self.sharing in ("rows", "channels") and x.stride(-1) == 1
+        return _triton() if fits else None
+
     def _blocks(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
         """Rows that are worked on at once, because they share scales or fit into a cache, and their scales."""
         rows, width = x.shape
@@ -121,6 +135,14 @@ class Float8:
             block = slice(start, start + step)
             shared = {"rows": block, "channels": slice(start // GROUP, start // GROUP + 1)}
             yield block, shared.get(self.sharing, slice(None))
+
+
+@cache
+def _triton() -> Any:
+    """One pass over memory on a GPU; Triton comes with torch there, and is not needed elsewhere."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("megascale_moe.kernels.narrow_triton")
 
 
 def error_bound(x: Tensor, largest: Tensor) -> Tensor:

@@ -7,12 +7,15 @@
     bf16_ring   what a reduction in BF16 does on a ring, named to be measured: a partial sum is rounded at each of n - 1
                 hops, so small terms are lost in large sums, and more the more ranks there are
 
-Under the hierarchy (inside the node, then between nodes) the node's float32 sums are cast once more.
+Under the hierarchy (inside the node, then between nodes) the node's float32 sums are cast once more. Starting and
+summing are two functions: what stands between them in a list travels while others are cast and summed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,33 +28,58 @@ CAST = 1 << 18
 """Elements that are cast at a time: the temporary is half a megabyte."""
 ROWS = Float8("rows")
 
-Reduce = Callable[[Tensor, Axis, int], Pending]
+
+@dataclass(frozen=True)
+class Form:
+    """A way to sum over ranks.
+
+    Attributes:
+        start: float32 [size * T] -> what comes from the ranks; may spend what it was given.
+        total: that -> the sum, float32 [T]. None: it is the sum already.
+        element: bytes sent per element.
+        packed: the dtype in which chunks may be given instead.
+    """
+
+    start: Callable[[Tensor, Axis, int], Pending]
+    total: Callable[[Any], Tensor] | None
+    element: float
+    packed: torch.dtype = torch.float32
 
 
-def reduce_scatter_bf16(x: Tensor, axis: Axis, tag: int) -> Pending:
-    """float32 [size * T], which is spent -> float32 [T]."""
-    count = len(x)
-    halves = x.view(torch.bfloat16)
-    send, room = halves[:count], halves[count:]
-    for start in range(0, count, CAST):  # element i moves from byte 4i to 2i: nothing that is still to be read is hit
-        send[start : start + CAST] = x[start : start + CAST].to(torch.bfloat16)
-    return exchange(send.chunk(axis.size), room.chunk(axis.size), axis, tag).then(sum_in_float32)
+def exchange_bf16(x: Tensor, axis: Axis, tag: int) -> Pending:
+    """float32, which is spent, or bfloat16 [size * T] -> bfloat16 [T] of every rank."""
+    if x.dtype == torch.bfloat16:
+        send, room = x, torch.empty_like(x)
+    else:
+        count, halves = len(x), x.view(torch.bfloat16)
+        send, room = halves[:count], halves[count:]
+        for start in range(0, count, CAST):  # element i moves from byte 4i to 2i: nothing still to be read is hit
+            send[start : start + CAST] = x[start : start + CAST].to(torch.bfloat16)
+    return exchange(send.chunk(axis.size), room.chunk(axis.size), axis, tag).then(list)
 
 
-def reduce_scatter_fp8(x: Tensor, axis: Axis, tag: int) -> Pending:
-    """float32 [size * T], T a multiple of BLOCK -> float32 [T]."""
-    parts = [part.view(-1, BLOCK) for part in x.chunk(axis.size)]
-    send = [ROWS.encode(part) for part in parts]
-    room = [torch.empty_like(message) for message in send]
+def sum_in_float32(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of equal tensors in their order, float32."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total += part
+    return total
 
-    def finish(_: object) -> Tensor:
-        decoded = torch.empty_like(parts[0])
-        total = ROWS.decode(room[0], torch.empty_like(parts[0]))
-        for message in room[1:]:
-            total += ROWS.decode(message, decoded)
-        return total.flatten()
 
-    return exchange(send, room, axis, tag).then(finish)
+def exchange_fp8(x: Tensor, axis: Axis, tag: int) -> Pending:
+    """float32 [size * T], T a multiple of BLOCK -> messages of every rank."""
+    send = [ROWS.encode(part.view(-1, BLOCK)) for part in x.chunk(axis.size)]
+    return exchange(send, [torch.empty_like(message) for message in send], axis, tag)
+
+
+def sum_of_fp8(messages: Sequence[Tensor]) -> Tensor:
+    """Sum of the vectors in messages of equal size, in their order, float32."""
+    shape = (len(messages[0]) // (BLOCK + 1), BLOCK)
+    total, part = (torch.empty(shape, device=messages[0].device) for _ in range(2))
+    ROWS.decode(messages[0], total)
+    for message in messages[1:]:
+        total += ROWS.decode(message, part)
+    return total.flatten()
 
 
 def reduce_scatter_bf16_ring(x: Tensor, axis: Axis, tag: int) -> Pending:
@@ -69,16 +97,10 @@ def reduce_scatter_bf16_ring(x: Tensor, axis: Axis, tag: int) -> Pending:
     return Pending([], finish, parts[0].nbytes * (size - 1))
 
 
-def sum_in_float32(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of equal tensors in their order, float32."""
-    total = parts[0].float()
-    for part in parts[1:]:
-        total += part
-    return total
-
-
-FORMS: dict[str, tuple[Reduce, float]] = {
-    "fp32": (reduce_scatter, 4), "bf16": (reduce_scatter_bf16, 2), "fp8": (reduce_scatter_fp8, 1 + 1 / BLOCK),
-    "bf16_ring": (reduce_scatter_bf16_ring, 2),
-}  # fmt: skip
-"""By name in `[wire] gradients`: how, and bytes per element sent."""
+FORMS = {
+    "fp32": Form(reduce_scatter, None, 4),
+    "bf16": Form(exchange_bf16, sum_in_float32, 2, torch.bfloat16),
+    "fp8": Form(exchange_fp8, sum_of_fp8, 1 + 1 / BLOCK),
+    "bf16_ring": Form(reduce_scatter_bf16_ring, None, 2),
+}
+"""By name in `[wire] gradients`."""

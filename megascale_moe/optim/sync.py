@@ -8,14 +8,17 @@ To use both links at once, the shards are cut into chunks, and a chunk travels b
 inside: the order of the list says so, a communication operator starts where it stands and is waited for where its
 result is read. Several groups are one pipeline, so that neither link idles between two groups.
 
-Without a second level there is nothing to overlap: the buffer itself is sent at once, without a copy. Sums are taken
-in rank order, first inside the node and then over nodes, so chunks do not change a bit.
+Without a second level there is nothing to overlap: the buffer itself is sent at once, without a copy. In a narrower
+format (`narrow_sums`, and `FlatWeights.formats`) there is: a chunk travels while the next is cast and the one before
+is summed or read. Sums are taken in rank order, first inside the node and then over nodes, so chunks do not change a
+bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +26,8 @@ from torch import Tensor
 from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.collectives import Pending, all_gather, all_gather_in_place, tag_of
 from megascale_moe.engine.op import Cost, Op, Phase, Stream
-from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.narrow_sums import FORMS, Reduce
+from megascale_moe.optim.flat import FlatWeights, Formats
+from megascale_moe.optim.narrow_sums import FORMS
 
 CHUNK = 1 << 19
 """Elements of a shard per chunk: 2 MiB messages between nodes, long against a link's latency, short against a group."""
@@ -146,9 +149,11 @@ class _Chunk:
 
 
 def _chunks(flat: FlatWeights, chunk: int) -> list[_Chunk]:
-    """As few as needed, of (almost) equal size; one where there are no two links to overlap."""
+    """As few as needed, of (almost) equal size; one where nothing overlaps."""
     size, unit = flat.master.numel(), flat.formats.unit
-    count = -(-size // chunk) if len(_levels(flat)) == 2 else 1
+    # Cut where there is something to do while a chunk travels: another link, casts and sums.
+    levels, narrow = len(_levels(flat)), flat.formats != Formats()
+    count = -(-size // chunk) if levels == 2 or (levels and narrow) else 1
     bounds = [size // unit * index // count * unit for index in range(count)] + [size]
     return [_Chunk(flat, bounds[i], bounds[i + 1], i, count == 1) for i in range(count)]
 
@@ -195,42 +200,49 @@ def _gradients_of(flat: FlatWeights) -> str:
 
 def _reduce_job(chunk: _Chunk) -> Job:
     """float32 [n, d, s] -> sums over the node [d, s] -> sums over all [s], each flattened."""
-    levels = _levels(chunk.flat)
-    collective, element = FORMS[chunk.flat.formats.gradients]
-    first = collective if not chunk.alone or chunk.flat.formats.gradients == "fp32" else _in_buffer(chunk.flat)
+    levels, form = _levels(chunk.flat), FORMS[chunk.flat.formats.gradients]
     packing = [] if chunk.alone else [_pack(chunk)]
     reads = packing[0].writes[0] if packing else _gradients_of(chunk.flat)
     job: Job = []
+    following: list[Op] = []
     elements = chunk.total
     for level in levels:
         elements //= level.axis.size
         writes = chunk.name("shard" if level is levels[-1] else "node_sums")
-        sent = element * elements
-        job.append([level.op("reduce_scatter", chunk, reads, writes, sent, Phase.W, collective if job else first)])
+        comes = writes if form.total is None else chunk.name(f"{level.word}_parts")
+        op = level.op("reduce_scatter", chunk, reads, comes, form.element * elements, Phase.W, form.start)
+        job.append([*following, op])
+        following = [] if form.total is None else [_total(chunk, level, form.total, comes, writes, elements)]
         reads = writes
-    return [[*packing, *job[0]], *job[1:]]
+    return [[*packing, *job[0]], *job[1:], *([following] if following else [])]
 
 
-def _in_buffer(flat: FlatWeights) -> Reduce:
-    """The reduce-scatter of the gradient buffer itself, which may be written over: also what is between gradients, and
+def _total(
+    chunk: _Chunk, level: _Level, total: Callable[[Any], Tensor], comes: str, writes: str, elements: int
+) -> Op:
+    """The sum of what came. What came of a whole group came into its gradient buffer, between the gradients too, which
     must be zero again when they are summed the next time."""
-    collective, _ = FORMS[flat.formats.gradients]
+    flat = chunk.flat
 
-    def run(gradients: Tensor, axis: Axis, tag: int) -> Pending:
-        return collective(gradients, axis, tag).then(clear)
-
-    def clear(sums: Tensor) -> Tensor:
-        flat.clear_padding()
+    def run(parts: Any) -> Tensor:
+        sums = total(parts)
+        if chunk.alone:
+            flat.clear_padding()
         return sums
 
-    return run
+    return Op(
+        name=f"gradients.{flat.name}.{level.word}_sum", reads=(comes,), writes=(writes,), run=run, phase=Phase.W,
+        cost=Cost(elements * level.axis.size, 8 * elements * level.axis.size),
+    )  # fmt: skip
 
 
 def _pack(chunk: _Chunk) -> Op:
     """The chunk's elements of all shards in one piece, in the order in which the reduce-scatters cut it."""
+    dtype = FORMS[chunk.flat.formats.gradients].packed
     return Op(
         name=f"gradients.{chunk.flat.name}.pack", reads=(_gradients_of(chunk.flat),), writes=(chunk.name("packed"),),
-        run=lambda gradients: chunk.of(gradients).flatten(), phase=Phase.W, cost=Cost(memory_bytes=8 * chunk.total),
+        run=lambda gradients: chunk.of(gradients).to(dtype).flatten(), phase=Phase.W,
+        cost=Cost(memory_bytes=(4 + dtype.itemsize) * chunk.total),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ VARIANTS: dict[str, WireConfig] = {
     "parameters bf16": WireConfig(parameters="bf16"),
     "parameters fp8": WireConfig(parameters="fp8"),
     "all bf16": WireConfig(gradients="bf16", activations="bf16", parameters="bf16"),
-    "bf16, activations fp8": WireConfig(gradients="bf16", activations="fp8", parameters="bf16"),
+    "bf16 + activations fp8": WireConfig(gradients="bf16", activations="fp8", parameters="bf16"),
     "all fp8": WireConfig(gradients="fp8", activations="fp8", parameters="fp8"),
 }
 """What is trained, by name; those with "_" are what the paper rejects."""
@@ -114,7 +114,7 @@ def bench(config: Config, nproc: int | None, order: Order, *, as_json: bool) -> 
     else:
         Console(highlight=False, width=120).print(table(found["rows"]))
         print(f"results: {order.folder / FILE}" + (f", plots: {', '.join(map(str, drawn))}" if drawn else ""))
-        if not drawn:
+        if not drawn and importlib.util.find_spec("matplotlib") is None:
             print("no plots: matplotlib is missing; pip install 'megascale-moe[plots]'")
     return 0
 

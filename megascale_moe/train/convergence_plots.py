@@ -23,9 +23,11 @@ SMOOTH = 40
 
 
 def draw(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write the plots; their paths."""
+    """Write the plots; their paths. FP32 alone has nothing to be compared with."""
     variants = list(dict.fromkeys(run["variant"] for run in runs))
-    paths = []
+    paths: list[Path] = []
+    if set(variants) <= {DEFAULT}:
+        return paths
     for name, figure in (
         ("losses", _losses(runs, variants)), ("gradient-errors", _errors(runs, variants)),
         ("gradient-cosines", _errors(runs, variants, cosine=True)),
@@ -44,9 +46,13 @@ def _smooth(losses: Sequence[float]) -> tuple[Any, Any]:
     return ends, np.array([part.mean() for part in parts])
 
 
-def _style(variant: str) -> dict[str, Any]:
-    """What the paper rejects is dashed."""
-    return {"linestyle": "--" if "_" in variant else "-", "linewidth": 1.4}
+def _style(variant: str, variants: Sequence[str]) -> dict[str, Any]:
+    """A color each; what the paper rejects is dashed."""
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    place = variants.index(variant)
+    return {
+        "linestyle": "--" if "_" in variant else "-", "linewidth": 1.5, "color": colors[(2 * place + place // 10) % 20],
+    }  # fmt: skip
 
 
 def _losses(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Any:
@@ -64,12 +70,12 @@ def _losses(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Any:
         gaps = [_smooth(run["losses"])[1] - plain[run["seed"]][1] for run in runs
                 if run["variant"] == variant != DEFAULT and run["seed"] in plain]  # fmt: skip
         if gaps:
-            below.plot(steps, np.mean(gaps, 0), label=variant, **_style(variant))
+            below.plot(steps, np.mean(gaps, 0), label=variant, **_style(variant, variants))
     below.axhline(0, color="black", linewidth=0.6)
     below.set_yscale("symlog", linthresh=0.01)
     below.set_ylabel("loss - loss of fp32, same seed (nats)")
     below.set_xlabel("step")
-    below.legend(fontsize=8, ncols=2)
+    below.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return figure
 
 
@@ -81,11 +87,13 @@ def _errors(runs: Sequence[dict[str, Any]], variants: Sequence[str], *, cosine: 
         steps, layers = sorted(same[0], key=int), list(next(iter(same[0].values())))
         values = np.array([[[probe[step][layer] for layer in layers] for step in steps] for probe in same]).mean(0)
         shown = 1 - values[..., 1] if cosine else values[..., 0]
-        left.plot([int(step) for step in steps], np.median(shown, 1), marker=".", label=variant, **_style(variant))
-        right.plot(layers, np.median(shown, 0), marker=".", **_style(variant))
+        left.plot([int(step) for step in steps], np.median(shown, 1), marker=".", label=variant,
+                  **_style(variant, variants))  # fmt: skip
+        right.plot(layers, np.median(shown, 0), marker=".", **_style(variant, variants))
     left.set_yscale("log")
     left.set_xlabel("step")
     left.set_ylabel("1 - cosine with the exact gradient" if cosine else "relative error of the gradient")
-    left.legend(fontsize=8)
-    right.tick_params(axis="x", rotation=60)
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False}
+    right.legend(*left.get_legend_handles_labels(), fontsize=8, **beside)
+    right.set_xticks(range(len(layers)), layers, rotation=60, ha="right")
     return figure

@@ -17,9 +17,11 @@ from megascale_moe.kernels.attention import Spans, causal_attention_backward, ca
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.kernels.cross_entropy import linear_cross_entropy
 from megascale_moe.kernels.grouped import grouped_mm
+from megascale_moe.kernels.narrow import Float8
 from megascale_moe.kernels.norm import rms_norm, rms_norm_backward
 from megascale_moe.kernels.rows import row_map, sum_rows, take_rows
 from tests.kernels.compare import assert_near, gradients, leaves
+from tests.kernels.test_narrow import INPUTS, input_of
 
 DEVICE = torch.device("cuda")
 
@@ -144,3 +146,14 @@ def test_fused_kernels_equal_the_twins(dtype: torch.dtype, fused: None) -> None:
     assert dgate is not None
     assert_near(dx, wanted[0].to(dtype), tolerance)
     assert_near(dgate, wanted[1], FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharing", ["rows", "channels", "tensor"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_fp8_messages_are_those_of_the_cpu(name: str, sharing: Any, dtype: torch.dtype) -> None:
+    """Byte for byte, by the Triton kernels and by torch's operators; what is decoded as well."""
+    x, form = input_of(name, dtype), Float8(sharing)
+    message = form.encode(x.to(DEVICE))
+    assert torch.equal(message.cpu(), form.encode(x))
+    assert torch.equal(form.decode(message, torch.empty_like(x, device=DEVICE)).cpu(), form.decode(form.encode(x), x))

@@ -100,7 +100,7 @@ def test_bytes_are_half_and_a_quarter_plus_scales(mesh: Mesh) -> None:
     for form, unit in (("bf16", 16), ("fp8", BLOCK)):
         padded = -(-(-(-65 // 16) * 16 + 720) // (unit * mesh.world)) * unit * mesh.world
         assert padded >= size
-        per_element = FORMS[form][1]
+        per_element = FORMS[form].element
         wanted = padded * (1 - 1 / mesh.node) + padded / mesh.node * (1 - 1 / mesh.dp)
         assert sent[form] == pytest.approx([per_element * wanted] * mesh.world, rel=1e-12)
 
@@ -127,7 +127,7 @@ def memory_on_rank(gradients: str) -> int:
     places = {"a": everything((1 << 21,), ("node", "tensor_data"))}
     group = FlatWeights(places, axes["node"], axes["tensor_data"], decay=False, dtype=torch.float32,
                         device=torch.device("cpu"), formats=Formats(gradients))  # fmt: skip
-    program = Program(reduce([group]), given([group]), [shard_of(group)])
+    program = Program(reduce([group], chunk=1 << 40), given([group]), [shard_of(group)])
     with Meter() as meter:
         values = program.run(given([group]), {})
         resolve(values, shard_of(group))

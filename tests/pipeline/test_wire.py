@@ -33,7 +33,6 @@ from tests.pipeline.test_passes import MICROS, PARALLEL, SHARED, run_plan
 DENSE = replace(SHARED, top_k=SHARED.experts)
 BOUNDS = {"bf16": (1e-6, 2e-2), "fp8": (1e-4, 0.25)}
 OVERLAPS = {
-    "serial": OverlapConfig(),
     "paper, paper, 4": OverlapConfig(order="paper", remat="paper", split="4"),
     "scheduled, full, two": OverlapConfig(order="scheduled", remat="full", micro_batches=2),
 }

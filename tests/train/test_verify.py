@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from megascale_moe.comm.collectives import Pending, tag_of
 from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.optim import sync
+from megascale_moe.optim.narrow_sums import FORMS
 from megascale_moe.parallel import collective, split_experts
 from megascale_moe.pipeline import step
 from megascale_moe.presets import PRESETS
@@ -259,7 +261,9 @@ def test_a_reduction_that_is_skipped_in_the_optimizer(
     level: str, verify: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"gradients.replicated.{level}_reduce_scatter"
-    spoiled(monkeypatch, sync, "reduce_scatter", f"{name} 1", own_part)
+    form = SimpleNamespace(start=FORMS["fp32"].start)
+    spoiled(monkeypatch, form, "start", f"{name} 1", own_part)
+    monkeypatch.setitem(FORMS, "fp32", replace(FORMS["fp32"], start=form.start))
     verdict = verify("mixtral-8x7b", "--nproc", "4", "--only", "--json", "--parallel.node=2", "--parallel.dp=2")
     first = verdict.document["first_difference"]
     assert verdict.status == 1, verdict.err

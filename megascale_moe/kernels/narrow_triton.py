@@ -1,0 +1,117 @@
+"""FP8 messages on a GPU: reading, scaling and writing in one pass over memory; Triton, so optional.
+
+The bytes are those of `narrow.Float8`, its slow twin. Rounding is done on the bits of float32 and not by the cast of
+the hardware: it is the same on every GPU (Ampere has no E4M3) and under Triton's interpreter, whose cast loses
+subnormals.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GROUP = 128
+COLUMNS = 64
+"""Columns of a tile of channels."""
+
+
+@triton.jit
+def _exponent(largest):
+    """The scale's byte for numbers up to `largest`, as int32: the power of two above largest / 448; 255 if infinite."""
+    bits = (largest / 448.0).to(tl.int32, bitcast=True)
+    return tl.minimum(((bits >> 23) & 255) + 1, 255)
+
+
+@triton.jit
+def _rounded(x, exponent):
+    """x / 2^(exponent - 127) to the nearest E4M3, ties to even, as int32 from 0 to 255."""
+    y = x * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    bits = y.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 numbers are multiples of 2^-9, which is what float32 has above 2^14: the sum rounds.
+    small = (tl.abs(y) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    code = tl.where(size < (121 << 23), small, normal)
+    return tl.minimum(code, 127) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def _value(code, exponent):
+    """E4M3 times its scale, float32: float16 has one bit more of exponent, a factor of 2^8."""
+    half = (((code & 0x7F) << 7) | ((code & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 256.0 * (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encode_rows(x, numbers, scales, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < width
+    values = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
+    exponent = _exponent(_largest(values, 0))
+    tl.store(numbers + row * width + column, _rounded(values, exponent).to(tl.uint8), mask=there)
+    tl.store(scales + row, exponent.to(tl.uint8))
+
+
+@triton.jit
+def _largest(values, axis: tl.constexpr):
+    """The largest magnitude; what is not a number counts as infinite, which a maximum could lose."""
+    size = tl.abs(values)
+    return tl.max(tl.where(size == size, size, float("inf")), axis)
+
+
+@triton.jit
+def _encode_channels(x, numbers, scales, rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64)
+    row = group * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < width)
+    values = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
+    exponent = _exponent(_largest(values, 0))[None, :]
+    tl.store(numbers + row * width + column, _rounded(values, exponent).to(tl.uint8), mask=there)
+    tl.store(scales + group * width + column, exponent.to(tl.uint8), mask=column < width)
+
+
+@triton.jit
+def _decode(
+    numbers, scales, out, rows, width, stride, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64)
+    row = group * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < width)
+    code = tl.load(numbers + row * width + column, mask=there, other=0).to(tl.int32)
+    if PER_ROW:
+        exponent = tl.load(scales + row, mask=row < rows, other=127).to(tl.int32)
+    else:
+        exponent = tl.load(scales + group * width + column, mask=column < width, other=127).to(tl.int32)
+    tl.store(out + row * stride + column, _value(code, exponent).to(out.dtype.element_ty), mask=there)
+
+
+def encode_rows(x: Tensor, numbers: Tensor, scales: Tensor) -> None:
+    """x [R, w], rows of unit stride -> numbers uint8 [R, w] and scales uint8 [R]."""
+    rows, width = x.shape
+    if x.numel():
+        _encode_rows[(rows,)](x, numbers, scales, width, x.stride(0), BLOCK=triton.next_power_of_2(width))
+
+
+def encode_channels(x: Tensor, numbers: Tensor, scales: Tensor) -> None:
+    """x [R, w], rows of unit stride -> numbers uint8 [R, w] and scales uint8 [ceil(R / 128), w]."""
+    rows, width = x.shape
+    if x.numel():
+        grid = (triton.cdiv(rows, GROUP), triton.cdiv(width, COLUMNS))
+        _encode_channels[grid](x, numbers, scales, rows, width, x.stride(0), ROWS=GROUP, COLUMNS=COLUMNS)
+
+
+def decode(numbers: Tensor, scales: Tensor, out: Tensor, *, per_row: bool) -> None:
+    """The inverse of both, into out [R, w], rows of unit stride."""
+    rows, width = out.shape
+    if out.numel():
+        grid = (triton.cdiv(rows, GROUP), triton.cdiv(width, COLUMNS))
+        _decode[grid](
+            numbers, scales, out, rows, width, out.stride(0), PER_ROW=per_row, ROWS=GROUP, COLUMNS=COLUMNS
+        )
+
+
+__all__ = ["decode", "encode_channels", "encode_rows"]
