@@ -127,19 +127,6 @@ def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
     return exchange(x.chunk(axis.size), parts, axis, tag).then(sum_in_order)
 
 
-def all_gather_rows(x: Tensor, rows: Sequence[int], axis: Axis, tag: int) -> Pending:
-    """x [rows[index], ...] of every rank, finishes with [sum(rows), ...] in rank order."""
-    x = x.contiguous()
-    out = x.new_empty(sum(rows), *x.shape[1:])
-    return exchange([x] * axis.size, out.split(list(rows)), axis, tag).then(lambda _: out)
-
-
-def reduce_scatter_rows(x: Tensor, rows: Sequence[int], axis: Axis, tag: int) -> Pending:
-    """Sum of x [sum(rows), ...] over the ranks, finishes with this rank's [rows[index], ...]; summed in rank order."""
-    parts = x.new_empty(axis.size, rows[axis.index], *x.shape[1:]).unbind()
-    return exchange(x.contiguous().split(list(rows)), parts, axis, tag).then(sum_in_order)
-
-
 def shift(
     send: Sequence[Tensor], receive: Sequence[Tensor], distances: Sequence[int], axis: Axis, tag: int
 ) -> Pending:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from megascale_moe.engine.op import Op
+from megascale_moe.engine.op import Op, Stream
 from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.optim.sync import Job, arrived, gather_job, reduce_job
 
@@ -75,6 +75,8 @@ def _insert_reductions(
     for hop in range(max(map(len, jobs), default=0)):  # first hops first: they start at once, later ones wait
         for index, ops in enumerate(job[hop] if hop < len(job) else [] for job in jobs):
             at = additions[index + hop][0] + 1 if index + hop < len(additions) else end
+            if additions[index][1].inter.name == "tied" and all(op.stream == Stream.COMPUTE for op in ops):
+                at = end  # the sum waits for another stage, which may wait for what this one is yet to send
             inserted.setdefault(at, []).extend(ops)
 
 

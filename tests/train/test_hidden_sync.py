@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megascale_moe.comm.axis import axes_of, connect
 from megascale_moe.comm.mesh import mesh_of
-from megascale_moe.config import Config, OverlapConfig, ParallelConfig, TrainConfig
+from megascale_moe.config import Config, OverlapConfig, ParallelConfig, TrainConfig, WireConfig
 from megascale_moe.engine.op import Op, check
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.testing import run_ranks
@@ -36,16 +36,20 @@ OVERLAPS = {
 }
 
 
-def config_of(parallel: ParallelConfig, overlap: OverlapConfig) -> Config:
+def config_of(parallel: ParallelConfig, overlap: OverlapConfig, wire: WireConfig | None = None) -> Config:
     train = TrainConfig(global_batch=4, micro_batch=1, warmup=1, steps=50, learning_rate=1e-2)
     model = replace(MODEL, tied_embeddings=parallel.pp > 1)
-    return Config(model=model, parallel=parallel, overlap=overlap, train=train)
+    return Config(model=model, parallel=parallel, overlap=overlap, train=train, wire=wire or WireConfig())
 
 
 def losses(parallel: ParallelConfig, overlap: OverlapConfig) -> list[float]:
     """Loss and norm of a few steps on random tokens, then an evaluation, which needs the settled weights."""
-    config = config_of(parallel, overlap)
-    mesh = mesh_of(parallel, config.model, dist.get_world_size())
+    return trained(config_of(parallel, overlap))[0]
+
+
+def trained(config: Config) -> tuple[list[float], Trainer]:
+    """`losses` of a config, and who had them."""
+    mesh = mesh_of(config.parallel, config.model, dist.get_world_size())
     trainer = Trainer(config, mesh, connect(mesh), torch.device("cpu"))
     trainer.initialise()
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +60,7 @@ def losses(parallel: ParallelConfig, overlap: OverlapConfig) -> list[float]:
         batches = [Batch(row[None], row[None].roll(-1, 1), (0, 16)) for row in rows]
         result = trainer.step(batches, 4 * 16)
         found += [result.loss, result.grad_norm]
-    return [*found, trainer.evaluate(batches[:1], 16 * mesh.dp)]
+    return [*found, trainer.evaluate(batches[:1], 16 * mesh.dp)], trainer
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)

@@ -11,17 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megascale_moe.cli import main
-from megascale_moe.comm.axis import connect
-from megascale_moe.comm.mesh import mesh_of
-from megascale_moe.config import Config, OverlapConfig, TrainConfig, WireConfig
+from megascale_moe.config import OverlapConfig, WireConfig
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.bench_convergence import VARIANTS, layer_of, rows
-from megascale_moe.train.data import Batch
-from megascale_moe.train.trainer import Trainer
 from tests.train.runs import Place
-from tests.train.test_hidden_sync import LAYOUTS, MODEL
+from tests.train.test_hidden_sync import LAYOUTS, config_of, trained
 
-STEPS = 5
 WIRES = {
     "fp32": WireConfig(),
     "bf16": WireConfig(gradients="bf16", activations="bf16", parameters="bf16"),
@@ -30,22 +25,9 @@ WIRES = {
 }
 
 
-def trained(layout: str, overlap: OverlapConfig, wire: str) -> tuple[list[float], bool]:
+def losses(layout: str, overlap: OverlapConfig, wire: str) -> tuple[list[float], bool]:
     """Losses and norms of some steps; whether copies of weights are equal on all ranks that hold them."""
-    train = TrainConfig(global_batch=4, micro_batch=1, warmup=1, steps=50, learning_rate=1e-2)
-    config = Config(model=MODEL, parallel=LAYOUTS[layout], overlap=overlap, wire=WIRES[wire], train=train)
-    mesh = mesh_of(config.parallel, config.model, dist.get_world_size())
-    trainer = Trainer(config, mesh, connect(mesh), torch.device("cpu"))
-    trainer.initialise()
-    generator = torch.Generator().manual_seed(0)
-    place, share = dist.get_rank() % mesh.stage // mesh.node, 4 // mesh.dp
-    found: list[float] = []
-    for _ in range(STEPS):
-        all_rows = torch.randint(0, 64, (4, 16), generator=generator)[place * share : (place + 1) * share]
-        batches = [Batch(row[None], row[None].roll(-1, 1), (0, 16)) for row in all_rows]
-        result = trainer.step(batches, 4 * 16)
-        found += [result.loss, result.grad_norm]
-    found.append(trainer.evaluate(batches[:1], 16 * mesh.dp))
+    found, trainer = trained(config_of(LAYOUTS[layout], overlap, WIRES[wire]))
     equal = True
     for group in trainer.optimizer.groups:
         for axis in (group.intra, group.inter):
@@ -63,9 +45,9 @@ def test_hidden_or_not_it_is_the_same_training(layout: str, wire: str) -> None:
     last bit of the norm, which adds groups in another order, lets single weights be rounded to the other side, and a
     token go to another expert. Losses are near FP32's: within 2 %, which five steps of AdamW make of what FP8 rounds.
     """
-    serial, equal = run_ranks(4, trained, layout, OverlapConfig(), wire)[0]
-    hidden, also = run_ranks(4, trained, layout, OverlapConfig(order="paper", remat="paper"), wire)[0]
-    plain, _ = run_ranks(4, trained, layout, OverlapConfig(), "fp32")[0]
+    serial, equal = run_ranks(4, losses, layout, OverlapConfig(), wire)[0]
+    hidden, also = run_ranks(4, losses, layout, OverlapConfig(order="paper", remat="paper"), wire)[0]
+    plain, _ = run_ranks(4, losses, layout, OverlapConfig(), "fp32")[0]
     assert equal
     assert also
     assert hidden[:6] == pytest.approx(serial[:6], rel=1e-5)
@@ -76,8 +58,8 @@ def test_hidden_or_not_it_is_the_same_training(layout: str, wire: str) -> None:
 
 def test_auto_decides_after_measuring_and_all_ranks_alike() -> None:
     """Ranks that decided differently would wait for messages of other sizes."""
-    found, equal = run_ranks(4, trained, "two nodes", OverlapConfig(), "auto", timeout=60.0)[0]
-    plain, _ = run_ranks(4, trained, "two nodes", OverlapConfig(), "fp32")[0]
+    found, equal = run_ranks(4, losses, "two nodes", OverlapConfig(), "auto", timeout=60.0)[0]
+    plain, _ = run_ranks(4, losses, "two nodes", OverlapConfig(), "fp32")[0]
     assert equal
     assert found[::2] == pytest.approx(plain[::2], rel=2e-2)
 
