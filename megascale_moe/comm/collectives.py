@@ -74,7 +74,7 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
     peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
     wire = sum(send[peer].nbytes for peer in peers)
     if axis.native and not send[me].is_cpu:
-        empty = receive[me].new_empty(0)
+        empty = receive[peers[0] if peers else me].new_empty(0)  # the own part may be of another dtype
         works = [
             dist.all_to_all(
                 [empty if i == me else t for i, t in enumerate(receive)],

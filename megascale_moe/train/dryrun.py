@@ -102,6 +102,10 @@ def dry_run(
         "a dry run measures no times, and overlap.remat = 'budget' and split = 'auto' follow from them; "
         "use remat = 'none', 'paper' or 'full' and split = 'none' or a number",
     )
+    require(
+        config.wire.activations != "auto",
+        "a dry run measures no times, and wire.activations = 'auto' follows from them; use 'fp32', 'bf16' or 'fp8'",
+    )
     with trainer_without_storage(config, mesh, rank) as trainer:
         found = _run(trainer, rows, micros, progress)
     plan = trainer.plan(rows, micros)

@@ -13,7 +13,16 @@ import torch
 
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.mesh import Mesh, mesh_of
-from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig, load
+from megascale_moe.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OverlapConfig,
+    ParallelConfig,
+    TrainConfig,
+    WireConfig,
+    load,
+)
 from megascale_moe.engine.memory import Meter
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.checker import bubble
@@ -210,6 +219,23 @@ def test_passes_have_a_form_without_storage(overlap: OverlapConfig) -> None:
     assert dispatched["cut"] == again * dispatched["plain"]
 
 
+def test_narrow_messages_have_a_form_without_storage() -> None:
+    """What real ranks send, gradients half as much, and no more memory: the cast is in the gradients' own buffer."""
+    plain = config_of(ParallelConfig(dp=2, node=2, ep=2, dispatch="all_gather"))
+    narrow = replace(plain, wire=WireConfig(gradients="bf16", activations="fp8", parameters="bf16"))
+    found = dry_run(narrow, 4, 0)
+    assert found.agreement is not None
+    assert found.agreement.disagreement == ""
+    expected: dict[str, int] = {}
+    for w in found.rank["wire"]:
+        expected[w["op"]] = expected.get(w["op"], 0) + w["bytes"]
+    sent = run_ranks(4, real_step, narrow, mesh_of(narrow.parallel, narrow.model, 4))[0]
+    assert {op: count for op, count in sent.items() if count} == expected
+    halves = {w["op"]: w["bytes"] / 2 for w in dry_run(plain, 4, 0).rank["wire"] if w["op"].startswith("gradients.")}
+    del halves["gradients.norm_all_reduce"]
+    assert halves == {op: expected[op] for op in halves}
+
+
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +349,7 @@ def test_table_names_what_matters(tmp_path: Path) -> None:
         (["--gpus=8", "--rank=8"], "--rank 8: a job of 8 ranks has ranks 0 to 7"),
         (["--gpus=8", "--rank=-1"], "is not a rank"),
         (["--gpus=64"], "train.global_batch = 8 is not divisible by parallel.dp = 32"),
+        (["--gpus=8", "--wire.activations=auto"], "a dry run measures no times, and wire.activations = 'auto' follows"),
         (["--gpus=8", "--parallel.pp=4"], "model.layers = 2 are fewer than the 4 stages"),
         ([], "--gpus"),
     ],
