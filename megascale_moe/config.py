@@ -278,7 +278,7 @@ class OverlapConfig:
 class WireConfig:
     """The format of what travels: "fp32" is as it was computed, "auto" narrower where the link is the bottleneck.
 
-    "bf16_ring", "fp8_cast" and "fp8_tensor" are what docs/numerics.md measures to be worse.
+    "bf16_ring", "fp8_cast" and "fp8_tensor" are what the paper rejects, to be compared with (docs/numerics.md).
     """
 
     gradients: Literal["fp32", "bf16", "fp8", "auto", "bf16_ring"] = "fp32"
