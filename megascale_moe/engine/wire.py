@@ -98,10 +98,9 @@ def in_format(op: Op, form: Format) -> tuple[Op, Op, Op]:
     plan = tuple(op.reads[place] for place in traffic.plan)
     elements = op.cost.wire_bytes / traffic.dtype.itemsize
     sent = op.cost.wire_bytes * share(op, form)
-    one_way = traffic.dtype.itemsize * elements + sent
     encode = replace(
         op, name=f"encode {op.name}", writes=(coded,), run=lambda *reads: _encode(traffic, form, reads),
-        stream=Stream.COMPUTE, cost=Cost(3 * elements, one_way), backward=(), traffic=None,
+        stream=Stream.COMPUTE, cost=Cost(3 * elements, op.cost.wire_bytes + sent), backward=(), traffic=None,
     )
     move = replace(
         op, reads=(coded, *plan), writes=(arrived,), run=lambda coded, *plan: _move(traffic, form, coded, plan),

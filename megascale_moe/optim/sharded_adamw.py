@@ -223,18 +223,20 @@ class ShardedAdamW:
     def _update_op(self, index: int) -> Op:
         """Clip, AdamW on the shard of one group, and round the masters to the compute dtype."""
         group = self.groups[index]
+        arrives = group.formats.parameters is not None  # the weights are those that arrive, not copied here
 
         def run(gradient: Tensor, norm: float, learning_rate: float) -> Tensor:
             factor = self._factor(norm)
             # The sums are scaled in place, unlike what operators may do: this is their last reader.
             self._adamw(index, gradient if factor == 1.0 else gradient.mul_(factor), learning_rate)
-            if group.formats.parameters is not None:  # the weights are those that arrive
+            if arrives:
                 return group.master
             mine = group.weights[group.shard]
             return mine if group.shares_memory else mine.copy_(group.master)
 
         # Weight and both moments are read and written, the gradient read; clipping reads and writes it once more.
-        traffic = 28 + (8 if self.config.clip_norm else 0) + (0 if group.shares_memory else 4 + group.weights.itemsize)
+        copied = 0 if group.shares_memory or arrives else 4 + group.weights.itemsize
+        traffic = 28 + (8 if self.config.clip_norm else 0) + copied
         return Op(
             name=f"update.{group.name}", reads=(shard_of(group), "norm", "learning_rate"), writes=(updated_of(group),),
             run=run, phase=Phase.W, cost=Cost(memory_bytes=traffic * group.master.numel()),
