@@ -63,6 +63,10 @@ VARIANTS: dict[str, WireConfig] = {
     "all fp8": WireConfig(gradients="fp8", activations="fp8", parameters="fp8"),
 }
 """What is trained, by name; those with "_" are what the paper rejects."""
+CONTROLS = {f"fp32 other weights {number}": number for number in (1, 2, 3)}
+"""FP32 on the same text from other initial weights: how far losses differ by luck, which a format must not exceed.
+(Another seed has other held-out text as well, whose losses differ by far more.)"""
+VARIANTS |= dict.fromkeys(CONTROLS, WireConfig())
 
 Progress = Callable[[str, int, int], None]
 Errors = dict[str, tuple[float, float]]
@@ -185,7 +189,7 @@ class Run:
     def trained(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Train to the end; what happened."""
         loop, steps, every = self.loop, self.config.train.steps, self.config.train.eval_every
-        loop.trainer.initialise()
+        loop.trainer.initialise(self.seed + 1000 * CONTROLS.get(self.variant, 0))
         losses: list[float] = []
         evaluations: dict[int, float | None] = {}
         errors: dict[int, Errors] = {}

@@ -1,12 +1,12 @@
 """Plots of `megascale bench convergence`; the only module that needs matplotlib.
 
 Losses of runs that differ by thousandths lie on each other: drawn is the difference to the FP32 run of the same seed,
-inside the band that the seeds of FP32 span among themselves.
+inside the band of FP32 runs on the same text from other initial weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-DEFAULT = "fp32"
+from megascale_moe.train.bench_convergence import CONTROLS, DEFAULT
+
 SMOOTH = 40
 """Parts of a run over which losses are averaged."""
 
 
 def draw(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Write the plots; their paths. FP32 alone has nothing to be compared with."""
-    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    variants = [name for name in dict.fromkeys(run["variant"] for run in runs) if name not in {DEFAULT, *CONTROLS}]
     paths: list[Path] = []
-    if set(variants) <= {DEFAULT}:
+    if not variants:
         return paths
     for name, figure in (
         ("losses", _losses(runs, variants)), ("gradient-errors", _errors(runs, variants)),
@@ -61,14 +62,12 @@ def _losses(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Any:
     for seed, (steps, means) in plain.items():
         above.plot(steps, means, color="black", linewidth=1, label=f"fp32, seed {seed}")
     above.set_ylabel("training loss (nats)")
-    if plain:
-        steps = next(iter(plain.values()))[0]
-        means = np.stack([means for _, means in plain.values()])
-        band = np.abs(means - means.mean(0)).max(0)
-        below.fill_between(steps, -band, band, color="0.88", label="fp32: spread of the seeds")
+    luck = [gap for variant in CONTROLS for gap in _gaps(runs, variant, plain)]
+    if luck:
+        band = np.abs(luck).max(0)
+        below.fill_between(steps, -band, band, color="0.88", label="fp32, other initial weights")
     for variant in variants:
-        gaps = [_smooth(run["losses"])[1] - plain[run["seed"]][1] for run in runs
-                if run["variant"] == variant != DEFAULT and run["seed"] in plain]  # fmt: skip
+        gaps = _gaps(runs, variant, plain)
         if gaps:
             below.plot(steps, np.mean(gaps, 0), label=variant, **_style(variant, variants))
     below.axhline(0, color="black", linewidth=0.6)
@@ -79,10 +78,16 @@ def _losses(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Any:
     return figure
 
 
+def _gaps(runs: Sequence[dict[str, Any]], variant: str, plain: Mapping[int, tuple[Any, Any]]) -> list[Any]:
+    """Of a variant's runs to those of FP32 on the same text, smoothed."""
+    same = [run for run in runs if run["variant"] == variant and run["seed"] in plain]
+    return [_smooth(run["losses"])[1] - plain[run["seed"]][1] for run in same]
+
+
 def _errors(runs: Sequence[dict[str, Any]], variants: Sequence[str], *, cosine: bool = False) -> Any:
     """Left over steps, median of the layers; right by layer, median over the steps. Means over seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    for variant in (name for name in variants if name != DEFAULT):
+    for variant in variants:
         same = [run["gradient_errors"] for run in runs if run["variant"] == variant]
         steps, layers = sorted(same[0], key=int), list(next(iter(same[0].values())))
         values = np.array([[[probe[step][layer] for layer in layers] for step in steps] for probe in same]).mean(0)

@@ -97,10 +97,11 @@ class Trainer:
             self.overlap if training else OverlapConfig(), self.wire if training else WireConfig(), self.profile,
         )  # fmt: skip
 
-    def initialise(self) -> None:
-        """Fill the weights from the seed; the same whatever the layout."""
+    def initialise(self, seed: int | None = None) -> None:
+        """Fill the weights from a seed, the config's unless another is given; the same whatever the layout."""
+        seed = self.config.train.seed if seed is None else seed
         for group, slot in self._slots():
-            value = initial(slot.name, slot.placement, self.model, self.config.train.seed)
+            value = initial(slot.name, slot.placement, self.model, seed)
             group.set(slot, value.to(self.device))
         self._as_others_have_them()
 

@@ -121,11 +121,14 @@ def test_it_goes_on_where_it_was_and_refuses_another_config(
 ) -> None:
     assert bench("--variants=fp32")[0] == 0
     before = json.loads((tmp_path / "convergence.json").read_text())["runs"]
-    status, out, _ = bench("--variants=fp32,gradients bf16", "--json")
+    status, out, _ = bench("--variants=fp32,fp32 other weights 1", "--json")
     after = json.loads(out)["runs"]
     assert status == 0
     assert after[0] == before[0]
-    assert [run["variant"] for run in after] == ["fp32", "gradients bf16"]
+    assert [run["variant"] for run in after] == ["fp32", "fp32 other weights 1"]
+    first, other = (run["losses"][0] for run in after)  # other weights, of which none knows anything yet
+    assert first != other == pytest.approx(first, abs=0.3)
+    assert after[1]["wire"] == after[0]["wire"]
     status, _, err = bench("--variants=fp32", "--train.learning_rate=0.5")
     assert status == 2
     reason = "holds results of another config or number of ranks; choose another --out"
