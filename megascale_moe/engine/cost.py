@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Protocol
 
 from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.engine.trace import Event
@@ -32,6 +33,13 @@ def kind_of(op: Op) -> Kind:
 def stem(name: str) -> str:
     """A name without its layer, wherever it stands in it."""
     return LAYER.sub("", name)
+
+
+class Priced(Protocol):
+    """Whoever knows how long operators take: rates, measurements, a cluster's profile."""
+
+    def seconds(self, op: Op, /) -> float:
+        """Of one operator."""
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,39 @@ class Phase(StrEnum):
     R = "R"
 
 
+class Work(StrEnum):
+    """What an operator's FLOPs are made of, which decides about the share of a processor's peak that it reaches."""
+
+    ROWS = "rows"  # element by element, or moving rows: bound by memory
+    PRODUCT = "product"
+    GROUPED = "grouped"  # one product per expert
+    ATTENTION = "attention"
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What an operator takes, with balanced routing: FLOPs, bytes of memory traffic, bytes this rank sends."""
+    """What an operator takes, with balanced routing: FLOPs, bytes of memory traffic, bytes this rank sends.
+
+    Attributes:
+        size: what the reached share of the peak depends on: of products the harmonic mean of m, n and k, of grouped
+            ones the rows of an expert, of attention the tokens of a sequence.
+    """
 
     flops: float = 0.0
     memory_bytes: float = 0.0
     wire_bytes: float = 0.0
     axis: str = ""
+    work: Work = Work.ROWS
+    size: float = 0.0
+
+
+def product(m: float, n: float, k: float, memory_bytes: float, count: int = 1) -> Cost:
+    """Of matrix products [m, k] @ [k, n]: which of the three is summed over changes neither FLOPs nor size.
+
+    Args:
+        memory_bytes: of all of them.
+    """
+    return Cost(2.0 * count * m * n * k, memory_bytes, work=Work.PRODUCT, size=3 / (1 / m + 1 / n + 1 / k))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from megascale_moe.comm.collectives import tag_of
 from megascale_moe.comm.traffic import Traffic
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, Work, grad
 from megascale_moe.kernels.attention import Graph, Spans, causal_attention_backward, causal_attention_forward
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
 from megascale_moe.model.attention import latent_heads
@@ -205,11 +205,12 @@ def _core(name: str, heads: tuple[str, str, str], y: str, c: ModelConfig, layout
     n, T = layout.node.size, rows * length
     key_heads = len(heads_of_rank(0, n, c)[1])
     elements = T * (c.heads // n * (c.query_dim + c.value_dim) + key_heads * (c.query_dim + c.value_dim))
-    cost = Cost(T * attention_flops_per_token(c) / n, layout.bytes(elements))
+    flops = T * attention_flops_per_token(c) / n
+    cost = Cost(flops, layout.bytes(elements), work=Work.ATTENTION, size=length)
     backward = Op(
         name=name, phase=Phase.B, reads=(*heads, "segments", kept, grad(y)), writes=tuple(map(grad, heads)),
         run=run_backward,
-        cost=Cost(2.5 * cost.flops, 2 * cost.memory_bytes),
+        cost=replace(cost, flops=2.5 * cost.flops, memory_bytes=2 * cost.memory_bytes),
     )
     return Op(name=name, reads=(*heads, "segments"), writes=(y, kept), run=run, cost=cost, backward=(backward,))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad, product
 from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from megascale_moe.parallel.layout import Layout
@@ -27,7 +27,7 @@ def linear(
     """
     inputs, outputs = sizes
     T = layout.tokens
-    cost = Cost(2.0 * T * inputs * outputs, layout.bytes(T * inputs, T * outputs, inputs * outputs))
+    cost = product(T, outputs, inputs, layout.bytes(T * inputs, T * outputs, inputs * outputs))
 
     def weight_gradient(x: Tensor, dy: Tensor, sink: Gradient) -> None:
         sink.add_mm(dy.t(), x)

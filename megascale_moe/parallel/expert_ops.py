@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, Work, grad
 from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.grouped import grouped_mm
 from megascale_moe.kernels.rows import RowMap, sum_rows, take_rows
@@ -150,7 +150,10 @@ def _grouped_linear(
     """y = x @ weight[expert of the row].T; weight [experts, outputs, inputs]; about R rows."""
     inputs, outputs = sizes
     local = c.experts // layout.ep.size
-    cost = Cost(2.0 * R * inputs * outputs, layout.bytes(R * inputs, R * outputs, local * inputs * outputs))
+    cost = Cost(
+        2.0 * R * inputs * outputs, layout.bytes(R * inputs, R * outputs, local * inputs * outputs),
+        work=Work.GROUPED, size=R / local,
+    )  # fmt: skip
 
     def forward(x: Tensor, rows: Any, w: Tensor) -> Tensor:
         m = expert_rows(rows)

@@ -23,7 +23,7 @@ from megascale_moe.comm.traffic import Traffic, as_rows, sum_to
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad, product
 from megascale_moe.kernels.rows import RowMap, count, row_map, take_rows
 from megascale_moe.model.router import balance_weights, route, z_sum
 from megascale_moe.model.segments import Segments
@@ -92,12 +92,12 @@ def _router(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     """Logits, always in float32, with an explicit backward: a graph would keep the tokens in float32 as well."""
     T, weight = layout.tokens, f"{p}ffn.router.weight"
     x, logits = f"{p}ln2_out", f"{p}logits"
-    cost = Cost(2.0 * T * c.hidden * c.experts, layout.bytes(T * c.hidden) + 4.0 * T * c.experts)
+    cost = product(T, c.experts, c.hidden, layout.bytes(T * c.hidden) + 4.0 * T * c.experts)
 
     def weight_gradient(x: Tensor, d: Tensor, sink: Gradient) -> None:
         sink.add(d.t() @ x.float())
 
-    product = Op(
+    linear = Op(
         name=f"{p}router", reads=(x,), writes=(logits,), weights=(weight,), cost=cost,
         run=lambda x, w: x.float() @ w.float().t(),
         backward=(
@@ -111,7 +111,7 @@ def _router(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
             ),
         ),
     )
-    return [product, _route(p, c, layout)]
+    return [linear, _route(p, c, layout)]
 
 
 def _route(p: str, c: ModelConfig, layout: Layout) -> Op:

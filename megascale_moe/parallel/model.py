@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad, product
 from megascale_moe.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_loss
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
@@ -111,7 +111,8 @@ def _embedding(c: ModelConfig, layout: Layout) -> Op:
 
 def _head_cost(c: ModelConfig, layout: Layout, products: int) -> Cost:
     T = layout.tokens
-    return Cost(2.0 * products * T * c.hidden * c.vocab, layout.bytes(products * c.vocab * c.hidden, 2 * T * c.hidden))
+    moved = layout.bytes(products * c.vocab * c.hidden, 2 * T * c.hidden)
+    return product(T, c.vocab, c.hidden, moved, products)
 
 
 def _train_head(weight: str, c: ModelConfig, layout: Layout) -> Op:

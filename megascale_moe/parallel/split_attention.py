@@ -22,7 +22,7 @@ from megascale_moe.comm.traffic import Traffic
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad, product
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
 from megascale_moe.parallel.collective import communication
 from megascale_moe.parallel.heads import head_norm, heads_of_rank
@@ -74,7 +74,7 @@ def _project(p: str, distance: int, c: ModelConfig, layout: Layout) -> Op:
     parts = _rows_of(_peer(distance, layout), c, layout)
     sizes = [part.stop - part.start for part in parts]
     width = sum(sizes)
-    cost = Cost(2.0 * T * c.hidden * width, layout.bytes(T * c.hidden, T * width, c.hidden * width))
+    cost = product(T, width, c.hidden, layout.bytes(T * c.hidden, T * width, c.hidden * width))
 
     def run(x: Tensor, w: Tensor) -> Tensor:
         return torch.cat([x @ w[part].t() for part in parts], dim=1)
@@ -260,7 +260,7 @@ def _return_outputs(p: str, group: Sequence[int], c: ModelConfig, layout: Layout
 
 def _output_cost(c: ModelConfig, layout: Layout) -> Cost:
     T, width = layout.tokens, c.heads // layout.node.size * c.value_dim
-    return Cost(2.0 * T * width * c.hidden, layout.bytes(T * width, 2 * T * c.hidden, width * c.hidden))
+    return product(T, c.hidden, width, layout.bytes(T * width, 2 * T * c.hidden, width * c.hidden))
 
 
 def _own_output(p: str, c: ModelConfig, layout: Layout) -> Op:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megascale_moe.comm.collectives import Pending, all_gather, tag_of
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad
+from megascale_moe.engine.op import Cost, Op, Phase, grad, product
 from megascale_moe.kernels.cross_entropy import combine_statistics, partial_statistics, sharded_slope
 from megascale_moe.parallel.collective import gather_tokens, scatter_sums
 from megascale_moe.parallel.layout import Layout
@@ -62,7 +62,8 @@ def head_ops(weight: str, head: str, c: ModelConfig, layout: Layout) -> list[Op]
 
 def _product(c: ModelConfig, layout: Layout, products: int) -> Cost:
     T, V = layout.tokens * layout.node.size, c.vocab // layout.node.size
-    return Cost(2.0 * products * T * c.hidden * V, layout.bytes(products * V * c.hidden, T * c.hidden, T * V))
+    moved = layout.bytes(products * V * c.hidden, T * c.hidden, T * V)
+    return product(T, V, c.hidden, moved, products)
 
 
 def _logits(y: str, weight: str, c: ModelConfig, layout: Layout) -> Op:

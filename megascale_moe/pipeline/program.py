@@ -13,7 +13,7 @@ import torch
 
 from megascale_moe.comm.axis import Axes
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
-from megascale_moe.engine.cost import Measured, Rates
+from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, backward, grad
 from megascale_moe.engine.order import best_order, paper_order
@@ -35,7 +35,7 @@ class Profile:
         cost: how long they take. sizes: bytes of the tensors of the forward lists. pieces: what `split = "auto"` is.
     """
 
-    cost: Rates | Measured = field(default_factory=Rates)
+    cost: Priced = field(default_factory=Rates)
     sizes: Mapping[str, int] = field(default_factory=dict)
     pieces: int = 1
 

@@ -38,9 +38,10 @@ from megascale_moe.model.counts import parameter_shapes
 from megascale_moe.optim.flat import FlatWeights, Formats
 from megascale_moe.optim.sharded_adamw import gather_all
 from megascale_moe.optim.sync import given, reduce, shard_of, updated
+from megascale_moe.pipeline.batches import check_batches
 from megascale_moe.train.data import Batch, micro_batches
 from megascale_moe.train.job import TIMEOUT, Job, join, local_rank_count
-from megascale_moe.train.loop import Loop, check_batches, open_data
+from megascale_moe.train.loop import Loop, open_data
 from megascale_moe.train.progress import counted_progress
 
 FILE = "convergence.json"

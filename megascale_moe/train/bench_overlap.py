@@ -36,12 +36,12 @@ from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.trace import now
 from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.parallel.weights import initial, placements
+from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.train.job import join, local_rank_count, number, under_launcher
 from megascale_moe.train.profiling import Profiler, needs_profile, plain
 from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.timed import Timed, barrier, over_ranks, random_inputs, run_timed, spread
-from megascale_moe.train.trainer import DTYPES
 
 PROFILE_RUNS = 4
 SERIAL = OverlapConfig()

@@ -20,11 +20,11 @@ from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.counts import counts
+from megascale_moe.pipeline.batches import check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.step import action_ops, of_micro
-from megascale_moe.train.loop import check_batches, micro_batch
 from megascale_moe.train.messages import Agreement, check_messages
 from megascale_moe.train.storageless import inputs_without_storage, trainer_without_storage
 from megascale_moe.train.trainer import Trainer

@@ -20,8 +20,7 @@ from megascale_moe.config import Config, ConfigError, require, to_toml
 from megascale_moe.engine.executor import Observer
 from megascale_moe.engine.trace import Event, Trace, now
 from megascale_moe.model.counts import counts
-from megascale_moe.parallel.stages import stage_parts
-from megascale_moe.pipeline.schedule import schedule
+from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.train.checkpoint import Checkpoint, latest, save
 from megascale_moe.train.data import (
     Corpus,
@@ -40,7 +39,7 @@ from megascale_moe.train.progress import preparation_progress
 from megascale_moe.train.report import record
 from megascale_moe.train.report.watch import Watch
 from megascale_moe.train.sample import generate
-from megascale_moe.train.trainer import DTYPES, StepResult, Trainer
+from megascale_moe.train.trainer import StepResult, Trainer
 
 RECENT = 3
 """Last steps from whose traces the report's times are taken, where the first steps have not measured them."""
@@ -82,30 +81,6 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
         "continue it with --resume or choose another folder",
     )
     return None
-
-
-def check_batches(config: Config, mesh: Mesh) -> None:
-    """Refuse batch sizes that do not divide, and stages and schedules that do not fit the model or the batch."""
-    t, p = config.train, config.parallel
-    require(
-        t.global_batch % mesh.dp == 0,
-        f"train.global_batch = {t.global_batch} is not divisible by parallel.dp = {mesh.dp}",
-    )
-    share = t.global_batch // mesh.dp
-    require(
-        t.micro_batch == 0 or share % t.micro_batch == 0,
-        f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
-    )
-    stage_parts(p, config.model)
-    schedule(
-        p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages, pairs=config.overlap.in_pairs
-    )
-
-
-def micro_batch(config: Config, mesh: Mesh) -> int:
-    """Sequences per micro-batch: as configured, or one through a pipeline and else all that a rank has."""
-    share = config.train.global_batch // mesh.dp
-    return config.train.micro_batch or (share if mesh.pp == 1 else 1)
 
 
 def _check_writable(folder: Path) -> None:

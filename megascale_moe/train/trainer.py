@@ -29,13 +29,12 @@ from megascale_moe.optim.schedule import learning_rate
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.model import Head, auxiliary_names, load_names, local_inputs, moe_layers
 from megascale_moe.parallel.weights import initial, placements
+from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import SHARED, of_micro
 from megascale_moe.train.checkpoint import Checkpoint, Piece
 from megascale_moe.train.data import Batch
 from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass

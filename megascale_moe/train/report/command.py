@@ -12,10 +12,10 @@ from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load, require
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.trace import Event
+from megascale_moe.pipeline.batches import check_batches, micro_batch
 from megascale_moe.presets import PRESETS
 from megascale_moe.train import metrics
 from megascale_moe.train.job import local_rank_count
-from megascale_moe.train.loop import check_batches, micro_batch
 from megascale_moe.train.report import record
 from megascale_moe.train.report.page import assemble, page
 from megascale_moe.train.report.rehearsal import GPU, memory, planned

@@ -17,7 +17,7 @@ import torch
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import OverlapConfig, TrainConfig
-from megascale_moe.engine.cost import Measured, Rates, Seconds
+from megascale_moe.engine.cost import Measured, Priced, Rates, Seconds
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import simulate
 from megascale_moe.engine.trace import Event
@@ -48,7 +48,7 @@ class Step:
 
     plan: StepPlan
     train: TrainConfig
-    cost: Rates | Measured
+    cost: Priced
     source: str
 
     @property

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from megascale_moe.engine.cost import OVERHEAD, Kind, Measured, Rates, kind_of, work_of
+from megascale_moe.engine.cost import OVERHEAD, Kind, Measured, Priced, Rates, kind_of, work_of
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.trace import Event
 
@@ -55,8 +55,8 @@ def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> Timed:
     return Timed(found, {kind: median(values) for kind, values in work.items()})
 
 
-def first_of(profile: Measured | Rates, rest: Timed) -> Timed:
+def first_of(profile: Priced, rest: Timed) -> Timed:
     """What was profiled, and else what the last steps show."""
-    if isinstance(profile, Rates):
+    if not isinstance(profile, Measured):
         return rest
     return Timed({**rest.seconds_of, **profile.seconds_of}, {**rest.work, **profile.work})

@@ -1,0 +1,1 @@
+"""Prices of lists for clusters that are not there; opens no process group."""

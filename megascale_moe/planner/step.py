@@ -1,0 +1,164 @@
+"""How long a training step of a layout takes on a cluster: the lists that would run, priced and simulated.
+
+Nothing is counted in closed form. The lists of each kind of stage are built as a rank builds them, ordered by the same
+scheduler with the cluster's prices, and simulated by the executor's rules; that gives each action of the pipeline its
+duration, and the schedule, executed on these, the pipeline's. Layers and micro-batches are alike, so each kind of stage
+is simulated once, and a step of 1,440 GPUs takes a fraction of a second.
+
+Synchronisation and update are the optimizer's own list. Behind the step they are simulated alone. Hidden, they are
+simulated among the operators of one micro-batch's forward and backward of a rank, and what that takes longer is added.
+That is what the executor does at the end of a step (its first gathers and last reductions have one micro-batch to hide
+behind), except that a rank which waits in the pipeline's bubble could hide more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megascale_moe.comm.axis import axes_of
+from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.config import Config
+from megascale_moe.engine.op import Op, Stream
+from megascale_moe.engine.order import makespan, simulate
+from megascale_moe.model.counts import counts
+from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.parallel.stages import Part, parts_of_rank, together
+from megascale_moe.parallel.weights import placements
+from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
+from megascale_moe.pipeline.checker import Timeline, timeline
+from megascale_moe.pipeline.program import Profile, StepPlan
+from megascale_moe.pipeline.schedule import Action
+from megascale_moe.pipeline.step import Stage, action_ops
+from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.price import Prices
+
+META = torch.device("meta")
+PHASES = ("F", "B", "W", "BW")
+Kind = tuple[int, int, bool, bool]  # layers with experts, without, first, last
+
+
+@dataclass(frozen=True)
+class Span:
+    """Of a list: seconds in all, and those of them in which the computation waits for communication."""
+
+    seconds: float
+    exposed: float
+
+
+@dataclass(frozen=True)
+class StepPrice:
+    """A step of a layout.
+
+    Attributes:
+        seconds: until the slowest rank is done. pipeline: of that, the micro-batches through the stages. bubble: the
+            fraction of all ranks' pipeline time without work. synchronisation: what gradients, update and weights add.
+        exposed: seconds in which a rank of the middle of the pipeline waits for communication other than its stages'.
+        mfu: of the peak in the compute dtype.
+    """
+
+    seconds: float
+    pipeline: float
+    bubble: float
+    synchronisation: float
+    exposed: float
+    tokens_per_second: float
+    mfu: float
+
+
+def price(config: Config, cluster: Cluster, gpus: int) -> StepPrice:
+    """Price the layout of a config.
+
+    Raises:
+        ConfigError: it does not fit so many ranks, or the model.
+    """
+    mesh = mesh_of(config.parallel, config.model, gpus)
+    check_batches(config, mesh)
+    return _Pricing(config, cluster, mesh).step()
+
+
+class _Pricing:
+    """One layout on one cluster."""
+
+    def __init__(self, config: Config, cluster: Cluster, mesh: Mesh) -> None:
+        self.config, self.cluster, self.mesh = config, cluster, mesh
+        self.dtype = DTYPES[config.train.dtype]
+        self.prices = Prices.of(cluster, self.dtype, mesh)
+        self._stages: dict[Kind, Stage] = {}
+        self._spans: dict[tuple[Kind, str], Span] = {}
+
+    def step(self) -> StepPrice:
+        """All of it."""
+        times = self.timeline
+        middle = self.mesh.pp // 2
+        synchronisation = max(self._synchronisation(place).seconds for place in {0, middle, self.mesh.pp - 1})
+        seconds = times.makespan + synchronisation
+        exposed = self._synchronisation(middle).exposed + sum(
+            self._span(action).exposed for action in self.plan.schedule[middle]
+        )
+        train, model = self.config.train, self.config.model
+        tokens = train.global_batch * model.sequence_length / seconds
+        peak = self.prices.peak * self.mesh.world
+        return StepPrice(
+            seconds, times.makespan, times.bubble, synchronisation, exposed, tokens,
+            tokens * counts(model).flops_per_token / peak,
+        )  # fmt: skip
+
+    @cached_property
+    def plan(self) -> StepPlan:
+        """What rank 0 runs; whatever its stage, its lists of a part are those of every rank."""
+        return self._plan(0)
+
+    def _plan(self, place: int) -> StepPlan:
+        """Of the first rank of a pipeline stage."""
+        c, rows = self.config, micro_batch(self.config, self.mesh)
+        micros = c.train.global_batch // self.mesh.dp // rows
+        axes = axes_of(self.mesh, place * self.mesh.stage, "nccl")
+        return StepPlan(
+            c.model, c.parallel, axes, self.dtype, rows, micros, device=META, overlap=c.overlap, wire=c.wire,
+            profile=Profile(self.prices),
+        )  # fmt: skip
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Of the pipeline."""
+        hop = self.cluster.links[Stream.INTER].seconds(self.plan.message.nbytes, 1)
+        return timeline(self.plan.schedule, self.mesh.pp, lambda action: self._span(action).seconds, hop)
+
+    def _span(self, action: Action) -> Span:
+        key = (self._kind(self.plan.parts[action.stage]), action.phase)
+        if key not in self._spans:
+            self._spans[key] = self._simulated(action_ops(self._stage(self.plan.parts[action.stage]), action.phase))
+        return self._spans[key]
+
+    def _simulated(self, ops: Sequence[Op]) -> Span:
+        spans = simulate(ops, self.prices.seconds)
+        return Span(makespan(spans), sum(span.exposed for span in spans))
+
+    def _kind(self, part: Part) -> Kind:
+        dense = sum(layer < self.config.model.dense_layers for layer in part.layers)
+        return len(part.layers) - dense, dense, part.first, part.last
+
+    def _stage(self, part: Part) -> Stage:
+        kind = self._kind(part)
+        if kind not in self._stages:
+            self._stages[kind] = self.plan.stage(part)
+        return self._stages[kind]
+
+    def _synchronisation(self, place: int) -> Span:
+        """Of the ranks at a place of the pipeline: what a step takes longer than its micro-batches."""
+        c, plan = self.config, self._plan(place)
+        hidden = c.overlap.hides_synchronisation
+        mine = parts_of_rank(plan.parts, self.mesh.pp, place)
+        weights = placements(c.model, plan.layout, together(mine))
+        groups = flat_groups(weights, plan.axes, self.dtype, META, by_layer=hidden, wire=c.wire)
+        optimizer = ShardedAdamW(groups, plan.axes["world"], c.train)
+        if not hidden:
+            return self._simulated(optimizer.ops)
+        stages = [plan.stage(part) for part in mine.values()]
+        ops = [op for stage in stages for op in stage.forward] + [op for s in reversed(stages) for op in s.backward]
+        with_it, without = self._simulated(optimizer.hidden(ops)), self._simulated(ops)
+        return Span(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))
