@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     dry = _command(
         commands, "dryrun", help="what one rank of a job of any size holds, sends and computes, without the job",
         usage="megascale dryrun CONFIG.toml --gpus N [--rank R] [--section.key=value ...] [--skip-messages] [--json]",
-        epilog="Runs the training step of one rank on fake process groups and tensors without storage. Exit status: 0 "
+        epilog="Runs the training step of one rank without its peers and on tensors without storage. Exit status: 0 "
         "fine, 1 ranks disagree about a message, 2 the input is wrong.",
     )
     dry.add_argument("config", metavar="CONFIG.toml", help="the model, its layout and batch; see configs/")

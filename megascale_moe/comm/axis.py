@@ -34,9 +34,13 @@ class Axis:
         """True where the backend's own collectives are the fastest form (NCCL); gloo's are not.
 
         A group made for both kinds of tensors answers "cpu:gloo,cuda:nccl"; its CPU tensors still go through gloo.
-        The fake backend stands for NCCL: dry runs are of clusters.
         """
-        return self.size > 1 and any(name in self.backend for name in ("nccl", "fake"))
+        return self.size > 1 and "nccl" in self.backend
+
+    @property
+    def deserted(self) -> bool:
+        """True where the peers exist on paper only (`axes_of`): what would be sent is counted and goes nowhere."""
+        return self.size > 1 and self.group is None
 
     def link(self, sender: int, backward: bool) -> dist.ProcessGroup | None:
         """The group for messages along a pipeline, forward or backward.
@@ -58,15 +62,12 @@ def single(names: Iterable[str] = AXES) -> Axes:
     return {name: Axis(name) for name in names}
 
 
-def connect(
-    mesh: Mesh, *, own_groups: bool = False, made: dict[tuple[int, ...], dist.ProcessGroup | None] | None = None
-) -> Axes:
+def connect(mesh: Mesh, *, made: dict[tuple[int, ...], dist.ProcessGroup | None] | None = None) -> Axes:
     """Create the process groups of every axis; all ranks call this together, after init_process_group.
 
     Axes with the same groups share one process group: each costs connections and threads.
 
     Args:
-        own_groups: make only this rank's groups, where nobody else is there (the fake backend of a dry run).
         made: groups by their ranks, used again and added to; for many meshes of the same ranks.
     """
     rank = dist.get_rank()
@@ -75,7 +76,7 @@ def connect(
     axes: Axes = {}
     for name in AXES:
         mine = mesh.ranks(name, rank)
-        for ranks in [mine] if own_groups else mesh.groups(name):
+        for ranks in mesh.groups(name):
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks), timeout=timeout)
         links = _links(name, mesh, mine, timeout)
@@ -103,5 +104,9 @@ def _links(
 
 
 def axes_of(mesh: Mesh, rank: int, backend: str = "") -> Axes:
-    """The sizes and places of a rank's axes without any process group: for building lists that are not run."""
+    """The sizes and places of a rank's axes without any process group: for lists that nobody runs but on paper.
+
+    Args:
+        backend: for which library of collectives the lists are; "" is gloo.
+    """
     return {name: Axis(name, *mesh.place(name, rank), backend=backend) for name in AXES}

@@ -58,6 +58,16 @@ class _Message:
             self.work.wait()
 
 
+class _Nothing:
+    """What is under way to or from a rank that exists on paper."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+
+NOTHING = _Nothing()
+
+
 def tag_of(name: str) -> int:
     """A message tag for an operator's name."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -73,7 +83,9 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
     works: list[Any]
     peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
     wire = sum(send[peer].nbytes for peer in peers)
-    if axis.native and not send[me].is_cpu:
+    if axis.deserted:
+        works = []
+    elif axis.native and not send[me].is_cpu:
         empty = receive[peers[0] if peers else me].new_empty(0)  # the own part may be of another dtype
         works = [
             dist.all_to_all(
@@ -101,8 +113,7 @@ def all_gather(x: Tensor, axis: Axis, tag: int) -> Pending:
     x = x.contiguous()
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     if axis.native and not x.is_cpu:
-        work = _all_gather(out, x, axis.group, async_op=True)
-        return Pending([work], lambda: out, x.nbytes * (axis.size - 1), keep=x)
+        return Pending(_all_gather(out, x, axis), lambda: out, x.nbytes * (axis.size - 1), keep=x)
     return exchange([x] * axis.size, out.chunk(axis.size), axis, tag).then(lambda _: out)
 
 
@@ -111,8 +122,7 @@ def all_gather_in_place(buffer: Tensor, axis: Axis, tag: int) -> Pending:
     parts = buffer.chunk(axis.size)
     mine = parts[axis.index]
     if axis.native and not buffer.is_cpu:
-        work = _all_gather(buffer, mine, axis.group, async_op=True)
-        return Pending([work], lambda: buffer, mine.nbytes * (axis.size - 1), keep=buffer)
+        return Pending(_all_gather(buffer, mine, axis), lambda: buffer, mine.nbytes * (axis.size - 1), keep=buffer)
     return exchange([mine] * axis.size, parts, axis, tag).then(lambda _: buffer)
 
 
@@ -121,8 +131,7 @@ def reduce_scatter(x: Tensor, axis: Axis, tag: int) -> Pending:
     x = x.contiguous()
     if axis.native and not x.is_cpu:
         out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-        work = _reduce_scatter(out, x, group=axis.group, async_op=True)
-        return Pending([work], lambda: out, x.nbytes // axis.size * (axis.size - 1), keep=x)
+        return Pending(_reduce_scatter(out, x, axis), lambda: out, x.nbytes // axis.size * (axis.size - 1), keep=x)
     parts = x.new_empty(x.shape).chunk(axis.size)
     return exchange(x.chunk(axis.size), parts, axis, tag).then(sum_in_order)
 
@@ -167,24 +176,30 @@ def receive(out: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = Fa
     return Pending([_receive(out, axis, peer, tag, axis.link(peer, backward))], lambda: out, 0)
 
 
-def _send(x: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message:
+def _send(x: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message | _Nothing:
+    if axis.deserted:
+        return NOTHING
     with waiting(axis, peer):  # where a connection is closed already, posting fails
         return _Message(dist.isend(x, group=group, group_dst=peer, tag=tag), axis, peer)
 
 
-def _receive(out: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message:
+def _receive(out: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message | _Nothing:
+    if axis.deserted:
+        return NOTHING
     with waiting(axis, peer):
         return _Message(dist.irecv(out, group=group, group_src=peer, tag=tag), axis, peer)
 
 
-def _all_gather(out: Tensor, x: Tensor, group: Any, *, async_op: bool) -> Any:
+def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> list[Any]:
     """torch's own, which 2.13 gave another name."""
-    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group, async_op=async_op)
+    start = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    return [] if axis.deserted else [start(out, x, axis.group, async_op=True)]
 
 
-def _reduce_scatter(out: Tensor, x: Tensor, *, group: Any, async_op: bool) -> Any:
+def _reduce_scatter(out: Tensor, x: Tensor, axis: Axis) -> list[Any]:
     """torch's own, which 2.13 gave another name."""
-    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group, async_op=async_op)
+    start = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    return [] if axis.deserted else [start(out, x, group=axis.group, async_op=True)]
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
@@ -199,6 +214,8 @@ def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis, wire_bytes: int) -> Pending:
     """Sum of a small tensor over the axis, in place; finishes with the same bits on every rank."""
+    if axis.deserted:
+        return Pending([], lambda: x, wire_bytes)
     with waiting(axis):
         work = dist.all_reduce(x, group=axis.group, async_op=True)
     return Pending([_Message(work, axis)], lambda: x, wire_bytes)
@@ -206,7 +223,7 @@ def all_reduce(x: Tensor, axis: Axis, wire_bytes: int) -> Pending:
 
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     """Sum of a small tensor over the axis, in place, at once; the same bits on every rank."""
-    if axis.size > 1:
+    if axis.size > 1 and not axis.deserted:
         with waiting(axis):
             dist.all_reduce(x, group=axis.group)
     return x

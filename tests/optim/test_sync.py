@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megascale_moe.comm.axis import Axis, connect
+from megascale_moe.comm.axis import Axis, axes_of, connect
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.executor import Program, resolve
@@ -205,17 +204,13 @@ def test_declared_bytes_are_those_of_the_paper(n: int, d: int, dtype: torch.dtyp
 
 
 def test_a_dry_run_counts_the_bytes_of_a_cluster() -> None:
-    """1536 ranks that are not there: meta tensors, a process group that sends nothing."""
+    """1536 ranks that are not there: meta tensors, axes without process groups."""
     mesh = Mesh(pp=2, dp=96, node=8, ep=8)
-    dist.init_process_group("fake", rank=mesh.stage + 9, world_size=mesh.world, store=FakeStore())
-    try:
-        axes = connect(mesh, own_groups=True)
-        places = {"w": everything((4096, 1024), REPLICAS), "x": everything((8, 512, 512), ("", "expert_data"))}
-        groups = flat_groups(places, axes, torch.bfloat16, torch.device("meta"))
-        optimizer = ShardedAdamW(groups, axes["world"], TrainConfig(), chunk=1000)
-        optimizer.step(0.1, trace := Trace())
-    finally:
-        dist.destroy_process_group()
+    axes = axes_of(mesh, mesh.stage + 9, "nccl")
+    places = {"w": everything((4096, 1024), REPLICAS), "x": everything((8, 512, 512), ("", "expert_data"))}
+    groups = flat_groups(places, axes, torch.bfloat16, torch.device("meta"))
+    optimizer = ShardedAdamW(groups, axes["world"], TrainConfig(), chunk=1000)
+    optimizer.step(0.1, trace := Trace())
     declared = sum(op.cost.wire_bytes for op in optimizer.ops)
     p, q = (len(group.weights) for group in groups)
     assert (mesh.dp, len(groups[0].master)) == (96, -(-p // (8 * 96)))

@@ -9,15 +9,12 @@ run on tensors without storage. What the formulas leave out is named: shared exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megascale_moe.comm.axis import Axes, connect, single
+from megascale_moe.comm.axis import Axes, axes_of, single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.engine.remat import kept_names
@@ -51,10 +48,8 @@ def model_of(name: str) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def axes() -> Iterator[Axes]:
-    dist.init_process_group("fake", rank=1, world_size=N, store=FakeStore())
-    yield connect(Mesh(node=N, ep=N), own_groups=True)
-    dist.destroy_process_group()
+def axes() -> Axes:
+    return axes_of(Mesh(node=N, ep=N), 1, "nccl")
 
 
 def plan_of(config: ModelConfig, axes: Axes, remat: str) -> StepPlan:

@@ -82,9 +82,9 @@ def _rehearsed(config: Config, world: int, backend: str, timeline: dict[str, Any
     rates = GPU if config.train.dtype == "bf16" and config.train.device != "cpu" else Rates()
     if timeline is not None:  # as it was cut, whatever estimates would say
         config = replace(config, overlap=replace(config.overlap, split=str(timeline["pieces"])))
-    with trainer_without_storage(config, mesh, 0, backend) as trainer:
-        step = planned(trainer, rows, micros, rates)
-        return (timeline or record.document(step, mesh, 0)) | {"memory": memory(trainer, step.plan)}
+    trainer = trainer_without_storage(config, mesh, 0, backend)
+    step = planned(trainer, rows, micros, rates)
+    return (timeline or record.document(step, mesh, 0)) | {"memory": memory(trainer, step.plan)}
 
 
 def _keep(path: Path, timeline: dict[str, Any]) -> None:
