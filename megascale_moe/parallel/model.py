@@ -163,3 +163,10 @@ def local_inputs(
 
     values = {"tokens": local(tokens), "rope": rotary_table(config, positions.to(device)), "segments": segments}
     return values if targets is None else values | {"targets": local(targets)}
+
+
+def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]:
+    """(layer, name, shape) of the state of the whole model that is no weight: the router's correction bias."""
+    if not config.correction_bias:
+        return []
+    return [(index, f"layers.{index}.ffn.router.bias", (config.experts,)) for index in moe_layers(config)]

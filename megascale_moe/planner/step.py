@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
@@ -26,17 +24,18 @@ from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import makespan, simulate
 from megascale_moe.model.counts import counts
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.stages import Part, parts_of_rank, together
+from megascale_moe.parallel.stages import Part, parts_of_rank
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.step import Stage, action_ops
+from megascale_moe.pipeline.storageless import META
 from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
 
-META = torch.device("meta")
 PHASES = ("F", "B", "W", "BW")
 Kind = tuple[int, int, bool, bool]  # layers with experts, without, first, last
 
@@ -80,13 +79,43 @@ def price(config: Config, cluster: Cluster, gpus: int) -> StepPrice:
     return _Pricing(config, cluster, mesh).step()
 
 
+def memory(config: Config, gpus: int, place: int = 0) -> RankBytes:
+    """What the ranks at a place of the pipeline hold at their peak; the first has most micro-batches under way.
+
+    Raises:
+        ConfigError: the layout does not fit so many ranks, or the model.
+    """
+    mesh = mesh_of(config.parallel, config.model, gpus)
+    check_batches(config, mesh)
+    plan = plan_of(config, mesh, place, Profile())
+    return rank_bytes(plan, optimizer_of(plan, config))
+
+
+def plan_of(config: Config, mesh: Mesh, place: int, profile: Profile) -> StepPlan:
+    """Of the first rank at a place of the pipeline, without its peers and without storage."""
+    rows = micro_batch(config, mesh)
+    return StepPlan(
+        config.model, config.parallel, axes_of(mesh, place * mesh.stage, "nccl"), DTYPES[config.train.dtype], rows,
+        config.train.global_batch // mesh.dp // rows, device=META, overlap=config.overlap, wire=config.wire,
+        profile=profile,
+    )  # fmt: skip
+
+
+def optimizer_of(plan: StepPlan, config: Config) -> ShardedAdamW:
+    """Of the weights of the rank that a plan is for."""
+    groups = flat_groups(
+        placements(plan.model, plan.layout, plan.part), plan.axes, plan.dtype, META,
+        by_layer=plan.overlap.hides_synchronisation, wire=plan.wire,
+    )  # fmt: skip
+    return ShardedAdamW(groups, plan.axes["world"], config.train)
+
+
 class _Pricing:
     """One layout on one cluster."""
 
     def __init__(self, config: Config, cluster: Cluster, mesh: Mesh) -> None:
         self.config, self.cluster, self.mesh = config, cluster, mesh
-        self.dtype = DTYPES[config.train.dtype]
-        self.prices = Prices.of(cluster, self.dtype, mesh)
+        self.prices = Prices.of(cluster, DTYPES[config.train.dtype], mesh)
         self._stages: dict[Kind, Stage] = {}
         self._spans: dict[tuple[Kind, str], Span] = {}
 
@@ -113,14 +142,7 @@ class _Pricing:
         return self._plan(0)
 
     def _plan(self, place: int) -> StepPlan:
-        """Of the first rank of a pipeline stage."""
-        c, rows = self.config, micro_batch(self.config, self.mesh)
-        micros = c.train.global_batch // self.mesh.dp // rows
-        axes = axes_of(self.mesh, place * self.mesh.stage, "nccl")
-        return StepPlan(
-            c.model, c.parallel, axes, self.dtype, rows, micros, device=META, overlap=c.overlap, wire=c.wire,
-            profile=Profile(self.prices),
-        )  # fmt: skip
+        return plan_of(self.config, self.mesh, place, Profile(self.prices))
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -150,15 +172,11 @@ class _Pricing:
 
     def _synchronisation(self, place: int) -> Span:
         """Of the ranks at a place of the pipeline: what a step takes longer than its micro-batches."""
-        c, plan = self.config, self._plan(place)
-        hidden = c.overlap.hides_synchronisation
-        mine = parts_of_rank(plan.parts, self.mesh.pp, place)
-        weights = placements(c.model, plan.layout, together(mine))
-        groups = flat_groups(weights, plan.axes, self.dtype, META, by_layer=hidden, wire=c.wire)
-        optimizer = ShardedAdamW(groups, plan.axes["world"], c.train)
-        if not hidden:
+        plan = self._plan(place)
+        optimizer = optimizer_of(plan, self.config)
+        if not plan.overlap.hides_synchronisation:
             return self._simulated(optimizer.ops)
-        stages = [plan.stage(part) for part in mine.values()]
+        stages = [self._stage(part) for part in parts_of_rank(plan.parts, self.mesh.pp, place).values()]
         ops = [op for stage in stages for op in stage.forward] + [op for s in reversed(stages) for op in s.backward]
         with_it, without = self._simulated(optimizer.hidden(ops)), self._simulated(ops)
         return Span(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))

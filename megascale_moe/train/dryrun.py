@@ -25,8 +25,9 @@ from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.step import action_ops, of_micro
+from megascale_moe.pipeline.storageless import inputs_without_storage
 from megascale_moe.train.messages import Agreement, check_messages
-from megascale_moe.train.storageless import inputs_without_storage, trainer_without_storage
+from megascale_moe.train.storageless import trainer_without_storage
 from megascale_moe.train.trainer import Trainer
 
 

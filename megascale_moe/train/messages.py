@@ -24,11 +24,11 @@ from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import incoming, outgoing
+from megascale_moe.pipeline.storageless import META
 
 Collective = tuple[str, str, float]  # operator, phase, bytes that the rank sends
 Link = tuple[int, int, bool]  # sender, receiver, backward
 Messages = tuple[tuple[int, int], ...]  # (tag, bytes)
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)

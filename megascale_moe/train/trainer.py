@@ -27,7 +27,7 @@ from megascale_moe.model.segments import Segments
 from megascale_moe.optim.flat import FlatWeights, Slot
 from megascale_moe.optim.schedule import learning_rate
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.model import Head, auxiliary_names, load_names, local_inputs, moe_layers
+from megascale_moe.parallel.model import Head, auxiliary_names, buffer_shapes, load_names, local_inputs, moe_layers
 from megascale_moe.parallel.weights import initial, placements
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import Profile, StepPlan
@@ -282,10 +282,3 @@ class Trainer:
         kinds = ("parameters", "exp_avg", "exp_avg_sq")
         shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in parameter_shapes(self.model).items()}
         return shapes | {f"buffers.{name}": shape for _, name, shape in buffer_shapes(self.model)}
-
-
-def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]:
-    """(layer, name, shape) of the state of the whole model that is no weight: the router's correction bias."""
-    if not config.correction_bias:
-        return []
-    return [(index, f"layers.{index}.ffn.router.bias", (config.experts,)) for index in moe_layers(config)]

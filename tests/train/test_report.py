@@ -22,12 +22,12 @@ from megascale_moe.engine.op import Cost, Op, Phase, Stream
 from megascale_moe.engine.order import makespan, simulate
 from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.storageless import META
 from megascale_moe.presets import PRESETS
 from megascale_moe.train.report import record
 from megascale_moe.train.report.command import report
 from megascale_moe.train.report.lists import Row, kinds, totals
 from megascale_moe.train.report.page import curves, page
-from megascale_moe.train.report.rehearsal import META
 from megascale_moe.train.report.run import read_run
 from megascale_moe.train.report.seconds import timed
 from megascale_moe.train.report.thin import thinned

@@ -18,11 +18,11 @@ from megascale_moe.engine.op import Stream
 from megascale_moe.parallel.model import INPUTS
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import of_micro
+from megascale_moe.pipeline.storageless import META, inputs_without_storage
 from megascale_moe.train.profiling import best_pieces
 from megascale_moe.train.report.record import PART, WHOLE, Step, part, part_ops, part_size, rates_words
 from megascale_moe.train.report.thin import of_curve
 from megascale_moe.train.report.watch import Watch
-from megascale_moe.train.storageless import META, inputs_without_storage
 from megascale_moe.train.trainer import Trainer
 
 GPU = Rates(flops=5e14, memory=2.5e12, links={Stream.INTRA: 1.6e11, Stream.INTER: 4e10}, latency=2e-5)
