@@ -2,11 +2,13 @@
 
 The price of computation is the larger of what its FLOPs and what its bytes take, each at the share of the peak that
 its kind of work reaches at its size; that of a communication is its bytes over its link, at the share that messages of
-that size reach, and a latency. So an operator that a strategy or a pass adds has a price without a word here.
+that size reach, and a latency; what stays in the node does not pass the link between nodes. So an operator that a
+strategy or a pass adds has a price without a word here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,21 +22,35 @@ PEAKS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
+class Peers:
+    """How many other ranks an axis has; `outside`: of them not in the rank's own node."""
+
+    all: int
+    outside: int
+
+    @classmethod
+    def of(cls, mesh: Mesh, axis: str) -> Peers:
+        """Of rank 0, which every rank's are like."""
+        ranks = mesh.ranks(axis, 0)
+        return cls(len(ranks) - 1, sum(rank >= mesh.node for rank in ranks))
+
+
+@dataclass(frozen=True)
 class Prices:
     """Of the operators of one rank.
 
     Attributes:
-        dtype: in which products are computed. peers: how many ranks each axis has.
+        dtype: in which products are computed. axes: the peers of a rank on each axis.
     """
 
     cluster: Cluster
     dtype: torch.dtype
-    peers: Mapping[str, int]
+    axes: Mapping[str, Peers]
 
     @classmethod
     def of(cls, cluster: Cluster, dtype: torch.dtype, mesh: Mesh) -> Prices:
         """For a rank of a mesh."""
-        return cls(cluster, dtype, {axis: mesh.place(axis, 0)[0] for axis in AXES})
+        return cls(cluster, dtype, {axis: Peers.of(mesh, axis) for axis in AXES})
 
     @property
     def peak(self) -> float:
@@ -53,5 +69,11 @@ class Prices:
         return c.overhead + max(moving, cost.flops / (self.peak * c.shares[cost.work].at(cost.size)))
 
     def _communication(self, op: Op) -> float:
-        peers = 1 if op.cost.axis == "pp" else self.peers.get(op.cost.axis, 2) - 1
-        return self.cluster.links[op.stream].seconds(op.cost.wire_bytes, peers)
+        link, sent, peers = self.cluster.links[op.stream], op.cost.wire_bytes, self.axes[op.cost.axis]
+        if op.cost.axis == "pp":  # to the next stage alone
+            return link.seconds(sent, 1)
+        if op.cost.axis == "world":  # one number, up and down a tree
+            return link.seconds(sent, math.ceil(math.log2(peers.all + 1)))
+        if op.stream == Stream.INTRA:
+            return link.seconds(sent, peers.all)
+        return link.seconds(sent * peers.outside / max(peers.all, 1), peers.outside)

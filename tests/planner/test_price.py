@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megascale_moe.comm.axis import axes_of
-from megascale_moe.comm.mesh import mesh_of
+from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.op import Cost, Op, Stream, Work, product
 from megascale_moe.engine.order import makespan, simulate
@@ -40,8 +40,8 @@ def op(stream: Stream, cost: Cost) -> Op:
 
 
 def test_prices_by_hand() -> None:
-    prices = Prices(H800, torch.bfloat16, {"node": 8, "data": 16})
-    shares, intra = H800.shares, H800.links[Stream.INTRA]
+    prices = Prices.of(H800, torch.bfloat16, Mesh(pp=2, dp=4, node=8, ep=16))
+    shares, intra, inter = H800.shares, H800.links[Stream.INTRA], H800.links[Stream.INTER]
     big = product(8192, 8192, 8192, 1.0)
     assert big.flops == 2 * 8192**3
     assert big.size == pytest.approx(8192)
@@ -55,6 +55,12 @@ def test_prices_by_hand() -> None:
     assert prices.seconds(op(Stream.COMPUTE, rows)) == pytest.approx(3e-6 + 1e9 / (3.35e12 * 0.85))
     sent = Cost(wire_bytes=7e6, axis="node")
     assert prices.seconds(op(Stream.INTRA, sent)) == pytest.approx(intra.seconds(7e6, 7))
+    # Experts on two nodes: 8 of 15 messages leave the node. A stage sends to one other. The norm climbs a tree.
+    for axis, wanted in (
+        ("ep", inter.seconds(8e6, 8)), ("tensor_data", inter.seconds(15e6, 3)), ("pp", inter.seconds(15e6, 1)),
+        ("world", inter.seconds(15e6, 6)),
+    ):  # fmt: skip
+        assert prices.seconds(op(Stream.INTER, Cost(wire_bytes=15e6, axis=axis))) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("attention", ["sp", "tp"])
