@@ -38,8 +38,10 @@ def losses(layout: str, overlap: OverlapConfig, wire: str) -> tuple[list[float],
     return found, equal
 
 
-@pytest.mark.parametrize("layout", ["two nodes", "pipeline and data", "tensor"])
-@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("layout", "wire"),
+    [("two nodes", "bf16"), ("tensor", "fp8"), ("pipeline and data", "bf16"), ("pipeline and data", "fp8")],
+)
 def test_hidden_or_not_it_is_the_same_training(layout: str, wire: str) -> None:
     """As without formats (test_hidden_sync.py): what is rounded does not depend on when it is sent. In later steps the
     last bit of the norm, which adds groups in another order, lets single weights be rounded to the other side, and a
