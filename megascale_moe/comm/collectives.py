@@ -68,6 +68,15 @@ class _Nothing:
 NOTHING = _Nothing()
 
 
+def _on_paper(x: Tensor, axis: Axis) -> bool:
+    """Whether there is nobody to send x to; what has storage must not get lost that way."""
+    if not axis.deserted:
+        return False
+    if not x.is_meta:
+        raise RuntimeError(f"axis {axis.name} has no process group: only tensors without storage can be sent over it")
+    return True
+
+
 def tag_of(name: str) -> int:
     """A message tag for an operator's name."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -83,7 +92,7 @@ def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, tag:
     works: list[Any]
     peers = [(me + step) % axis.size for step in range(1, axis.size)]  # ranks do not all hit one peer
     wire = sum(send[peer].nbytes for peer in peers)
-    if axis.deserted:
+    if _on_paper(send[me], axis):
         works = []
     elif axis.native and not send[me].is_cpu:
         empty = receive[peers[0] if peers else me].new_empty(0)  # the own part may be of another dtype
@@ -177,14 +186,14 @@ def receive(out: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = Fa
 
 
 def _send(x: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message | _Nothing:
-    if axis.deserted:
+    if _on_paper(x, axis):
         return NOTHING
     with waiting(axis, peer):  # where a connection is closed already, posting fails
         return _Message(dist.isend(x, group=group, group_dst=peer, tag=tag), axis, peer)
 
 
 def _receive(out: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGroup | None) -> _Message | _Nothing:
-    if axis.deserted:
+    if _on_paper(out, axis):
         return NOTHING
     with waiting(axis, peer):
         return _Message(dist.irecv(out, group=group, group_src=peer, tag=tag), axis, peer)
@@ -193,13 +202,13 @@ def _receive(out: Tensor, axis: Axis, peer: int, tag: int, group: dist.ProcessGr
 def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> list[Any]:
     """torch's own, which 2.13 gave another name."""
     start = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    return [] if axis.deserted else [start(out, x, axis.group, async_op=True)]
+    return [] if _on_paper(x, axis) else [start(out, x, axis.group, async_op=True)]
 
 
 def _reduce_scatter(out: Tensor, x: Tensor, axis: Axis) -> list[Any]:
     """torch's own, which 2.13 gave another name."""
     start = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-    return [] if axis.deserted else [start(out, x, group=axis.group, async_op=True)]
+    return [] if _on_paper(x, axis) else [start(out, x, group=axis.group, async_op=True)]
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
@@ -214,7 +223,7 @@ def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis, wire_bytes: int) -> Pending:
     """Sum of a small tensor over the axis, in place; finishes with the same bits on every rank."""
-    if axis.deserted:
+    if _on_paper(x, axis):
         return Pending([], lambda: x, wire_bytes)
     with waiting(axis):
         work = dist.all_reduce(x, group=axis.group, async_op=True)
@@ -223,7 +232,7 @@ def all_reduce(x: Tensor, axis: Axis, wire_bytes: int) -> Pending:
 
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     """Sum of a small tensor over the axis, in place, at once; the same bits on every rank."""
-    if axis.size > 1 and not axis.deserted:
+    if axis.size > 1 and not _on_paper(x, axis):
         with waiting(axis):
             dist.all_reduce(x, group=axis.group)
     return x

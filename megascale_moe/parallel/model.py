@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from megascale_moe.config import ModelConfig
@@ -170,3 +171,9 @@ def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]
     if not config.correction_bias:
         return []
     return [(index, f"layers.{index}.ffn.router.bias", (config.experts,)) for index in moe_layers(config)]
+
+
+def buffers_of(config: ModelConfig, part: Part, device: torch.device) -> dict[str, Tensor]:
+    """That state of a part of the model, zero."""
+    shapes = buffer_shapes(config)
+    return {name: torch.zeros(shape, device=device) for layer, name, shape in shapes if layer in part.layers}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megascale_moe.model.segments import Segments
 from megascale_moe.parallel.model import local_inputs
 from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.step import of_micro
 
 META = torch.device("meta")
 
@@ -19,3 +21,14 @@ def inputs_without_storage(plan: StepPlan) -> dict[str, Any]:
     tokens = torch.empty(shape, dtype=torch.int64, device=META)
     inputs = local_inputs(tokens, tokens, plan.layout, Segments.whole_rows(*shape), plan.model)
     return inputs | {"loss_scale": 1.0, "auxiliary_scale": torch.empty((), device=META)}
+
+
+def step_inputs_without_storage(plan: StepPlan) -> dict[str, Any]:
+    """The inputs of all micro-batches, which share their tensors."""
+    inputs = inputs_without_storage(plan)
+    return {of_micro(name, micro): value for name, value in inputs.items() for micro in range(plan.micros)}
+
+
+def message_without_storage(plan: StepPlan) -> Tensor:
+    """A hidden state, or its gradient, as another stage sends it."""
+    return torch.empty(plan.message.shape, dtype=plan.message.dtype, device=META)

@@ -1,10 +1,10 @@
 """Bytes that a step takes on a rank, from one micro-batch of each kind of stage on tensors without storage.
 
-A dry run executes the whole list, seconds to minutes for many micro-batches. They are alike, so here the forward and
-the backward of a stage are executed once and weighed: what a forward keeps for its backward, and how far each rises
-above that while it runs. The schedule says how many are alive, and the peak follows. The end of a step, where gradients
-are summed and few micro-batches are left, is executed as it is. What is left out are messages of a pipeline that have
-arrived early or are not yet acknowledged; a test holds the result against dry runs.
+A dry run executes the whole list, every micro-batch. They are alike, so here the forward and the backward of a stage
+are executed once and weighed: what a forward keeps for its backward, and how far each rises above that while it runs.
+The schedule says how many are alive, and the peak follows. The end of a step, where gradients are summed and few
+micro-batches are left, is executed as it is. What is left out are messages of a pipeline that have arrived early or
+are not yet acknowledged; a test holds the result against dry runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megascale_moe.engine.executor import Program
@@ -21,11 +20,16 @@ from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import grad
 from megascale_moe.optim.sharded_adamw import ShardedAdamW
-from megascale_moe.parallel.model import buffer_shapes
+from megascale_moe.parallel.model import buffers_of
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
-from megascale_moe.pipeline.step import Stage, of_micro
-from megascale_moe.pipeline.storageless import META, inputs_without_storage
+from megascale_moe.pipeline.step import Stage
+from megascale_moe.pipeline.storageless import (
+    META,
+    inputs_without_storage,
+    message_without_storage,
+    step_inputs_without_storage,
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,7 @@ def rank_bytes(plan: StepPlan, optimizer: ShardedAdamW) -> RankBytes:
     Args:
         optimizer: of the rank's weights, on the meta device.
     """
-    buffers = {
-        name: torch.zeros(shape, device=META) for layer, name, shape in buffer_shapes(plan.model)
-        if layer in plan.part.layers
-    }  # fmt: skip
+    buffers = buffers_of(plan.model, plan.part, META)
     weights = optimizer.weights | buffers
     of_stage = {number: _weighed(plan, stage, weights, optimizer.gradients) for number, stage in plan.stages.items()}
     stays = optimizer.held_bytes()
@@ -105,21 +106,17 @@ def _weighed(
     forward = Program(stage.forward, [*inputs, *coming], read - set(slope), coming)
     meter = Meter()
     with meter:
-        values: dict[str, Any] = {**inputs, **{name: _message(plan) for name in coming}}
+        values: dict[str, Any] = {**inputs, **{name: message_without_storage(plan) for name in coming}}
         forward.run(values, weights, gradients)
         kept, highest = meter.alive, meter.peak
         meter.peak = meter.alive
-        values |= {name: _message(plan) for name in slope}
+        values |= {name: message_without_storage(plan) for name in slope}
         result = [grad(stage.reads)] if stage.reads else []
         spent = [name for name in values if name not in inputs]
         Program(stage.backward, values, result, spent).run(values, weights, gradients)
         values.clear()
         risen = meter.peak - kept
     return StageBytes(kept, highest, risen)
-
-
-def _message(plan: StepPlan) -> Tensor:
-    return torch.empty(plan.message.shape, dtype=plan.message.dtype, device=META)
 
 
 def _last_micro(plan: StepPlan, weights: Mapping[str, Tensor], optimizer: ShardedAdamW) -> int:
@@ -129,9 +126,7 @@ def _last_micro(plan: StepPlan, weights: Mapping[str, Tensor], optimizer: Sharde
     program = few.program(optimizer.hidden(few.ops), list(more), ["norm"])
     meter = Meter()
     with meter:
-        inputs = inputs_without_storage(few)
-        values = {of_micro(name, micro): value for name, value in inputs.items() for micro in range(few.micros)}
-        program.run(values | more, weights, optimizer.gradients)
+        program.run(step_inputs_without_storage(few) | more, weights, optimizer.gradients)
     return meter.peak
 
 

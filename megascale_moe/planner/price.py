@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megascale_moe.comm.mesh import AXES, Mesh
+from megascale_moe.config import require
 from megascale_moe.engine.op import Op, Stream, Work
 from megascale_moe.planner.cluster import Cluster
 
@@ -55,7 +56,9 @@ class Prices:
     @property
     def peak(self) -> float:
         """FLOP/s of products."""
-        return self.cluster.peaks.get(PEAKS[self.dtype], self.cluster.peaks["bf16"])
+        name, peaks = PEAKS[self.dtype], self.cluster.peaks
+        require(name in peaks, f"cluster profile {self.cluster.name}: gpu.peak_tflops: {name} is missing")
+        return peaks[name]
 
     def seconds(self, op: Op) -> float:
         """Of one operator."""

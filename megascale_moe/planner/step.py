@@ -3,7 +3,7 @@
 Nothing is counted in closed form. The lists of each kind of stage are built as a rank builds them, ordered by the same
 scheduler with the cluster's prices, and simulated by the executor's rules; that gives each action of the pipeline its
 duration, and the schedule, executed on these, the pipeline's. Layers and micro-batches are alike, so each kind of stage
-is simulated once, and a step of 1,440 GPUs takes a fraction of a second.
+is simulated once.
 
 Synchronisation and update are the optimizer's own list. Behind the step they are simulated alone. Hidden, they are
 simulated among the operators of one micro-batch's forward and backward of a rank, and what that takes longer is added.
@@ -17,31 +17,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import makespan, simulate
 from megascale_moe.model.counts import counts
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.stages import Part, parts_of_rank
-from megascale_moe.parallel.weights import placements
-from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
+from megascale_moe.pipeline.batches import DTYPES, check_batches
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.step import Stage, action_ops
-from megascale_moe.pipeline.storageless import META
 from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
 
-PHASES = ("F", "B", "W", "BW")
 Kind = tuple[int, int, bool, bool]  # layers with experts, without, first, last
 
 
 @dataclass(frozen=True)
-class Span:
+class Took:
     """Of a list: seconds in all, and those of them in which the computation waits for communication."""
 
     seconds: float
@@ -87,27 +83,8 @@ def memory(config: Config, gpus: int, place: int = 0) -> RankBytes:
     """
     mesh = mesh_of(config.parallel, config.model, gpus)
     check_batches(config, mesh)
-    plan = plan_of(config, mesh, place, Profile())
-    return rank_bytes(plan, optimizer_of(plan, config))
-
-
-def plan_of(config: Config, mesh: Mesh, place: int, profile: Profile) -> StepPlan:
-    """Of the first rank at a place of the pipeline, without its peers and without storage."""
-    rows = micro_batch(config, mesh)
-    return StepPlan(
-        config.model, config.parallel, axes_of(mesh, place * mesh.stage, "nccl"), DTYPES[config.train.dtype], rows,
-        config.train.global_batch // mesh.dp // rows, device=META, overlap=config.overlap, wire=config.wire,
-        profile=profile,
-    )  # fmt: skip
-
-
-def optimizer_of(plan: StepPlan, config: Config) -> ShardedAdamW:
-    """Of the weights of the rank that a plan is for."""
-    groups = flat_groups(
-        placements(plan.model, plan.layout, plan.part), plan.axes, plan.dtype, META,
-        by_layer=plan.overlap.hides_synchronisation, wire=plan.wire,
-    )  # fmt: skip
-    return ShardedAdamW(groups, plan.axes["world"], config.train)
+    plan = plan_of(config, mesh, place * mesh.stage)
+    return rank_bytes(plan, optimizer_of(plan, config.train))
 
 
 class _Pricing:
@@ -117,7 +94,7 @@ class _Pricing:
         self.config, self.cluster, self.mesh = config, cluster, mesh
         self.prices = Prices.of(cluster, DTYPES[config.train.dtype], mesh)
         self._stages: dict[Kind, Stage] = {}
-        self._spans: dict[tuple[Kind, str], Span] = {}
+        self._spans: dict[tuple[Kind, str], Took] = {}
 
     def step(self) -> StepPrice:
         """All of it."""
@@ -142,7 +119,7 @@ class _Pricing:
         return self._plan(0)
 
     def _plan(self, place: int) -> StepPlan:
-        return plan_of(self.config, self.mesh, place, Profile(self.prices))
+        return plan_of(self.config, self.mesh, place * self.mesh.stage, Profile(self.prices))
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -150,15 +127,15 @@ class _Pricing:
         hop = self.cluster.links[Stream.INTER].seconds(self.plan.message.nbytes, 1)
         return timeline(self.plan.schedule, self.mesh.pp, lambda action: self._span(action).seconds, hop)
 
-    def _span(self, action: Action) -> Span:
+    def _span(self, action: Action) -> Took:
         key = (self._kind(self.plan.parts[action.stage]), action.phase)
         if key not in self._spans:
             self._spans[key] = self._simulated(action_ops(self._stage(self.plan.parts[action.stage]), action.phase))
         return self._spans[key]
 
-    def _simulated(self, ops: Sequence[Op]) -> Span:
+    def _simulated(self, ops: Sequence[Op]) -> Took:
         spans = simulate(ops, self.prices.seconds)
-        return Span(makespan(spans), sum(span.exposed for span in spans))
+        return Took(makespan(spans), sum(span.exposed for span in spans))
 
     def _kind(self, part: Part) -> Kind:
         dense = sum(layer < self.config.model.dense_layers for layer in part.layers)
@@ -170,13 +147,13 @@ class _Pricing:
             self._stages[kind] = self.plan.stage(part)
         return self._stages[kind]
 
-    def _synchronisation(self, place: int) -> Span:
+    def _synchronisation(self, place: int) -> Took:
         """Of the ranks at a place of the pipeline: what a step takes longer than its micro-batches."""
         plan = self._plan(place)
-        optimizer = optimizer_of(plan, self.config)
+        optimizer = optimizer_of(plan, self.config.train)
         if not plan.overlap.hides_synchronisation:
             return self._simulated(optimizer.ops)
         stages = [self._stage(part) for part in parts_of_rank(plan.parts, self.mesh.pp, place).values()]
         ops = [op for stage in stages for op in stage.forward] + [op for s in reversed(stages) for op in s.backward]
         with_it, without = self._simulated(optimizer.hidden(ops)), self._simulated(ops)
-        return Span(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))
+        return Took(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))

@@ -24,8 +24,8 @@ from megascale_moe.pipeline.batches import check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
-from megascale_moe.pipeline.step import action_ops, of_micro
-from megascale_moe.pipeline.storageless import inputs_without_storage
+from megascale_moe.pipeline.step import action_ops
+from megascale_moe.pipeline.storageless import step_inputs_without_storage
 from megascale_moe.train.messages import Agreement, check_messages
 from megascale_moe.train.storageless import trainer_without_storage
 from megascale_moe.train.trainer import Trainer
@@ -143,8 +143,7 @@ def _run(
 
     meter = Meter()
     with meter:
-        inputs = inputs_without_storage(plan)
-        values = {of_micro(name, micro): value for name, value in inputs.items() for micro in range(micros)}
+        values = step_inputs_without_storage(plan)
         if hidden:  # synchronisation and update are in the list
             values |= optimizer.given(rate) | optimizer.updated()
         program.run(values, optimizer.weights | trainer.buffers, optimizer.gradients, trace, observe)

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op, Stream
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import incoming, outgoing
-from megascale_moe.pipeline.storageless import META
+from megascale_moe.planner.lists import optimizer_of, plan_of
 
 Collective = tuple[str, str, float]  # operator, phase, bytes that the rank sends
 Link = tuple[int, int, bool]  # sender, receiver, backward
@@ -85,18 +82,12 @@ def check_messages(
 
 def rank_messages(config: Config, mesh: Mesh, rank: int, rows: int, micros: int, dtype: torch.dtype) -> RankMessages:
     """The messages of one rank."""
-    axes = axes_of(mesh, rank, "nccl")
-    plan = StepPlan(
-        config.model, config.parallel, axes, dtype, rows, micros, device=META, overlap=config.overlap, wire=config.wire
-    )
+    plan = replace(plan_of(config, mesh, rank), rows=rows, micros=micros, dtype=dtype)
     collectives: dict[str, list[Collective]] = defaultdict(list)
     for stage in plan.stages.values():
         _collect(collectives, [*stage.forward, *stage.backward])
-    hidden = config.overlap.hides_synchronisation
-    weights = placements(config.model, plan.layout, plan.part)
-    groups = flat_groups(weights, axes, dtype, META, by_layer=hidden, wire=config.wire)
-    optimizer = ShardedAdamW(groups, axes["world"], config.train)
-    _collect(collectives, optimizer.hidden([]) if hidden else optimizer.ops)
+    optimizer = optimizer_of(plan, config.train)
+    _collect(collectives, optimizer.hidden([]) if config.overlap.hides_synchronisation else optimizer.ops)
     return RankMessages(_tuples(collectives), *_transfers(plan, mesh.ranks("pp", rank)))
 
 

@@ -27,7 +27,15 @@ from megascale_moe.model.segments import Segments
 from megascale_moe.optim.flat import FlatWeights, Slot
 from megascale_moe.optim.schedule import learning_rate
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.model import Head, auxiliary_names, buffer_shapes, load_names, local_inputs, moe_layers
+from megascale_moe.parallel.model import (
+    Head,
+    auxiliary_names,
+    buffer_shapes,
+    buffers_of,
+    load_names,
+    local_inputs,
+    moe_layers,
+)
 from megascale_moe.parallel.weights import initial, placements
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import Profile, StepPlan
@@ -80,11 +88,7 @@ class Trainer:
         by_layer = config.overlap.hides_synchronisation
         groups = flat_groups(self.placements, axes, self.dtype, device, by_layer=by_layer, wire=config.wire)
         self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
-        self.buffers = {
-            name: torch.zeros(shape, device=device)
-            for layer, name, shape in buffer_shapes(self.model)
-            if layer in self.part.layers
-        }
+        self.buffers = buffers_of(self.model, self.part, device)
         self.program = lru_cache(maxsize=None)(self._program)
 
     def plan(self, rows: int, micros: int = 1, head: Head = "train") -> StepPlan:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale_moe.comm.axis import Axis, connect
+from megascale_moe.comm.axis import Axis, axes_of, connect
 from megascale_moe.comm.collectives import (
     Pending,
     all_gather,
@@ -236,3 +236,13 @@ def test_tags_fit_gloo_and_differ() -> None:
     tags = {tag_of(name) for name in names}
     assert len(tags) == len(names)
     assert all(0 <= tag < 2**31 for tag in tags)
+
+
+def test_what_has_storage_is_not_sent_to_ranks_on_paper() -> None:
+    """It would come back as it was, a wrong sum that nobody notices."""
+    axis = axes_of(Mesh(node=2, ep=2), 0)["node"]
+    with pytest.raises(RuntimeError, match="axis node has no process group"):
+        all_reduce_sum(torch.ones(2), axis)
+    with pytest.raises(RuntimeError, match="axis node has no process group"):
+        all_gather(torch.ones(2), axis, 1)
+    assert all_gather(torch.ones(2, 3, device="meta"), axis, 1).wait().shape == (4, 3)

@@ -9,7 +9,7 @@ import torch
 
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh, mesh_of
-from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
+from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.op import Cost, Op, Stream, Work, product
 from megascale_moe.engine.order import makespan, simulate
 from megascale_moe.model.counts import attention_flops_per_token, counts
@@ -153,3 +153,10 @@ def test_the_papers_layouts_are_ordered_as_the_paper_measured_them() -> None:
     overlapped = replace(whole, overlap=OverlapConfig(order="scheduled"))
     megatron, plain, best = (price(each, H800, 240).seconds for each in (tensor, whole, overlapped))
     assert megatron > plain > best
+
+
+def test_a_profile_without_the_dtype_is_refused() -> None:
+    nothing = replace(H800, peaks={"bf16": 1e15})
+    whole = replace(config(ParallelConfig(node=4)), train=TrainConfig(dtype="fp32", global_batch=16, micro_batch=1))
+    with pytest.raises(ConfigError, match=r"gpu\.peak_tflops: fp32 is missing"):
+        price(whole, nothing, 4)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megascale_moe.comm.axis import connect, single
+from megascale_moe.comm.axis import axes_of, connect, single
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import (
     Config,
@@ -26,6 +26,7 @@ from megascale_moe.config import (
 from megascale_moe.engine.memory import Meter
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.checker import bubble
+from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
 from megascale_moe.train import messages
@@ -307,7 +308,7 @@ def test_parts_of_all_ranks_are_the_model() -> None:
     mesh = mesh_of(config.parallel, config.model, 4)
     total = 0
     for rank in range(4):
-        plan = messages.StepPlan(config.model, config.parallel, messages.axes_of(mesh, rank), torch.float32, 1)
+        plan = StepPlan(config.model, config.parallel, axes_of(mesh, rank), torch.float32, 1)
         for placement in placements(config.model, plan.layout, plan.part).values():
             replicas = 2 if placement.replicas[0] else 1
             total += math.prod(placement.shape) / replicas  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
@@ -118,7 +119,7 @@ def test_lists_are_the_plans_own_and_their_spans_those_of_simulate(trained: Plac
     mesh = Mesh(**data["mesh"])
     assert mesh == Mesh(node=2, ep=2)
     axes = axes_of(mesh, 0, "gloo")
-    plan = StepPlan(config.model, config.parallel, axes, record.torch.float32, 4, device=META)
+    plan = StepPlan(config.model, config.parallel, axes, torch.float32, 4, device=META)
     plain = record.Step(plan, config.train, Rates(), "")
     overlap = OverlapConfig(remat="paper")
     ops = record.replace(plain, plan=record.replace(plan, overlap=overlap)).ops

@@ -13,18 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import OverlapConfig, TrainConfig
 from megascale_moe.engine.cost import Measured, Priced, Rates, Seconds
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import simulate
 from megascale_moe.engine.trace import Event
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.stages import Part
-from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.planner.lists import optimizer_of
 from megascale_moe.train.report.lists import Row, happened, kinds, simulated, table, totals
 from megascale_moe.train.report.seconds import first_of, timed
 from megascale_moe.train.trainer import Trainer
@@ -75,9 +72,7 @@ class Step:
     def ops(self) -> list[Op]:
         """The list with the optimizer, behind it or inside as the order says."""
         plan, hidden = self.plan, self.plan.overlap.hides_synchronisation
-        weights = placements(plan.model, plan.layout, plan.part)
-        groups = flat_groups(weights, plan.axes, plan.dtype, torch.device("meta"), by_layer=hidden, wire=plan.wire)
-        optimizer = ShardedAdamW(groups, plan.axes["world"], self.train)
+        optimizer = optimizer_of(plan, self.train)
         return optimizer.hidden(plan.ops) if hidden else [*plan.ops, *optimizer.ops]
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from megascale_moe.config import OverlapConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Stream
 from megascale_moe.parallel.model import INPUTS
 from megascale_moe.pipeline.program import Profile, StepPlan
-from megascale_moe.pipeline.step import of_micro
-from megascale_moe.pipeline.storageless import META, inputs_without_storage
+from megascale_moe.pipeline.storageless import (
+    inputs_without_storage,
+    message_without_storage,
+    step_inputs_without_storage,
+)
 from megascale_moe.train.profiling import best_pieces
 from megascale_moe.train.report.record import PART, WHOLE, Step, part, part_ops, part_size, rates_words
 from megascale_moe.train.report.thin import of_curve
@@ -62,9 +63,7 @@ def _run(trainer: Trainer, rows: int, micros: int) -> Watch:
     plan, program = trainer.program(rows, micros, "train")
     optimizer = trainer.optimizer
     more = optimizer.given(0.0) | optimizer.updated() if trainer.hides else {}
-    inputs = inputs_without_storage(plan)
-    values = {of_micro(name, micro): value for name, value in inputs.items() for micro in range(micros)}
-    return _watched(trainer, program, values | more)
+    return _watched(trainer, program, step_inputs_without_storage(plan) | more)
 
 
 def _watched(trainer: Trainer, program: Program, values: dict[str, Any]) -> Watch:
@@ -86,7 +85,7 @@ def _given(plan: StepPlan, count: int) -> list[str]:
 
 def _part_inputs(plan: StepPlan) -> dict[str, Any]:
     """What one micro-batch through a part of the model may read."""
-    message, layers = plan.message, plan.part.layers
+    layers = plan.part.layers
     names = [f"hidden_{layers[0]}", *(f"d:hidden_{layer + 1}" for layer in layers)]
-    hidden = {name: torch.empty(message.shape, dtype=message.dtype, device=META) for name in names}
+    hidden = {name: message_without_storage(plan) for name in names}
     return inputs_without_storage(plan) | hidden

@@ -1,0 +1,38 @@
+"""The lists of a rank that is not there: its peers exist on paper, its tensors have no storage.
+
+They are those that a trainer builds for the same config and rank, so what is priced, compared or drawn is what runs.
+"""
+
+from __future__ import annotations
+
+from megascale_moe.comm.axis import axes_of
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import Config, TrainConfig
+from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.parallel.weights import placements
+from megascale_moe.pipeline.batches import DTYPES, micro_batch
+from megascale_moe.pipeline.program import Profile, StepPlan
+from megascale_moe.pipeline.storageless import META
+
+
+def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = None) -> StepPlan:
+    """What a rank does in a step.
+
+    Args:
+        profile: how long its operators take, for what is derived from times.
+    """
+    rows = micro_batch(config, mesh)
+    return StepPlan(
+        config.model, config.parallel, axes_of(mesh, rank, "nccl"), DTYPES[config.train.dtype], rows,
+        config.train.global_batch // mesh.dp // rows, device=META, overlap=config.overlap, wire=config.wire,
+        profile=profile or Profile(),
+    )  # fmt: skip
+
+
+def optimizer_of(plan: StepPlan, train: TrainConfig) -> ShardedAdamW:
+    """Of the weights of the rank that a plan is for."""
+    groups = flat_groups(
+        placements(plan.model, plan.layout, plan.part), plan.axes, plan.dtype, META,
+        by_layer=plan.overlap.hides_synchronisation, wire=plan.wire,
+    )  # fmt: skip
+    return ShardedAdamW(groups, plan.axes["world"], train)
