@@ -54,6 +54,8 @@ class Cost:
     Attributes:
         size: what the reached share of the peak depends on: of products the harmonic mean of m, n and k, of grouped
             ones the rows of an expert, of attention the tokens of a sequence.
+        ring: whether ranks of a node need but one copy of what comes from another node: gathers and reductions that
+            NCCL carries from node to node. Else what is sent to each rank is its own.
     """
 
     flops: float = 0.0
@@ -62,6 +64,7 @@ class Cost:
     axis: str = ""
     work: Work = Work.ROWS
     size: float = 0.0
+    ring: bool = False
 
 
 def product(m: float, n: float, k: float, memory_bytes: float, count: int = 1) -> Cost:

@@ -47,10 +47,13 @@ class Span:
     exposed: float = 0.0
 
 
-def simulate(ops: Sequence[Op], seconds: Seconds) -> list[Span]:
+def simulate(ops: Sequence[Op], seconds: Seconds, contention: float = 1.0) -> list[Span]:
     """When each operator of a list runs, by the executor's rules.
 
     Computation and the launch of communications follow the list; each link does one communication at a time.
+
+    Args:
+        contention: how many times as long computation takes while a communication is under way.
     """
     clock = 0.0
     free: dict[Stream, float] = {}
@@ -67,7 +70,8 @@ def simulate(ops: Sequence[Op], seconds: Seconds) -> list[Span]:
             start = max(clock, free.get(op.stream, 0.0))
         end = start + seconds(op)
         if op.stream == Stream.COMPUTE:
-            clock = end
+            busy = max(free.values(), default=0.0) - start  # what was launched runs without a gap until then
+            clock = end = end + (1 - 1 / contention) * min(max(busy, 0.0), contention * (end - start))
         else:
             free[op.stream] = end
         spans.append(Span(start, end))

@@ -173,7 +173,7 @@ class _Level:
 
     def op(
         self, kind: str, chunk: _Chunk, reads: str, writes: str, sent: float, phase: Phase,
-        collective: Callable[[Tensor, Axis, int], Pending],
+        collective: Callable[[Tensor, Axis, int], Pending], *, ring: bool = True,
     ) -> Op:  # fmt: skip
         """A collective over the axis in which a rank sends `sent` bytes to each of its peers."""
         prefix = "gradients" if phase == Phase.W else "parameters"
@@ -181,7 +181,8 @@ class _Level:
         tag = tag_of(f"{name} {chunk.index}")
         return Op(
             name=name, reads=(reads,), writes=(writes,), run=lambda x: collective(x, axis, tag), phase=phase,
-            stream=self.stream, cost=Cost(wire_bytes=sent * (axis.size - 1), axis=axis.name),
+            stream=self.stream,
+            cost=Cost(wire_bytes=sent * (axis.size - 1), axis=axis.name, ring=ring),
         )  # fmt: skip
 
 
@@ -210,7 +211,9 @@ def _reduce_job(chunk: _Chunk) -> Job:
         elements //= level.axis.size
         writes = chunk.name("shard" if level is levels[-1] else "node_sums")
         comes = writes if form.total is None else chunk.name(f"{level.word}_parts")
-        op = level.op("reduce_scatter", chunk, reads, comes, form.element * elements, Phase.W, form.start)
+        op = level.op(
+            "reduce_scatter", chunk, reads, comes, form.element * elements, Phase.W, form.start, ring=form.total is None
+        )
         job.append([*following, op])
         following = [] if form.total is None else [_total(chunk, level, form.total, comes, writes, elements)]
         reads = writes

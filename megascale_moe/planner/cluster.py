@@ -11,12 +11,19 @@ later. It may name another as its `base` and say only what differs.
     peak_tflops = { bf16 = 989 }     # by dtype, dense
     [gpu.share]                      # of the peak, by what the size is of (`engine.op.Cost.size`); rows: of memory
     product = [[256, 0.3], ...]      #   bandwidth, by bytes
+    contention = 1.1                 # optional: computation takes so many times as long while a rank communicates
     [node]
     ranks = 8                        # that share the fast link
+    rings = true                     # optional: whether gathers and reductions of weights go from node to node, as
+                                     #   NCCL's do (default), or from each rank to each, as on gloo
     [links.intra]                    # inside a node; [links.inter] between nodes; per rank and direction
     gb_per_s = 450
     latency_us = 20                  # of a collective; and peer_us for each further rank it talks to
     share = [[65536, 0.1], ...]      # of gb_per_s, by the bytes of one message
+    [run]                            # optional, and each of it
+    jitter = 0.01                    # standard deviation of a rank's step, as a part of it
+    imbalance = 1.0                  # rows of the busiest rank's experts, as a multiple of the mean
+    step_ms = 0                      # of the host in every step, behind which nothing hides
 """
 
 from __future__ import annotations
@@ -37,6 +44,12 @@ NAMES = ("a100", "b200", "gb200", "h100", "h20", "h200", "h800")
 """Profiles that come with the package."""
 GPU = ("memory_gb", "reserved_gb", "memory_tb_per_s", "overhead_us")
 LINK = ("gb_per_s", "latency_us", "peer_us")
+RUN = {"jitter": 0.0, "imbalance": 1.0, "step_ms": 0.0}
+LEAST = {
+    "reserved_gb": 0, "overhead_us": 0, "latency_us": 0, "peer_us": 0, "jitter": 0, "step_ms": 0, "imbalance": 1,
+    "contention": 1,
+}  # fmt: skip
+"""Of numbers that need not be positive, or must be more."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,11 @@ class Cluster:
     Attributes:
         peaks: FLOP/s by dtype. memory: bytes of a GPU. reserved: bytes of it that training cannot have.
         bandwidth: of memory, bytes per second. overhead: seconds to start an operator.
-        shares: of the peak by kind of work, for `Work.ROWS` of the bandwidth. node: ranks that share the fast link.
+        shares: of the peak by kind of work, for `Work.ROWS` of the bandwidth. contention: how many times as long
+            computation takes while a communication is under way.
+        node: ranks that share the fast link. rings: whether gathers and reductions of weights go from node to node.
+        jitter: standard deviation of a rank's step, relative. imbalance: rows of the busiest rank's experts over the
+            mean. host: seconds of every step behind which nothing hides.
     """
 
     name: str
@@ -96,6 +113,11 @@ class Cluster:
     shares: Mapping[Work, Curve]
     node: int
     links: Mapping[Stream, Link]
+    contention: float = 1.0
+    rings: bool = True
+    jitter: float = 0.0
+    imbalance: float = 1.0
+    host: float = 0.0
 
 
 def load(name: str) -> Cluster:
@@ -147,13 +169,17 @@ def _cluster(name: str, raw: dict[str, Any]) -> Cluster:
     peaks = reader.section("gpu", "peak_tflops")
     tera = {dtype: 1e12 * reader.number("gpu", "peak_tflops", dtype) for dtype in peaks}
     require("bf16" in tera, f"{reader.where}: gpu.peak_tflops: bf16 is missing")
-    ranks = reader.number("node", "ranks")
+    run = {key: reader.number("run", key, default=value) for key, value in RUN.items()}
+    ranks, rings = reader.number("node", "ranks"), reader.section("node").get("rings", True)
+    require(isinstance(rings, bool), f"{reader.where}: node.rings = {rings!r}: must be true or false")
     require(ranks == int(ranks), f"{reader.where}: node.ranks = {ranks}: must be a whole number")
     cluster = Cluster(
         name=Path(name).stem, stack=str(reader.value("stack")), peaks=tera, memory=1e9 * gpu["memory_gb"],
         reserved=1e9 * gpu["reserved_gb"], bandwidth=1e12 * gpu["memory_tb_per_s"], overhead=1e-6 * gpu["overhead_us"],
         shares={work: reader.curve("gpu", "share", str(work)) for work in Work}, node=int(ranks),
         links={stream: reader.link(str(stream)) for stream in (Stream.INTRA, Stream.INTER)},
+        contention=reader.number("gpu", "contention", default=1.0), rings=rings, jitter=run["jitter"],
+        imbalance=run["imbalance"], host=1e-3 * run["step_ms"],
     )  # fmt: skip
     require(
         cluster.memory > cluster.reserved,
@@ -182,12 +208,14 @@ class _Reader:
         require(isinstance(found, dict), f"{self.where}: {'.'.join(path)} = {found!r}: must be a table")
         return found  # type: ignore[no-any-return]
 
-    def number(self, *path: str) -> float:
+    def number(self, *path: str, default: float | None = None) -> float:
+        if default is not None and path[-1] not in self.raw.get(path[0], {}):
+            return default
         found = self.value(*path)
         fits = type(found) in (int, float) and math.isfinite(found)
-        zero = path[-1] in ("reserved_gb", "overhead_us", "latency_us", "peer_us")
-        wanted = "number of at least 0" if zero else "positive number"
-        good = fits and (found > 0 or (zero and found == 0))
+        least = LEAST.get(path[-1])
+        wanted = "positive number" if least is None else f"number of at least {least}"
+        good = fits and (found > 0 if least is None else found >= least)
         require(good, f"{self.where}: {'.'.join(path)} = {found!r}: must be a {wanted}")
         return float(found)
 

@@ -9,6 +9,7 @@ from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, TrainConfig
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.parallel.stages import Part
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.batches import DTYPES, micro_batch
 from megascale_moe.pipeline.program import Profile, StepPlan
@@ -29,10 +30,10 @@ def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = Non
     )  # fmt: skip
 
 
-def optimizer_of(plan: StepPlan, train: TrainConfig) -> ShardedAdamW:
-    """Of the weights of the rank that a plan is for."""
+def optimizer_of(plan: StepPlan, train: TrainConfig, part: Part | None = None) -> ShardedAdamW:
+    """Of the weights of the rank that a plan is for, or of some layers."""
     groups = flat_groups(
-        placements(plan.model, plan.layout, plan.part), plan.axes, plan.dtype, META,
+        placements(plan.model, plan.layout, part or plan.part), plan.axes, plan.dtype, META,
         by_layer=plan.overlap.hides_synchronisation, wire=plan.wire,
     )  # fmt: skip
     return ShardedAdamW(groups, plan.axes["world"], train)

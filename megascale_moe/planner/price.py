@@ -2,8 +2,9 @@
 
 The price of computation is the larger of what its FLOPs and what its bytes take, each at the share of the peak that
 its kind of work reaches at its size; that of a communication is its bytes over its link, at the share that messages of
-that size reach, and a latency; what stays in the node does not pass the link between nodes. So an operator that a
-strategy or a pass adds has a price without a word here.
+that size reach, and a latency. Which link that is follows from where ranks stand, `cluster.node` of them in a node:
+what stays inside does not pass the link between nodes, whatever `parallel.node` is. So an operator that a strategy or a
+pass adds has a price without a word here.
 """
 
 from __future__ import annotations
@@ -17,23 +18,37 @@ import torch
 from megascale_moe.comm.mesh import AXES, Mesh
 from megascale_moe.config import require
 from megascale_moe.engine.op import Op, Stream, Work
-from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.cluster import Cluster, Link
 
 PEAKS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Peers:
-    """How many other ranks an axis has; `outside`: of them not in the rank's own node."""
+    """How many other ranks an axis has.
+
+    Attributes:
+        outside: of all, those not in the rank's own node. nodes: further nodes. next: whether the neighbour on the axis
+            is outside.
+    """
 
     all: int
     outside: int
+    nodes: int
+    next: bool
 
     @classmethod
-    def of(cls, mesh: Mesh, axis: str) -> Peers:
-        """Of rank 0, which every rank's are like."""
+    def of(cls, mesh: Mesh, axis: str, node: int) -> Peers:
+        """Of rank 0, which every rank's are like.
+
+        Args:
+            node: ranks that share a fast link.
+        """
         ranks = mesh.ranks(axis, 0)
-        return cls(len(ranks) - 1, sum(rank >= mesh.node for rank in ranks))
+        outside = [rank for rank in ranks if rank >= node]
+        return cls(
+            len(ranks) - 1, len(outside), len({rank // node for rank in outside}), len(ranks) > 1 and ranks[1] >= node
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Prices:
     @classmethod
     def of(cls, cluster: Cluster, dtype: torch.dtype, mesh: Mesh) -> Prices:
         """For a rank of a mesh."""
-        return cls(cluster, dtype, {axis: Peers.of(mesh, axis) for axis in AXES})
+        return cls(cluster, dtype, {axis: Peers.of(mesh, axis, cluster.node) for axis in AXES})
 
     @property
     def peak(self) -> float:
@@ -64,19 +79,34 @@ class Prices:
         """Of one operator."""
         return self._computation(op) if op.stream == Stream.COMPUTE else self._communication(op)
 
+    def hop(self, sent: float) -> float:
+        """Of a message to the next stage of a pipeline."""
+        return self._link(self.axes["pp"].next).seconds(sent, 1)
+
+    def _link(self, outside: bool) -> Link:
+        return self.cluster.links[Stream.INTER if outside else Stream.INTRA]
+
     def _computation(self, op: Op) -> float:
         cost, c = op.cost, self.cluster
         moving = cost.memory_bytes / (c.bandwidth * c.shares[Work.ROWS].at(cost.memory_bytes))
         if cost.work == Work.ROWS:  # so few FLOPs a byte that they hide behind it
             return c.overhead + moving
-        return c.overhead + max(moving, cost.flops / (self.peak * c.shares[cost.work].at(cost.size)))
+        flops = cost.flops * (c.imbalance if cost.work == Work.GROUPED else 1.0)
+        return c.overhead + max(moving, flops / (self.peak * c.shares[cost.work].at(cost.size)))
 
     def _communication(self, op: Op) -> float:
-        link, sent, peers = self.cluster.links[op.stream], op.cost.wire_bytes, self.axes[op.cost.axis]
-        if op.cost.axis == "pp":  # to the next stage alone
-            return link.seconds(sent, 1)
+        sent, peers = op.cost.wire_bytes, self.axes[op.cost.axis]
+        if op.cost.axis == "pp":
+            return self.hop(sent)
         if op.cost.axis == "world":  # one number, up and down a tree
-            return link.seconds(sent, math.ceil(math.log2(peers.all + 1)))
-        if op.stream == Stream.INTRA:
-            return link.seconds(sent, peers.all)
-        return link.seconds(sent * peers.outside / max(peers.all, 1), peers.outside)
+            return self._link(peers.outside > 0).seconds(sent, math.ceil(math.log2(peers.all + 1)))
+        if op.traffic is not None and op.traffic.plan:  # its sizes follow from routing
+            sent *= self.cluster.imbalance
+        if not peers.outside:
+            return self._link(False).seconds(sent, peers.all)
+        between = peers.nodes if op.cost.ring and self.cluster.rings else peers.outside
+        inside = peers.all - peers.outside
+        return max(
+            self._link(True).seconds(sent * between / peers.all, between),
+            self._link(False).seconds(sent * inside / peers.all, inside),
+        )

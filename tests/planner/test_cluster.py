@@ -83,6 +83,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert (cluster.name, cluster.stack, cluster.node) == ("mine", "a stack", 8)
     assert (cluster.memory, cluster.bandwidth, cluster.peaks["bf16"]) == (80e9, 2e12, 1e14)
     assert math.isclose(cluster.overhead, 3e-6)
+    assert (cluster.contention, cluster.rings, cluster.jitter, cluster.imbalance, cluster.host) == (1, True, 0, 1, 0)
+    more = 'jitter = 0.02\nimbalance = 1.5\nstep_ms = 2\n'
+    path.write_text(WHOLE.replace("ranks = 8", f"ranks = 8\nrings = false\n[run]\n{more}"))
+    assert load(str(path)).rings is False
+    assert (load(str(path)).jitter, load(str(path)).imbalance, load(str(path)).host) == (0.02, 1.5, 0.002)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("product = [[128, 0.5]]", "product = [[8, 0.5], [4, 0.6]]", "gpu.share.product: must be pairs [size, share]"),
         ("product = [[128, 0.5]]", "product = []", "gpu.share.product: must be pairs [size, share]"),
         ("[links.inter]", "[links.outer]", "links.inter is missing"),
+        ("ranks = 8", "ranks = 8\nrings = 1", "node.rings = 1: must be true or false"),
+        ("overhead_us = 3", "overhead_us = 3\ncontention = 0.9", "contention = 0.9: must be a number of at least 1"),
+        ("[links.inter]", "[run]\njitter = -1\n[links.inter]", "run.jitter = -1: must be a number of at least 0"),
         ('stack = "a stack"', "stack = ", "not valid TOML"),
         ('stack = "a stack"', 'base = "h900"', "cluster profile 'h900' is unknown; known: a100, b200"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,47 @@ def test_prices_by_hand() -> None:
         assert prices.seconds(op(Stream.INTER, Cost(wire_bytes=15e6, axis=axis))) == pytest.approx(wanted)
 
 
+def test_the_link_follows_from_where_ranks_stand() -> None:
+    """Nodes of 8, whatever `parallel.node` is: attention over two ranks, experts over 8 of a node or 16 of two."""
+    intra, inter = H800.links[Stream.INTRA], H800.links[Stream.INTER]
+    prices = Prices.of(H800, torch.bfloat16, Mesh(pp=2, dp=16, node=2, ep=8))
+    within = op(Stream.INTER, Cost(wire_bytes=7e6, axis="ep"))  # spans several `node`s, but no border
+    assert prices.seconds(within) == pytest.approx(intra.seconds(7e6, 7))
+    gather = op(Stream.INTER, Cost(wire_bytes=15e6, axis="tensor_data", ring=True))  # 16 ranks, 4 in each of 4 nodes
+    assert prices.seconds(gather) == pytest.approx(inter.seconds(3e6, 3))
+    assert replace(prices, cluster=replace(H800, rings=False)).seconds(gather) == pytest.approx(inter.seconds(12e6, 12))
+    assert prices.hop(1e6) == pytest.approx(inter.seconds(1e6, 1))
+    assert Prices.of(H800, torch.bfloat16, Mesh(pp=2, dp=2, node=2)).hop(1e6) == pytest.approx(intra.seconds(1e6, 1))
+
+
+def test_imbalance_lengthens_what_follows_routing() -> None:
+    prices = Prices.of(H800, torch.bfloat16, Mesh(node=8, ep=8))
+    uneven = replace(prices, cluster=replace(H800, imbalance=1.5))
+    grouped = op(Stream.COMPUTE, Cost(1e12, 1.0, work=Work.GROUPED, size=512))
+    assert uneven.seconds(grouped) - 3e-6 == pytest.approx(1.5 * (prices.seconds(grouped) - 3e-6))
+    assert uneven.seconds(op(Stream.COMPUTE, product(512, 512, 512, 1.0))) == pytest.approx(
+        prices.seconds(op(Stream.COMPUTE, product(512, 512, 512, 1.0)))
+    )
+    step = step_plan(config(ParallelConfig(node=4, dispatch="all_to_all")), 4)
+    for each in step.ops:
+        if each.stream == Stream.INTRA:
+            routed = each.traffic is not None and bool(each.traffic.plan)
+            assert (uneven.seconds(each) > prices.seconds(each)) == routed
+
+
+def test_computation_beside_a_communication_takes_longer() -> None:
+    """Two seconds of computation beside one of a link: at half of the rate while it is busy."""
+    beside = [
+        Op(name="send", reads=(), writes=("sent",), run=lambda: None, stream=Stream.INTRA),
+        Op(name="work", reads=(), writes=("done",), run=lambda: None),
+        Op(name="use", reads=("sent", "done"), writes=(), run=lambda *_: None),
+    ]
+    took = {"send": 1.0, "work": 2.0, "use": 1.0}
+    assert makespan(simulate(beside, lambda each: took[each.name])) == 3
+    assert makespan(simulate(beside, lambda each: took[each.name], 2.0)) == 3.5
+    assert makespan(simulate(beside, lambda each: took[each.name] if each.name != "send" else 9.0, 2.0)) == 10
+
+
 @pytest.mark.parametrize("attention", ["sp", "tp"])
 @pytest.mark.parametrize("ffn", ["ep", "tp"])
 def test_products_of_a_step_are_the_models_flops(attention: str, ffn: str) -> None:
@@ -90,7 +132,7 @@ def simulated(whole: Config, world: int) -> float:
     """Seconds of the list that rank 0 would run, from its first operator to its last."""
     plan = step_plan(whole, world)
     hidden = whole.overlap.hides_synchronisation
-    weights = placements(MODEL, plan.layout, plan.part)
+    weights = placements(whole.model, plan.layout, plan.part)
     groups = flat_groups(weights, plan.axes, torch.bfloat16, torch.device("meta"), by_layer=hidden)
     optimizer = ShardedAdamW(groups, plan.axes["world"], whole.train)
     ops = optimizer.hidden(plan.ops) if hidden else [*plan.ops, *optimizer.ops]
@@ -115,6 +157,23 @@ def test_a_price_is_the_simulation_of_the_list_that_runs(parallel: ParallelConfi
     # Serial: every communication is waited for where it stands, sums may differ in their last bits. Else micro-batches
     # are simulated alone, so that a communication at the border of two has one more place to hide behind: a percent.
     assert found.seconds == pytest.approx(simulated(whole, world), rel=1e-9 if order == "serial" else 0.02)
+
+
+@pytest.mark.parametrize("order", ["paper", "scheduled"])
+def test_many_layers_go_straight_on_from_few(order: str) -> None:
+    """Twelve layers, two of them without experts, from lists of two and three of a kind. Within a percent: the weights of
+    a layer are gathered while the one before it computes, and the first has none before it."""
+    deep = replace(MODEL, layers=12, dense_layers=2, dense_ffn_hidden=4096)
+    whole = replace(config(ParallelConfig(node=4, dp=2), OverlapConfig(order=order)), model=deep)  # type: ignore[arg-type]
+    assert price(whole, H800, 8).seconds == pytest.approx(simulated(whole, 8), rel=0.01)
+
+
+def test_a_step_waits_for_its_host_and_its_slowest_rank() -> None:
+    whole = config(ParallelConfig(node=4, dp=2))
+    late = replace(H800, jitter=0.02, host=0.5)
+    found, mean = price(whole, late, 8), price(whole, H800, 8)
+    assert found.waits == pytest.approx(0.5 + mean.seconds * 0.02 * (2 * math.log(8)) ** 0.5)
+    assert found.seconds == pytest.approx(mean.seconds + found.waits)
 
 
 def fixed(**changes: int) -> StepPrice:

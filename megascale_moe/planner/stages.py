@@ -1,0 +1,201 @@
+"""What a micro-batch takes in some layers of a model, seconds and bytes, from lists of at most three of each kind.
+
+Layers of a kind are alike, so of many only two and three are built, and each further one takes what the third took more
+than the second: in a list whose communication hides behind the neighbouring layer, too, the borders are those of any
+depth. That makes a layout of sixty layers as cheap as one of three. And what was found once serves every layout that
+has the same inside of a stage, whatever its pipeline and its data parallelism: a search meets it again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from megascale_moe.config import Config, ModelConfig, TrainConfig
+from megascale_moe.engine.cost import Seconds
+from megascale_moe.engine.executor import Program
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.memory import Meter
+from megascale_moe.engine.op import Op, grad
+from megascale_moe.engine.order import best_order, makespan, simulate
+from megascale_moe.parallel.model import buffers_of
+from megascale_moe.parallel.stages import Part
+from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.step import Stage, action_ops, of_micro
+from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
+from megascale_moe.planner.lists import optimizer_of
+
+FEW = 3
+"""Layers of a kind of which a list is built at most, for its time."""
+FEW_BYTES = 2
+"""The same for its memory: no border of a layer is hidden in another there, and running a list is slower."""
+
+
+class Kind(NamedTuple):
+    """What a part of a model consists of: layers with experts and without, embedding (first) and head (last)."""
+
+    experts: int
+    dense: int
+    first: bool
+    last: bool
+
+    @classmethod
+    def of(cls, part: Part, model: ModelConfig) -> Kind:
+        """Of some layers."""
+        dense = sum(layer < model.dense_layers for layer in part.layers)
+        return cls(len(part.layers) - dense, dense, part.first, part.last)
+
+    @property
+    def part(self) -> Part:
+        """Of a model that has nothing else (`of_model`)."""
+        return Part(tuple(range(self.dense + self.experts)), self.first, self.last)
+
+    def of_model(self, plan: StepPlan) -> StepPlan:
+        """The plan for a model of these layers alone."""
+        model = replace(plan.model, layers=self.dense + self.experts, dense_layers=self.dense)
+        return replace(plan, model=model)
+
+
+class Took(NamedTuple):
+    """Of a list: seconds in all, and those of them in which the computation waits for communication."""
+
+    seconds: float
+    exposed: float
+
+
+class StageBytes(NamedTuple):
+    """Of one micro-batch in one stage.
+
+    Attributes:
+        kept: from the end of the forward to the backward. forward: the most the forward has at once, what it keeps
+            included. backward: the same of the backward, over what was kept.
+    """
+
+    kept: float
+    forward: float
+    backward: float
+
+
+Numbers = TypeVar("Numbers", Took, StageBytes)
+
+
+def along(kind: Kind, measure: Callable[[Kind], Numbers], few: int = FEW) -> Numbers:
+    """What `measure` finds, straight on from what it finds for `few` layers and one less where there are more."""
+    for name, count in (("experts", kind.experts), ("dense", kind.dense)):
+        if count > few:
+            less, most = (along(kind._replace(**{name: layers}), measure, few) for layers in (few - 1, few))
+            more = count - few
+            return type(most)(*(b + more * (b - a) for a, b in zip(less, most, strict=True)))
+    return measure(kind)
+
+
+def simulated(ops: Sequence[Op], seconds: Seconds, contention: float) -> Took:
+    """A list by the executor's rules."""
+    spans = simulate(ops, seconds, contention)
+    return Took(makespan(spans), sum(span.exposed for span in spans))
+
+
+def inner(config: Config, node: int, ep: int, etp: int, rows: int) -> Config:
+    """What of a config decides about the lists of its layers: configs that agree in it can share a `Stages`."""
+    p, t = config.parallel, config.train
+    parallel = replace(p, pp=1, dp=0, node=node, ep=ep, etp=etp, schedule="1f1b", virtual_stages=1, stage_layers=())
+    train = replace(t, global_batch=rows, micro_batch=rows)
+    wire = replace(config.wire, gradients="fp32", parameters="fp32")
+    return Config(model=config.model, parallel=parallel, overlap=config.overlap, wire=wire, train=train)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Of one layout inside a stage.
+
+    Attributes:
+        plan: that of any rank of any pipeline that has this layout; its profile's prices decide. contention: see
+            `simulate`.
+    """
+
+    plan: StepPlan
+    train: TrainConfig
+    contention: float = 1.0
+    _found: dict[Any, Any] = field(default_factory=dict)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
+
+    def lists(self, kind: Kind) -> Stage:
+        """The lists of a part."""
+        stage: Stage = self._once(("lists", kind), lambda: kind.of_model(self.plan).stage(kind.part))
+        return stage
+
+    def _simulated(self, ops: Sequence[Op]) -> Took:
+        return simulated(ops, self.plan.profile.cost.seconds, self.contention)
+
+    def took(self, kind: Kind, phase: str) -> Took:
+        """An action of a pipeline: F, B, W or BW of one micro-batch."""
+
+        def measure(few: Kind) -> Took:
+            found: Took = self._once((few, phase), lambda: self._simulated(action_ops(self.lists(few), phase)))
+            return found
+
+        return along(kind, measure)
+
+    def saved(self, kind: Kind) -> float:
+        """Seconds by which a forward and the backward of another micro-batch woven into each other take less."""
+
+        def measure(few: Kind) -> Took:
+            return Took(self._once((few, "woven"), lambda: self._saved(few)), 0.0)
+
+        return along(kind, measure).seconds
+
+    def _saved(self, kind: Kind) -> float:
+        stage = self.lists(kind)
+        work = [
+            replace(op, reads=tuple(of_micro(name, micro) for name in op.reads),
+                    writes=tuple(of_micro(name, micro) for name in op.writes))
+            for micro, ops in enumerate((stage.forward, stage.backward)) for op in ops
+        ]  # fmt: skip
+        apart = self.took(kind, "F").seconds + self.took(kind, "BW").seconds
+        return max(apart - self._simulated(best_order(work, self.plan.profile.cost.seconds)).seconds, 0.0)
+
+    def bytes(self, kind: Kind) -> StageBytes:
+        """What a micro-batch takes of memory."""
+
+        def measure(few: Kind) -> StageBytes:
+            found: StageBytes = self._once((few, "bytes"), lambda: self._weighed(few))
+            return found
+
+        return along(kind, measure, FEW_BYTES)
+
+    def _weighed(self, kind: Kind) -> StageBytes:
+        plan = kind.of_model(self.plan)
+        optimizer = optimizer_of(plan, self.train, kind.part)
+        weights = optimizer.weights | buffers_of(plan.model, kind.part, META)
+        return weighed(plan, self.lists(kind), weights, optimizer.gradients)
+
+
+def weighed(
+    plan: StepPlan, stage: Stage, weights: Mapping[str, Tensor], gradients: Mapping[str, Gradient]
+) -> StageBytes:
+    """Run a stage's lists once, on tensors without storage."""
+    inputs = inputs_without_storage(plan)
+    read = {name for op in stage.backward for name in op.reads} - set(inputs)
+    coming = [stage.reads] if stage.reads else []
+    slope = [grad(stage.writes)] if stage.writes else []
+    forward = Program(stage.forward, [*inputs, *coming], read - set(slope), coming)
+    meter = Meter()
+    with meter:
+        values: dict[str, Any] = {**inputs, **{name: message_without_storage(plan) for name in coming}}
+        forward.run(values, weights, gradients)
+        kept, highest = meter.alive, meter.peak
+        meter.peak = meter.alive
+        values |= {name: message_without_storage(plan) for name in slope}
+        result = [grad(stage.reads)] if stage.reads else []
+        spent = [name for name in values if name not in inputs]
+        Program(stage.backward, values, result, spent).run(values, weights, gradients)
+        values.clear()
+        risen = meter.peak - kept
+    return StageBytes(kept, highest, risen)
