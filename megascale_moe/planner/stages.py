@@ -84,12 +84,14 @@ Numbers = TypeVar("Numbers", Took, StageBytes)
 
 def along(kind: Kind, measure: Callable[[Kind], Numbers], few: int = FEW) -> Numbers:
     """What `measure` finds, straight on from what it finds for `few` layers and one less where there are more."""
-    for name, count in (("experts", kind.experts), ("dense", kind.dense)):
-        if count > few:
-            less, most = (along(kind._replace(**{name: layers}), measure, few) for layers in (few - 1, few))
-            more = count - few
-            return type(most)(*(b + more * (b - a) for a, b in zip(less, most, strict=True)))
-    return measure(kind)
+    more = max(kind.experts - few, 0), max(kind.dense - few, 0)
+    most = kind._replace(experts=kind.experts - more[0], dense=kind.dense - more[1])
+    found = measure(most)
+    total = list(found)
+    for times, less in zip(more, (most._replace(experts=few - 1), most._replace(dense=few - 1)), strict=True):
+        if times:
+            total = [sum_ + times * (b - a) for sum_, a, b in zip(total, measure(less), found, strict=True)]
+    return type(found)(*total)
 
 
 def simulated(ops: Sequence[Op], seconds: Seconds, contention: float) -> Took:
