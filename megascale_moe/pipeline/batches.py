@@ -7,7 +7,7 @@ import torch
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, require
 from megascale_moe.parallel.stages import stage_parts
-from megascale_moe.pipeline.schedule import schedule
+from megascale_moe.pipeline.schedule import require_legal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What `train.dtype` names."""
@@ -26,9 +26,8 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         f"train.micro_batch = {t.micro_batch} does not divide the {share} sequences of each data-parallel rank",
     )
     stage_parts(p, config.model)
-    schedule(
-        p.schedule, p.pp, share // micro_batch(config, mesh), p.virtual_stages, pairs=config.overlap.in_pairs
-    )
+    micros = share // micro_batch(config, mesh)
+    require_legal(p.schedule, p.pp, micros, p.virtual_stages, pairs=config.overlap.in_pairs)
 
 
 def micro_batch(config: Config, mesh: Mesh) -> int:

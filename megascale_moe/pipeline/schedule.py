@@ -66,16 +66,11 @@ def schedule(name: str, pp: int, micros: int, virtual_stages: int = 1, *, pairs:
     `virtual_stages` the number of stages on each rank; `pairs`: a forward and the backward behind it belong to two
     micro-batches. `ConfigError` for numbers that the schedule does not have.
     """
-    _require_legal(name, pp, micros, virtual_stages)
+    require_legal(name, pp, micros, virtual_stages, pairs=pairs)
     if name == "1f1b":
         return [_one_f_one_b(rank, pp, micros, pairs) for rank in range(pp)]
     if name == "interleaved":
         return [_interleaved(rank, pp, micros, virtual_stages, pairs) for rank in range(pp)]
-    require(
-        not pairs,
-        "overlap.micro_batches = 2: parallel.schedule = 'zero_bubble' has no forward next to a whole backward; "
-        "use schedule = '1f1b' or 'interleaved'",
-    )
     return [_zero_bubble(rank, pp, micros) for rank in range(pp)]
 
 
@@ -148,7 +143,8 @@ def _zero_bubble(rank: int, pp: int, micros: int) -> list[Action]:
     return actions + [Action(rank, "W", micro) for micro in range(max(0, micros - rank), micros)]
 
 
-def _require_legal(name: str, pp: int, micros: int, virtual: int) -> None:
+def require_legal(name: str, pp: int, micros: int, virtual: int, *, pairs: bool = False) -> None:
+    """Raise `ConfigError` for numbers that a schedule does not have, without making it."""
     if name not in ("1f1b", "interleaved", "zero_bubble"):
         raise ConfigError(f"parallel.schedule = {name!r}: must be one of 1f1b, interleaved, zero_bubble")
     for what, value in (("parallel.pp", pp), ("number of micro-batches", micros), ("parallel.virtual_stages", virtual)):
@@ -161,6 +157,11 @@ def _require_legal(name: str, pp: int, micros: int, virtual: int) -> None:
             f"parallel.virtual_stages = {virtual}: parallel.schedule = {name!r} has one stage per rank; "
             "use 1, or parallel.schedule = 'interleaved'",
         )
+    require(
+        not (pairs and name == "zero_bubble"),
+        "overlap.micro_batches = 2: parallel.schedule = 'zero_bubble' has no forward next to a whole backward; "
+        "use schedule = '1f1b' or 'interleaved'",
+    )
 
 
 def _require_interleaved(pp: int, micros: int, virtual: int) -> None:

@@ -43,15 +43,17 @@ class RankBytes:
     peak: int
 
 
-def rank_bytes(stages: Stages, plan: StepPlan, train: TrainConfig, place: int) -> RankBytes:
-    """Of the ranks at a place of a plan's pipeline."""
+def rank_bytes(
+    stages: Stages, plan: StepPlan, train: TrainConfig, place: int, actions: Sequence[Action]
+) -> RankBytes:  # fmt: skip
+    """Of the ranks at a place of a plan's pipeline, which go through these actions, or these many times."""
     parts = parts_of_rank(plan.parts, plan.parallel.pp, place)
     of_stage = {number: stages.bytes(Kind.of(part, plan.model)) for number, part in parts.items()}
     whole = together(parts)
     optimizer = optimizer_of(plan, train, whole)
     stays = optimizer.held_bytes()
     stays["parameters"] += sum(buffer.nbytes for buffer in buffers_of(plan.model, whole, META).values())
-    activations = round(_peak(plan.schedule[place], of_stage))
+    activations = round(_peak(actions, of_stage))
     hidden = plan.overlap.hides_synchronisation
     update = _last_micro(stages, plan, train, whole) if hidden else _update(optimizer)
     peak = sum(stays.values()) + max(activations, update)

@@ -16,7 +16,7 @@ sqrt(2 ln N) deviations behind the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +28,7 @@ from megascale_moe.parallel.stages import parts_of_rank, together
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import Profile, StepPlan
-from megascale_moe.pipeline.schedule import Action, in_pairs
+from megascale_moe.pipeline.schedule import Action, Schedule, in_pairs, schedule
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
@@ -119,32 +119,62 @@ class Layout:
         """Of a step."""
         assert self.cluster is not None
         assert self.prices is not None
-        times, middle = self.timeline, self.mesh.pp // 2
+        (pipeline, bubble), middle = self.pipeline, self.mesh.pp // 2
         synchronisation = max(self.synchronisation(place).seconds for place in {0, middle, self.mesh.pp - 1})
-        worked = times.makespan + synchronisation
+        worked = pipeline + synchronisation
         waits = self.cluster.host + worked * self.cluster.jitter * math.sqrt(2 * math.log(self.mesh.world))
-        exposed = self.synchronisation(middle).exposed + sum(
-            self.span(action).exposed for action in self.plan.schedule[middle]
-        )
+        row, part = self._few[-1][middle], self.plan.micros / self._few_micros(-1)
+        exposed = self.synchronisation(middle).exposed + part * sum(self.span(action).exposed for action in row)
         train, model = self.config.train, self.config.model
         seconds = worked + waits
         tokens = train.global_batch * model.sequence_length / seconds
         peak = self.prices.peak * self.mesh.world
         return StepPrice(
-            seconds, times.makespan, times.bubble, synchronisation, waits, exposed, tokens,
+            seconds, pipeline, bubble, synchronisation, waits, exposed, tokens,
             tokens * counts(model).flops_per_token / peak,
         )  # fmt: skip
 
     def bytes(self, place: int) -> RankBytes:
         """Of the ranks at a place of the pipeline."""
-        return rank_bytes(self.stages, self.plan, self.config.train, place)
+        return rank_bytes(self.stages, self.plan, self.config.train, place, self._few[-1][place])
 
     @cached_property
     def timeline(self) -> Timeline:
-        """Of the pipeline."""
+        """Of the whole pipeline, action by action."""
+        return self._executed(self.plan.schedule)
+
+    def _executed(self, actions: Schedule) -> Timeline:
         assert self.prices is not None
         hop = self.prices.hop(self.plan.message.nbytes)
-        return timeline(self.plan.schedule, self.mesh.pp, self._duration, hop)
+        pairs = [pair for row in actions for pair in in_pairs(row) if len(pair) == 2]
+        partners = {pair[0]: pair[1] for pair in pairs}
+        return timeline(actions, self.mesh.pp, lambda each: self._duration(each, partners.get(each)), hop)
+
+    @cached_property
+    def _few(self) -> list[Schedule]:
+        """The schedule of few micro-batches and of a pipeline's depth more; alone the whole one if it has no more."""
+        p, pairs = self.config.parallel, self.plan.overlap.in_pairs
+        depths = (3, 4) if pairs else (2, 3)  # in pairs, a rank is twice as deep in the warm-up
+        if self.plan.micros <= depths[1] * p.pp:
+            return [self.plan.schedule]
+        return [schedule(p.schedule, p.pp, depth * p.pp, p.virtual_stages, pairs=pairs) for depth in depths]
+
+    @cached_property
+    def pipeline(self) -> tuple[float, float]:
+        """Seconds of the micro-batches through the stages, and the fraction of all ranks' time without work.
+
+        Between filling and draining a schedule repeats itself: each further micro-batch takes as long as the last.
+        """
+        times = [self._executed(actions) for actions in self._few]
+        found = [(each.makespan, sum(each.busy)) for each in times]
+        seconds, busy = found[-1]
+        if len(found) > 1:
+            more = (self.plan.micros - self._few_micros(-1)) / self.mesh.pp
+            seconds, busy = (last + more * (last - first) for first, last in zip(*found, strict=True))
+        return seconds, 1 - busy / (self.mesh.pp * seconds)
+
+    def _few_micros(self, which: int) -> int:
+        return 1 + max(action.micro for action in self._few[which][0])
 
     def span(self, action: Action) -> Took:
         """Of one action."""
@@ -157,20 +187,14 @@ class Layout:
     def _kinds(self) -> list[Kind]:
         return [Kind.of(part, self.config.model) for part in self.plan.parts]
 
-    def _duration(self, action: Action) -> float:
+    def _duration(self, action: Action, partner: Action | None) -> float:
         """Of an action; a forward that is woven into the backward behind it takes what both take more."""
         seconds = self.span(action).seconds
-        if not action.paired:
+        if partner is None:
             return seconds
-        kind, other = self._kind(action), self._kinds[self._partners[action]]
+        kind, other = self._kind(action), self._kind(partner)
         common = Kind(min(kind.experts, other.experts), min(kind.dense, other.dense), first=False, last=False)
         return max(seconds - self.stages.saved(common), 0.0)
-
-    @cached_property
-    def _partners(self) -> Mapping[Action, int]:
-        """The stages of the backwards that forwards are woven into."""
-        pairs = (pair for actions in self.plan.schedule for pair in in_pairs(actions) if len(pair) == 2)
-        return {forward: backward.stage for forward, backward in pairs}
 
     def synchronisation(self, place: int) -> Took:
         """What a step takes longer than its micro-batches, for the ranks at a place of the pipeline."""

@@ -19,10 +19,12 @@ from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.planner.cluster import Cluster, load
 from megascale_moe.planner.price import Prices
-from megascale_moe.planner.step import StepPrice, price
+from megascale_moe.planner.stages import Kind
+from megascale_moe.planner.step import Pricer, StepPrice, price
 from megascale_moe.presets import PRESETS
 
 H800 = load("h800")
+H800_PRICES = Prices.of(H800, torch.bfloat16, Mesh(pp=2, node=4, ep=4))
 MODEL = ModelConfig(
     layers=4, hidden=1024, heads=8, kv_heads=4, experts=8, top_k=2, ffn_hidden=2048, vocab=4096, sequence_length=2048,
     shared_experts=1,
@@ -187,6 +189,39 @@ def test_a_pipeline_has_its_bubble() -> None:
     assert 1 / 17 < found.bubble < 0.2
     assert found.tokens_per_second == pytest.approx(16 * 2048 / found.seconds)
     assert found.mfu == pytest.approx(found.tokens_per_second * counts(MODEL).flops_per_token / (8 * 989e12))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "pairs"),
+    [("1f1b", 1, 1), ("1f1b", 1, 2), ("interleaved", 2, 1), ("interleaved", 2, 2), ("zero_bubble", 1, 1)],
+)
+def test_a_long_pipeline_goes_straight_on(schedule: str, virtual: int, pairs: int) -> None:
+    """48 micro-batches through 3 stages, from two and three times the depth of the pipeline."""
+    overlap = OverlapConfig(order="scheduled", micro_batches=pairs)
+    parallel = ParallelConfig(pp=3, node=2, schedule=schedule, virtual_stages=virtual)  # type: ignore[arg-type]
+    whole = replace(config(parallel, overlap), model=replace(MODEL, layers=6))
+    whole = replace(whole, train=replace(whole.train, global_batch=48))
+    layout = Pricer(H800).layout(whole, 6)
+    seconds, bubble = layout.pipeline
+    assert seconds == pytest.approx(layout.timeline.makespan, rel=1e-9)
+    assert bubble == pytest.approx(layout.timeline.bubble, abs=1e-9)
+
+
+def test_two_micro_batches_at_once_hide_what_one_cannot() -> None:
+    """Woven, forward and backward take no less than their computation and no longer than one after the other."""
+    parallel = ParallelConfig(pp=2, node=4)
+    alone, woven = (
+        Pricer(H800).layout(config(parallel, OverlapConfig(order="scheduled", micro_batches=count)), 8)
+        for count in (1, 2)
+    )
+    kind = Kind(2, 0, first=False, last=False)
+    apart = alone.stages.took(kind, "F").seconds + alone.stages.took(kind, "BW").seconds
+    computed = sum(
+        H800_PRICES.seconds(each) for phase in ("forward", "backward")
+        for each in getattr(alone.stages.lists(kind), phase) if each.stream == Stream.COMPUTE
+    )  # fmt: skip
+    assert computed <= apart - woven.stages.saved(kind) < apart
+    assert woven.price.seconds < alone.price.seconds
 
 
 def faster(**links: float) -> Cluster:
