@@ -17,6 +17,7 @@ Attention and FFN each fold the same ranks their own way, so an axis is a rule f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megascale_moe.config import ModelConfig, ParallelConfig, require
 
@@ -54,11 +55,11 @@ class Mesh:
         Raises:
             KeyError: no such axis.
         """
-        return tuple(member for part in self._parts(axis, rank) for member in part)
+        return tuple(member for part in self.parts(axis, rank) for member in part)
 
     def place(self, axis: str, rank: int) -> tuple[int, int]:
         """(ranks on the axis, where among them `rank` is), without listing them: an axis may have ten thousand."""
-        parts = self._parts(axis, rank)
+        parts = self.parts(axis, rank)
         before = 0
         for part in parts:
             if rank in part:
@@ -66,7 +67,7 @@ class Mesh:
             before += len(part)
         raise AssertionError(f"rank {rank} is not on its own axis {axis}")
 
-    def _parts(self, axis: str, rank: int) -> list[range]:
+    def parts(self, axis: str, rank: int) -> list[range]:
         """The ranks of an axis as ranges, ascending."""
         first = rank // self.stage * self.stage  # of the rank's stage
         place = rank - first
@@ -148,13 +149,17 @@ def _ffn_sizes(p: ParallelConfig, node: int, stage: int) -> tuple[int, int]:
     require(p.ffn == "ep+tp" or p.etp == 1, f"parallel.etp = {p.etp} needs parallel.ffn = 'ep+tp'; with 'ep' use 1")
     ep = p.ep or max(node // p.etp, 1)
     size, name = (ep, "ep") if p.ffn == "ep" else (ep * p.etp, "ep x parallel.etp")
-    fitting = [str(width) for width in range(node, stage + 1, node) if stage % width == 0]
     require(
         size > 0 and size % node == 0 and stage % size == 0,
         f"parallel.{name} = {size}: must be a multiple of parallel.node = {node} that divides the {stage} ranks"
-        f"{'' if stage == node else ' of a stage'}; use one of {', '.join(fitting)}",
+        f"{'' if stage == node else ' of a stage'}; use one of {_multiples(node, stage)}",
     )
     return ep, p.etp
+
+
+@lru_cache
+def _multiples(node: int, stage: int) -> str:
+    return ", ".join(str(width) for width in range(node, stage + 1, node) if stage % width == 0)
 
 
 def _check_attention(mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -192,5 +197,6 @@ def _divides(what: str, size: int, axis: str, parts: int, otherwise: str = "") -
     )
 
 
+@lru_cache  # a search asks for thousands of layouts
 def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,7 +121,6 @@ class ShardedAdamW:
 
     Attributes:
         weights: name -> weight in the compute dtype. gradients: name -> `Gradient` in float32.
-        ops: a step, from `given` to "norm"; changes weights, masters and moments.
         wire_bytes, comm_s, exposed_comm_s: of the last step: bytes this rank sent, seconds with communication under
             way (each operator counted on its own), and seconds the computation waited for it.
     """
@@ -136,9 +136,18 @@ class ShardedAdamW:
         self.exp_avg = [torch.zeros_like(master) for master in masters]
         self.exp_avg_sq = [torch.zeros_like(master) for master in masters]
         self.counts = [torch.zeros((), device=master.device) for master in masters]  # updates done
-        self.ops = self._ops(chunk)
-        self._program = Program(self.ops, self.given(0.0), ["norm"])
+        self._chunk = chunk
         self.wire_bytes, self.comm_s, self.exposed_comm_s = 0, 0.0, 0.0
+
+    @cached_property
+    def ops(self) -> list[Op]:
+        """A step, from `given` to "norm"; changes weights, masters and moments."""
+        reductions, gathers = reduce(self.groups, self._chunk), gather(self.groups, self._updates(), self._chunk)
+        return [*reductions, *self._norm_ops(), *gathers]
+
+    @cached_property
+    def _program(self) -> Program:
+        return Program(self.ops, self.given(0.0), ["norm"])
 
     def given(self, learning_rate: float) -> dict[str, Any]:
         """What `ops` read from outside, by name."""
@@ -206,9 +215,6 @@ class ShardedAdamW:
             count.fill_(step)
 
     # --- operators ---------------------------------------------------------------------------------------------------
-
-    def _ops(self, chunk: int) -> list[Op]:
-        return [*reduce(self.groups, chunk), *self._norm_ops(), *gather(self.groups, self._updates(), chunk)]
 
     def _norm_ops(self) -> list[Op]:
         return [

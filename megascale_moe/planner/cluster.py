@@ -12,6 +12,7 @@ later. It may name another as its `base` and say only what differs.
     [gpu.share]                      # of the peak, by what the size is of (`engine.op.Cost.size`); rows: of memory
     product = [[256, 0.3], ...]      #   bandwidth, by bytes
     contention = 1.1                 # optional: computation takes so many times as long while a rank communicates
+    fragmentation = 0.05             # optional: what the allocator cannot use, as a part of what is in use
     [node]
     ranks = 8                        # that share the fast link
     rings = true                     # optional: whether gathers and reductions of weights go from node to node, as
@@ -47,7 +48,7 @@ LINK = ("gb_per_s", "latency_us", "peer_us")
 RUN = {"jitter": 0.0, "imbalance": 1.0, "step_ms": 0.0}
 LEAST = {
     "reserved_gb": 0, "overhead_us": 0, "latency_us": 0, "peer_us": 0, "jitter": 0, "step_ms": 0, "imbalance": 1,
-    "contention": 1,
+    "contention": 1, "fragmentation": 0,
 }  # fmt: skip
 """Of numbers that need not be positive, or must be more."""
 
@@ -98,6 +99,7 @@ class Cluster:
         bandwidth: of memory, bytes per second. overhead: seconds to start an operator.
         shares: of the peak by kind of work, for `Work.ROWS` of the bandwidth. contention: how many times as long
             computation takes while a communication is under way.
+        fragmentation: what the allocator cannot use, as a part of what is in use.
         node: ranks that share the fast link. rings: whether gathers and reductions of weights go from node to node.
         jitter: standard deviation of a rank's step, relative. imbalance: rows of the busiest rank's experts over the
             mean. host: seconds of every step behind which nothing hides.
@@ -114,6 +116,7 @@ class Cluster:
     node: int
     links: Mapping[Stream, Link]
     contention: float = 1.0
+    fragmentation: float = 0.0
     rings: bool = True
     jitter: float = 0.0
     imbalance: float = 1.0
@@ -178,7 +181,8 @@ def _cluster(name: str, raw: dict[str, Any]) -> Cluster:
         reserved=1e9 * gpu["reserved_gb"], bandwidth=1e12 * gpu["memory_tb_per_s"], overhead=1e-6 * gpu["overhead_us"],
         shares={work: reader.curve("gpu", "share", str(work)) for work in Work}, node=int(ranks),
         links={stream: reader.link(str(stream)) for stream in (Stream.INTRA, Stream.INTER)},
-        contention=reader.number("gpu", "contention", default=1.0), rings=rings, jitter=run["jitter"],
+        contention=reader.number("gpu", "contention", default=1.0),
+        fragmentation=reader.number("gpu", "fragmentation", default=0.0), rings=rings, jitter=run["jitter"],
         imbalance=run["imbalance"], host=1e-3 * run["step_ms"],
     )  # fmt: skip
     require(

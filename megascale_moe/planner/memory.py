@@ -44,9 +44,13 @@ class RankBytes:
 
 
 def rank_bytes(
-    stages: Stages, plan: StepPlan, train: TrainConfig, place: int, actions: Sequence[Action]
+    stages: Stages, plan: StepPlan, train: TrainConfig, place: int, actions: Sequence[Action], *, update: bool = True
 ) -> RankBytes:  # fmt: skip
-    """Of the ranks at a place of a plan's pipeline, which go through these actions, or these many times."""
+    """Of the ranks at a place of a plan's pipeline, which go through these actions, or these many times.
+
+    Args:
+        update: look at the end of the step, too, which takes longest; else it counts as nothing.
+    """
     parts = parts_of_rank(plan.parts, plan.parallel.pp, place)
     of_stage = {number: stages.bytes(Kind.of(part, plan.model)) for number, part in parts.items()}
     whole = together(parts)
@@ -55,9 +59,11 @@ def rank_bytes(
     stays["parameters"] += sum(buffer.nbytes for buffer in buffers_of(plan.model, whole, META).values())
     activations = round(_peak(actions, of_stage))
     hidden = plan.overlap.hides_synchronisation
-    update = _last_micro(stages, plan, train, whole) if hidden else _update(optimizer)
-    peak = sum(stays.values()) + max(activations, update)
-    return RankBytes(**stays, activations=activations, update=update, peak=peak)
+    end = 0
+    if update:
+        end = _last_micro(stages, plan, train, whole) if hidden else _update(optimizer)
+    peak = sum(stays.values()) + max(activations, end)
+    return RankBytes(**stays, activations=activations, update=end, peak=peak)
 
 
 def _peak(actions: Sequence[Action], of_stage: Mapping[int, StageBytes]) -> float:

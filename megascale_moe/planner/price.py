@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -39,16 +40,24 @@ class Peers:
 
     @classmethod
     def of(cls, mesh: Mesh, axis: str, node: int) -> Peers:
-        """Of rank 0, which every rank's are like.
+        """Of rank 0, which every rank's are like; ranks are not listed, an axis may have ten thousand.
 
         Args:
             node: ranks that share a fast link.
         """
-        ranks = mesh.ranks(axis, 0)
-        outside = [rank for rank in ranks if rank >= node]
-        return cls(
-            len(ranks) - 1, len(outside), len({rank // node for rank in outside}), len(ranks) > 1 and ranks[1] >= node
+        parts = mesh.parts(axis, 0)
+        outside = [part[max(-(-(node - part.start) // part.step), 0) :] for part in parts]
+        nodes = sum(
+            (part[-1] // node - part[0] // node + 1) if part.step < node else len(part) for part in outside if part
         )
+        size = sum(map(len, parts))
+        second = [rank for part in parts for rank in part[:2]][1:2]
+        return cls(size - 1, sum(map(len, outside)), nodes, bool(second) and second[0] >= node)
+
+
+@lru_cache(maxsize=4096)  # a search meets a mesh with every schedule
+def _peers(mesh: Mesh, node: int) -> Mapping[str, Peers]:
+    return {axis: Peers.of(mesh, axis, node) for axis in AXES}
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Prices:
     @classmethod
     def of(cls, cluster: Cluster, dtype: torch.dtype, mesh: Mesh) -> Prices:
         """For a rank of a mesh."""
-        return cls(cluster, dtype, {axis: Peers.of(mesh, axis, cluster.node) for axis in AXES})
+        return cls(cluster, dtype, _peers(mesh, cluster.node))
 
     @property
     def peak(self) -> float:

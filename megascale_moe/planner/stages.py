@@ -19,7 +19,7 @@ from megascale_moe.engine.cost import Seconds
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
-from megascale_moe.engine.op import Op, grad
+from megascale_moe.engine.op import Op, Stream, grad
 from megascale_moe.engine.order import best_order, makespan, simulate
 from megascale_moe.parallel.model import buffers_of
 from megascale_moe.parallel.stages import Part
@@ -28,7 +28,7 @@ from megascale_moe.pipeline.step import Stage, action_ops, of_micro
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
 
-FEW = 3
+FEW = 2
 """Layers of a kind of which a list is built at most, for its time."""
 FEW_BYTES = 2
 """The same for its memory: no border of a layer is hidden in another there, and running a list is slower."""
@@ -134,7 +134,7 @@ class Stages:
         return stage
 
     def _simulated(self, ops: Sequence[Op]) -> Took:
-        return simulated(ops, self.plan.profile.cost.seconds, self.contention)
+        return simulated(ops, self.seconds, self.contention)
 
     def took(self, kind: Kind, phase: str) -> Took:
         """An action of a pipeline: F, B, W or BW of one micro-batch."""
@@ -144,6 +144,23 @@ class Stages:
             return found
 
         return along(kind, measure)
+
+    def both(self, kind: Kind) -> Took:
+        """A forward and its backward in one list; not for deep parts."""
+        stage = self.lists(kind)
+        found: Took = self._once((kind, "both"), lambda: self._simulated([*stage.forward, *stage.backward]))
+        return found
+
+    def totals(self, kind: Kind, phase: str) -> dict[Stream, float]:
+        """Seconds of an action by stream, as if nothing waited for anything; not for deep parts."""
+        found: dict[Stream, float] = dict.fromkeys(Stream, 0.0)
+        for op in action_ops(self.lists(kind), phase):
+            found[op.stream] += self.seconds(op)
+        return found
+
+    def seconds(self, op: Op) -> float:
+        """Of an operator."""
+        return self.plan.profile.cost.seconds(op)
 
     def saved(self, kind: Kind) -> float:
         """Seconds by which a forward and the backward of another micro-batch woven into each other take less."""
@@ -161,7 +178,7 @@ class Stages:
             for micro, ops in enumerate((stage.forward, stage.backward)) for op in ops
         ]  # fmt: skip
         apart = self.took(kind, "F").seconds + self.took(kind, "BW").seconds
-        return max(apart - self._simulated(best_order(work, self.plan.profile.cost.seconds)).seconds, 0.0)
+        return max(apart - self._simulated(best_order(work, self.seconds)).seconds, 0.0)
 
     def bytes(self, kind: Kind) -> StageBytes:
         """What a micro-batch takes of memory."""
@@ -173,10 +190,14 @@ class Stages:
         return along(kind, measure, FEW_BYTES)
 
     def _weighed(self, kind: Kind) -> StageBytes:
+        return weighed(*self.on_paper(kind))
+
+    def on_paper(self, kind: Kind) -> tuple[StepPlan, Stage, Mapping[str, Tensor], Mapping[str, Gradient]]:
+        """What a part needs to run without storage: plan, lists, weights, gradients."""
         plan = kind.of_model(self.plan)
         optimizer = optimizer_of(plan, self.train, kind.part)
         weights = optimizer.weights | buffers_of(plan.model, kind.part, META)
-        return weighed(plan, self.lists(kind), weights, optimizer.gradients)
+        return plan, self.lists(kind), weights, optimizer.gradients
 
 
 def weighed(

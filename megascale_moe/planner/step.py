@@ -16,15 +16,16 @@ sqrt(2 ln N) deviations behind the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op
 from megascale_moe.model.counts import counts
-from megascale_moe.parallel.stages import parts_of_rank, together
+from megascale_moe.parallel.stages import Part, parts_of_rank, together
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import Profile, StepPlan
@@ -86,7 +87,7 @@ class Pricer:
         self.cluster = cluster
         self._stages: dict[Config, Stages] = {}
 
-    def layout(self, config: Config, gpus: int) -> Layout:
+    def layout(self, config: Config, gpus: int) -> PricedLayout:
         """One layout.
 
         Raises:
@@ -100,11 +101,11 @@ class Pricer:
         key = inner(config, mesh.node, mesh.ep, mesh.etp, micro_batch(config, mesh))
         if key not in self._stages:
             self._stages[key] = Stages(plan, key.train, cluster.contention if cluster else 1.0)
-        return Layout(config, mesh, plan, self._stages[key], cluster, prices)
+        return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices)
 
 
 @dataclass(frozen=True)
-class Layout:
+class PricedLayout:
     """One layout on one cluster. `plan` is that of rank 0; whatever its stage, its lists of a part are every rank's."""
 
     config: Config
@@ -113,6 +114,7 @@ class Layout:
     stages: Stages
     cluster: Cluster | None
     prices: Prices | None
+    _found: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def price(self) -> StepPrice:
@@ -134,9 +136,14 @@ class Layout:
             tokens * counts(model).flops_per_token / peak,
         )  # fmt: skip
 
-    def bytes(self, place: int) -> RankBytes:
-        """Of the ranks at a place of the pipeline."""
-        return rank_bytes(self.stages, self.plan, self.config.train, place, self._few[-1][place])
+    def bytes(self, place: int, *, update: bool = True) -> RankBytes:
+        """Of the ranks at a place of the pipeline.
+
+        Args:
+            update: look at the end of the step, too.
+        """
+        actions = self._few[-1][place]
+        return rank_bytes(self.stages, self.plan, self.config.train, place, actions, update=update)
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -173,12 +180,50 @@ class Layout:
             seconds, busy = (last + more * (last - first) for first, last in zip(*found, strict=True))
         return seconds, 1 - busy / (self.mesh.pp * seconds)
 
+    @cached_property
+    def floor(self) -> float:
+        """Seconds below which no execution of the schedule comes: a rank's work, the way to it and the way back.
+
+        Without embedding and head, whose lists are not needed then. In pairs, what is woven takes less: no floor is known then.
+        """
+        if self.plan.overlap.in_pairs:
+            return 0.0
+        zero_bubble = self.config.parallel.schedule == "zero_bubble"
+        split = ("B", "W") if zero_bubble else ("BW",)
+        kinds = [kind._replace(first=False, last=False) for kind in self._kinds]
+        forward = [self._took(kind, "F").seconds for kind in kinds]
+        backward = [sum(self._took(kind, phase).seconds for phase in split) for kind in kinds]
+        back = [0.0 if zero_bubble else seconds for seconds in backward]
+        work = [sum(forward[place :: self.mesh.pp]) + sum(backward[place :: self.mesh.pp]) for place in self._places]
+        ways = [sum(forward[:place]) + sum(back[:place]) for place in self._places]
+        return max(self.plan.micros * w + way for w, way in zip(work, ways, strict=True))
+
+    def closer(self) -> Iterator[float]:
+        """Seconds that a step takes at least, each closer to its price and longer to find than the one before."""
+        yield self.floor
+        yield self.pipeline[0]
+        yield self.pipeline[0] + self.synchronisation(self.mesh.pp // 2).seconds
+        yield self.price.seconds
+
+    @property
+    def _places(self) -> range:
+        return range(self.mesh.pp)
+
     def _few_micros(self, which: int) -> int:
         return 1 + max(action.micro for action in self._few[which][0])
 
     def span(self, action: Action) -> Took:
         """Of one action."""
-        return self.stages.took(self._kind(action), action.phase)
+        return self._took(self._kind(action), action.phase)
+
+    def _took(self, kind: Kind, phase: str) -> Took:
+        found: Took = self._once((kind, phase), lambda: self.stages.took(kind, phase))
+        return found
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
     def _kind(self, action: Action) -> Kind:
         return self._kinds[action.stage]
@@ -199,16 +244,21 @@ class Layout:
     def synchronisation(self, place: int) -> Took:
         """What a step takes longer than its micro-batches, for the ranks at a place of the pipeline."""
         whole = together(parts_of_rank(self.plan.parts, self.mesh.pp, place))
+        kind = Kind.of(whole, self.config.model)
+        found: Took = self._once(kind, lambda: self._synchronised(whole, kind))
+        return found
+
+    def _synchronised(self, whole: Part, kind: Kind) -> Took:
         if not self.plan.overlap.hides_synchronisation:
             return self._simulated(optimizer_of(self.plan, self.config.train, whole).ops)
-        return along(Kind.of(whole, self.config.model), self._hidden)
+        return along(kind, self._hidden)
 
     def _hidden(self, kind: Kind) -> Took:
         """Among the operators of one micro-batch."""
         stage = self.stages.lists(kind)
         optimizer = optimizer_of(kind.of_model(self.plan), self.config.train, kind.part)
         ops = [*stage.forward, *stage.backward]
-        with_it, without = self._simulated(optimizer.hidden(ops)), self._simulated(ops)
+        with_it, without = self._simulated(optimizer.hidden(ops)), self.stages.both(kind)
         return Took(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))
 
     def _simulated(self, ops: Sequence[Op]) -> Took:

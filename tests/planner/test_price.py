@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product as product_of
 
 import pytest
 import torch
 
 from megascale_moe.comm.axis import axes_of
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import AXES, Mesh, mesh_of
 from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.op import Cost, Op, Stream, Work, product
 from megascale_moe.engine.order import makespan, simulate
@@ -18,7 +19,7 @@ from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.planner.cluster import Cluster, load
-from megascale_moe.planner.price import Prices
+from megascale_moe.planner.price import Peers, Prices
 from megascale_moe.planner.stages import Kind
 from megascale_moe.planner.step import Pricer, StepPrice, price
 from megascale_moe.presets import PRESETS
@@ -254,3 +255,16 @@ def test_a_profile_without_the_dtype_is_refused() -> None:
     whole = replace(config(ParallelConfig(node=4)), train=TrainConfig(dtype="fp32", global_batch=16, micro_batch=1))
     with pytest.raises(ConfigError, match=r"gpu\.peak_tflops: fp32 is missing"):
         price(whole, nothing, 4)
+
+
+def test_peers_are_counted_without_listing_them() -> None:
+    meshes = [Mesh(pp=2, dp=6, node=4, ep=8), Mesh(pp=3, dp=24, node=1, ep=4, etp=2), Mesh(dp=4, node=2, ep=2), Mesh()]
+    for mesh, node in product_of(meshes, (1, 2, 4, 8)):
+        for axis in AXES:
+            ranks = mesh.ranks(axis, 0)
+            outside = [rank for rank in ranks if rank >= node]
+            listed = Peers(
+                len(ranks) - 1, len(outside), len({rank // node for rank in outside}),
+                len(ranks) > 1 and ranks[1] >= node,
+            )  # fmt: skip
+            assert Peers.of(mesh, axis, node) == listed

@@ -1,0 +1,129 @@
+"""What no order of a layout's operators can beat, from the lists of one layer: a floor of its time and of its memory.
+
+Time: the computation of the busiest rank, or its communication over one link where that takes longer, and the way of
+the first micro-batch to it and of the last back. Memory: weights, gradients and optimizer of an average rank, and what
+the micro-batches under way keep for their backward by name. Both are below what a layout really takes, so that a search
+may pass over a layout whose floor is above what it has; a test holds them against prices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from megascale_moe.config import Config, OverlapConfig
+from megascale_moe.engine.executor import Program, resolve
+from megascale_moe.engine.op import Stream
+from megascale_moe.model.counts import parameter_shapes
+from megascale_moe.pipeline.batches import DTYPES
+from megascale_moe.pipeline.storageless import inputs_without_storage, message_without_storage
+from megascale_moe.planner.space import Layout
+from megascale_moe.planner.stages import Kind, Stages
+from megascale_moe.planner.step import Pricer
+
+ONE = (Kind(1, 0, first=False, last=False), Kind(0, 1, first=False, last=False))
+STATE_BYTES = 12
+"""Of master and moments of a parameter; those of its replicas share them."""
+GRADIENT_BYTES = 4
+
+
+class Floors:
+    """Of the layouts of a space, which share what is inside of a stage."""
+
+    def __init__(self, config: Config, gpus: int, pricer: Pricer, capacity: float, remats: list[str]) -> None:
+        """`remats`: what may be made again, least first. `capacity`: bytes of a rank."""
+        self.config, self.gpus, self.pricer, self.capacity, self.remats = config, gpus, pricer, capacity, remats
+        model = config.model
+        numbers = zip(ONE, (model.layers - model.dense_layers, model.dense_layers), strict=True)
+        self.layers = {kind: number for kind, number in numbers if number}
+        sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
+        self.experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        self.others = sum(sizes.values()) - self.experts
+        self._found: dict[Any, Any] = {}
+
+    def quick(self, layout: Layout) -> float:
+        """Seconds with as little made again as is allowed; infinite if not even the weights fit."""
+        if self._weights(layout) > self.capacity:
+            return math.inf
+        return self._seconds(layout, self.remats[0])
+
+    def of(self, layout: Layout) -> tuple[float, str]:
+        """Seconds with the least that may fit made again, and how much that is; infinite if nothing fits."""
+        mesh, model = layout.mesh, self.config.model
+        alive = model.layers // mesh.pp * min(mesh.pp, self._micros(layout)) / model.layers  # of a model's micro-batch
+        for remat in self.remats:
+            kept = sum(n * self._kept(layout, kind, remat) for kind, n in self.layers.items())
+            if self._weights(layout) + alive * kept <= self.capacity:
+                return self._seconds(layout, remat), remat
+        return math.inf, ""
+
+    def _micros(self, layout: Layout) -> int:
+        return self.config.train.global_batch // layout.mesh.dp // layout.rows
+
+    def _seconds(self, layout: Layout, remat: str) -> float:
+        """Of a step."""
+        forward, backward = (
+            {stream: sum(n * self._took(layout, kind, phase, remat)[stream] for kind, n in self.layers.items())
+             for stream in Stream} for phase in ("F", "BW")
+        )  # fmt: skip
+        mesh, layers = layout.mesh, self.config.model.layers
+        busiest = 1 / mesh.pp if len(self.layers) > 1 else -(-layers // mesh.pp) / layers
+        steady = max(forward[stream] + backward[stream] for stream in Stream)
+        fills = (mesh.pp - 1) / (layout.virtual_stages * mesh.pp)
+        drains = 0.0 if layout.schedule == "zero_bubble" else fills
+        work = self._micros(layout) * busiest * steady
+        return work + fills * max(forward.values()) + drains * max(backward.values())
+
+    def _weights(self, layout: Layout) -> float:
+        """Bytes that stay from step to step on an average rank."""
+        mesh, itemsize = layout.mesh, DTYPES[self.config.train.dtype].itemsize + GRADIENT_BYTES
+        experts = self.experts / (mesh.pp * mesh.ffn) * (itemsize + STATE_BYTES * mesh.ffn / mesh.stage)
+        others = self.others / mesh.pp * (itemsize / mesh.node + STATE_BYTES / mesh.stage)
+        return experts + others
+
+    def _took(self, layout: Layout, kind: Kind, phase: str, remat: str) -> dict[Stream, float]:
+        """Seconds of a layer and micro-batch by stream."""
+        found: dict[Stream, float] = self._once(
+            ("took", kind, phase, remat, layout.inside), lambda: self._stages(layout, remat).totals(kind, phase)
+        )
+        return found
+
+    def _kept(self, layout: Layout, kind: Kind, remat: str) -> float:
+        """Bytes of a layer and micro-batch from forward to backward; in proportion to its sequences."""
+        one = layout._replace(rows=1)
+
+        def kept() -> float:
+            sizes = self._once(("sizes", kind, one.inside), lambda: _sizes(self._stages(one, self.remats[0]), kind))
+            read = {name for op in self._stages(one, remat).lists(kind).backward for name in op.reads}
+            return float(sum({place: size for name, (place, size) in sizes.items() if name in read}.values()))
+
+        return layout.rows * float(self._once(("kept", kind, remat, one.inside), kept))
+
+    def _stages(self, layout: Layout, remat: str) -> Stages:
+        serial = replace(layout.of(self.config), overlap=OverlapConfig(remat=remat))  # type: ignore[arg-type]
+        return self.pricer.layout(serial, self.gpus).stages
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
+
+
+def _sizes(stages: Stages, kind: Kind) -> dict[str, tuple[int, int]]:
+    """Of the tensors of a layer's forward, by name: where each lies, and the bytes of that place."""
+    plan, stage, weights, gradients = stages.on_paper(kind)
+    inputs = inputs_without_storage(plan)
+    names = [stage.reads, *(name for op in stage.forward for name in op.writes)]
+    values: dict[str, Any] = inputs | {stage.reads: message_without_storage(plan)}
+    result = Program(stage.forward, [*values], names).run(values, weights, gradients)
+    found = {}
+    for name in names:
+        value = resolve(result, name)
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[name] = storage._cdata, storage.nbytes()
+    return found

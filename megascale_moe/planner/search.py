@@ -1,0 +1,306 @@
+"""The fastest layouts of a model on a cluster that fit its memory.
+
+There are tens of thousands, and all are looked at: each has a floor, what its computation alone would take if every
+communication were hidden (`bounds`), and layouts are priced in the order of their floors until a floor is above what
+has been found. So nothing is left out on a guess. A layout is priced with the least rematerialization that fits. The
+best are then refined: one option after the other is changed and kept where that is faster. Layouts with the same inside
+of a stage share its lists (`stages.Stages`), so they go to the same worker.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megascale_moe.config import Config, ConfigError, require
+from megascale_moe.planner.bounds import Floors
+from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.memory import RankBytes
+from megascale_moe.planner.space import OPTIONS, Layout, Space, changed, value
+from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
+
+TOP = 6
+"""Layouts of different placement that are wanted."""
+REFINED = 2
+"""Of these, how many a worker refines."""
+TRIED = 50
+"""Layouts that are weighed to say whether a model fits so many GPUs, those with the least memory first."""
+LARGEST = 2**17
+"""GPUs of the largest cluster that is tried for a model that does not fit."""
+
+Progress = Callable[[str, int, int], None]
+Placement = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with its options, what a step takes, and what its fullest rank holds (at a place of the pipeline)."""
+
+    config: Config
+    gpus: int
+    price: StepPrice
+    bytes: RankBytes
+    place: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, best first; of `layouts` in all, how many were priced."""
+
+    plans: tuple[Plan, ...]
+    layouts: int
+    priced: int
+
+
+def capacity(cluster: Cluster) -> float:
+    """Bytes that a rank may hold at its peak: what is not reserved, less what fragmentation makes unusable."""
+    return (cluster.memory - cluster.reserved) / (1 + cluster.fragmentation)
+
+
+def planned(config: Config, cluster: Cluster, gpus: int) -> Plan:
+    """The layout and the options of a config, whether they fit or not.
+
+    Raises:
+        ConfigError: it does not fit so many ranks, or the model.
+    """
+    return _plan(Pricer(cluster).layout(config, gpus))
+
+
+def search(
+    space: Space, cluster: Cluster, *, top: int = TOP, workers: int | None = None, progress: Progress = lambda *_: None
+) -> Found:
+    """The fastest that fit.
+
+    Raises:
+        ConfigError: what is kept cannot be searched, or nothing fits: with the smallest cluster on which it would.
+    """
+    space.check()
+    groups = _grouped(space.layouts())
+    total = sum(map(len, groups))
+    require(
+        total > 0,
+        f"no layout of {space.config.model.layers} layers and {space.config.train.global_batch} sequences has "
+        f"{space.gpus} GPUs; change --gpus, train.global_batch or what is kept",
+    )
+    count = min(workers or os.cpu_count() or 1, len(groups))
+    shares = [[layout for group in groups[first::count] for layout in group] for first in range(count)]
+    results = _parallel(space, cluster, shares, top, lambda done: progress("layouts", done, total))
+    best = sorted((plan for plans, _ in results for plan in plans), key=lambda plan: plan.price.seconds)
+    found = tuple(_whole(best[:top], cluster))
+    if not found:
+        raise ConfigError(_nothing_fits(space, cluster))
+    return Found(found, total, sum(priced for _, priced in results))
+
+
+def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
+    """By what decides about a stage's lists, the largest group first."""
+    groups: dict[Any, list[Layout]] = defaultdict(list)
+    for layout in layouts:
+        groups[layout.inside].append(layout)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+# --- one worker ------------------------------------------------------------------------------------------------------
+
+
+class _Shared:
+    """What workers tell each other: a step time that `top` placements reach, and how many layouts are done with."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self.bound = context.Value("d", math.inf)
+        self.done = context.Value("q", 0)
+
+    def reached(self, seconds: float) -> None:
+        """`top` placements of a worker are at least this fast."""
+        with self.bound.get_lock():
+            self.bound.value = min(self.bound.value, seconds)
+
+    def did(self, layouts: int) -> None:
+        """So many more are done with."""
+        with self.done.get_lock():
+            self.done.value += layouts
+
+
+def _parallel(
+    space: Space, cluster: Cluster, shares: Sequence[Sequence[Layout]], top: int, progress: Callable[[int], None]
+) -> list[tuple[list[Plan], int]]:  # fmt: skip
+    shared = _Shared()
+    if len(shares) == 1:
+        return [_best(space, cluster, shares[0], top, shared)]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(shares), context, initializer=_join, initargs=(shared,)) as pool:
+        jobs = [pool.submit(_best, space, cluster, share, top) for share in shares]
+        waiting = set(jobs)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            progress(shared.done.value)
+    return [job.result() for job in jobs]
+
+
+_JOINED: list[_Shared] = []
+"""What a worker process shares with the others: locks are inherited, they cannot be sent with a job."""
+
+
+def _join(shared: _Shared) -> None:
+    torch.set_num_threads(1)
+    _JOINED.append(shared)
+
+
+def _best(
+    space: Space, cluster: Cluster, layouts: Sequence[Layout], top: int, shared: _Shared | None = None
+) -> tuple[list[Plan], int]:  # fmt: skip
+    """The best of each placement among some layouts, and how many were priced."""
+    shared = shared or _JOINED[0]
+    worker, best, priced = _Worker(space, cluster), dict[Placement, Plan](), 0
+    # Floors that look at memory take longer to find: only of layouts whose quick floor is the lowest left.
+    heap = [(floor, place, "") for place, floor in enumerate(map(worker.floors.quick, layouts)) if floor < math.inf]
+    heapq.heapify(heap)
+    shared.did(len(layouts) - len(heap))
+    while heap and heap[0][0] < shared.bound.value:
+        _, place, remat = heapq.heappop(heap)
+        if not remat:
+            floor, remat = worker.floors.of(layouts[place])
+            if floor < math.inf:
+                heapq.heappush(heap, (floor, place, remat))
+                continue
+        else:
+            plan = worker.least(layouts[place], remat, shared.bound.value)
+            priced += 1
+            if plan is not None:
+                _note(plan, best, top, shared)
+        shared.did(1)
+    shared.did(len(heap))
+    plans = sorted(best.values(), key=lambda plan: plan.price.seconds)
+    within = [plan for plan in plans if plan.price.seconds <= shared.bound.value][:top]
+    return [worker.refined(plan) for plan in within[:REFINED]] + within[REFINED:], priced
+
+
+def _note(plan: Plan, best: dict[Placement, Plan], top: int, shared: _Shared) -> None:
+    """Keep a plan if it is the fastest of its placement."""
+    placement = _placement(plan.config)
+    if placement not in best or plan.price.seconds < best[placement].price.seconds:
+        best[placement] = plan
+        times = sorted(each.price.seconds for each in best.values())
+        if len(times) >= top:
+            shared.reached(times[top - 1])
+
+
+def _placement(config: Config) -> Placement:
+    """What a table tells apart: where weights lie. Of what else differs it shows the fastest."""
+    p = config.parallel
+    return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
+
+
+class _Worker:
+    """Prices layouts of one space."""
+
+    def __init__(self, space: Space, cluster: Cluster) -> None:
+        self.space, self.cluster, self.pricer = space, cluster, Pricer(cluster)
+        self.capacity = capacity(cluster)
+        remats = space.options("overlap.remat")
+        self.floors = Floors(space.config, space.gpus, self.pricer, self.capacity, remats)
+
+    def least(self, layout: Layout, remat: str, bound: float = math.inf) -> Plan | None:
+        """With the least rematerialization that fits, all other options as they are first tried.
+
+        Args:
+            remat: less than this does not fit. bound: seconds that are of interest.
+        """
+        config = layout.of(self.space.config)
+        for key in OPTIONS:
+            config = changed(config, key, self.space.options(key)[0])
+        if layout.mesh.dp > 1:
+            config = changed(config, "wire.gradients", self.space.options("wire.gradients")[-1])
+        remats = self.space.options("overlap.remat")
+        for more in remats[remats.index(remat) :]:
+            found = self.pricer.layout(changed(config, "overlap.remat", more), self.space.gpus)
+            if any(seconds >= bound for seconds in found.closer()):  # more takes longer
+                return None
+            if self._fits(found):
+                return _plan(found, update=False)
+        return None
+
+    def _fits(self, layout: PricedLayout) -> bool:
+        return all(layout.bytes(place, update=False).peak <= self.capacity for place in {0, layout.mesh.pp - 1})
+
+    def refined(self, plan: Plan) -> Plan:
+        """With every option that makes it faster."""
+        for key in OPTIONS:
+            for other in self.space.options(key):
+                if other != value(plan.config, key):
+                    plan = self._better(plan, changed(plan.config, key, other))
+        return plan
+
+    def _better(self, plan: Plan, config: Config) -> Plan:
+        try:
+            config.overlap.check()
+            found = self.pricer.layout(config, self.space.gpus)
+        except ConfigError:  # options that exclude each other
+            return plan
+        if found.price.seconds >= plan.price.seconds or not self._fits(found):
+            return plan
+        return _plan(found, update=False)
+
+
+def _plan(layout: PricedLayout, *, update: bool = True) -> Plan:
+    places = {place: layout.bytes(place, update=update) for place in sorted({0, layout.mesh.pp - 1})}
+    fullest = max(places, key=lambda place: places[place].peak)
+    return Plan(layout.config, layout.mesh.world, layout.price, places[fullest], fullest)
+
+
+def _whole(plans: Sequence[Plan], cluster: Cluster) -> Iterable[Plan]:
+    """Those that fit with the end of their step, too."""
+    pricer = Pricer(cluster)
+    for plan in plans:
+        whole = _plan(pricer.layout(plan.config, plan.gpus))
+        if whole.bytes.peak <= capacity(cluster):
+            yield whole
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def _nothing_fits(space: Space, cluster: Cluster) -> str:
+    """Why, and where something does."""
+    where = f"{cluster.memory / 1e9:.0f} GB of each of {space.gpus} GPUs ({cluster.name})"
+    name = space.config.model.preset or f"the model of {space.config.model.layers} layers"
+    smallest = _smallest(space, cluster)
+    fits = f"the smallest cluster on which one does has {smallest} GPUs" if smallest else "nor of more GPUs"
+    kept = f" with {', '.join(sorted(space.kept))} kept" if space.kept else ""
+    return f"--gpus {space.gpus}: no layout of {name}{kept} fits the {where}; {fits}"
+
+
+def _smallest(space: Space, cluster: Cluster) -> int | None:
+    """GPUs, in whole nodes with few prime factors; more GPUs never need more memory."""
+    sizes = [size for size in _sizes(cluster.node) if space.gpus < size <= LARGEST]
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if _any_fits(replace(space, gpus=sizes[middle]), cluster):
+            high = middle
+        else:
+            low = middle + 1
+    return sizes[low] if low < len(sizes) else None
+
+
+def _sizes(node: int) -> list[int]:
+    """Multiples of a node by 2, 3 and 5."""
+    return sorted(node * 2**a * 3**b * 5**c for a in range(15) for b in range(3) for c in range(2))
+
+
+def _any_fits(space: Space, cluster: Cluster) -> bool:
+    worker = _Worker(space, cluster)
+    layouts = (layout for layout in space.layouts() if worker.floors.quick(layout) < math.inf)
+    least = sorted(layouts, key=lambda layout: (layout.rows, layout.mesh.dp, layout.virtual_stages))
+    likely = [(layout, worker.floors.of(layout)[1]) for layout in least[:TRIED]]
+    return any(worker.least(layout, remat) is not None for layout, remat in likely if remat)

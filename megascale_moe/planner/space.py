@@ -1,0 +1,188 @@
+"""The layouts that a config can say for a model on so many GPUs, and the options that each of them has.
+
+A layout decides who holds what: pipeline, node, strategies of attention and experts, dispatch, micro-batch, schedule.
+Options change how it runs: order, rematerialization, splits, two micro-batches at once, formats of gradients. Keys that
+a user wants to keep stay as the config has them. Formats of activations and weights always do: with "auto" they are
+chosen by price where the user has allowed it, but no search turns a run into another one's numerics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.config import Config, ConfigError, ParallelConfig, require
+
+MICRO_BATCHES = (1, 2, 4, 8)
+VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8, 10, 12)
+LAYOUT = (
+    "parallel.pp", "parallel.dp", "parallel.node", "parallel.attention", "parallel.ffn", "parallel.ep", "parallel.etp",
+    "parallel.dispatch", "parallel.schedule", "parallel.virtual_stages", "train.micro_batch",
+)  # fmt: skip
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "overlap.order": ("scheduled", "paper", "serial"),
+    "overlap.remat": ("none", "paper", "full"),
+    "overlap.split": ("none", "2", "4"),
+    "overlap.micro_batches": (1, 2),
+    "wire.gradients": ("fp32", "bf16"),
+}
+"""What is tried, by key."""
+KEYS = (*LAYOUT, *OPTIONS)
+"""What a search may change."""
+
+
+def value(config: Config, key: str) -> Any:
+    """Of a key such as "parallel.pp"."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def changed(config: Config, key: str, to: Any) -> Config:
+    """A config with another value for a key."""
+    section, name = key.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: to})})
+
+
+class Layout(NamedTuple):
+    """One of them: `parallel` without its schedule, which is named beside it, and sequences of a micro-batch."""
+
+    parallel: ParallelConfig
+    mesh: Mesh
+    rows: int
+    schedule: str
+    virtual_stages: int
+
+    @property
+    def inside(self) -> tuple[Any, ...]:
+        """What decides about the lists of a layer: layouts that agree in it differ between stages or between nodes."""
+        p, mesh = self.parallel, self.mesh
+        return mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn, p.dispatch, self.rows
+
+    def of(self, config: Config) -> Config:
+        """A config with this layout."""
+        parallel = replace(
+            self.parallel, schedule=self.schedule, virtual_stages=self.virtual_stages,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return replace(config, parallel=parallel, train=replace(config.train, micro_batch=self.rows))
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched.
+
+    Attributes:
+        config: model and batch, and the values of keys that are kept. node: GPUs that share a fast link.
+    """
+
+    config: Config
+    gpus: int
+    node: int
+    kept: frozenset[str] = frozenset()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what cannot be searched."""
+        require(self.gpus > 0, f"--gpus {self.gpus}: must be at least 1")
+        for key in sorted(self.kept):
+            require(key in KEYS, f"--keep {key}: is not searched; searched are {', '.join(KEYS)}")
+        o = self.config.overlap
+        require(
+            o.remat != "budget" or "overlap.remat" not in self.kept,
+            "--keep overlap.remat: 'budget' follows from measured sizes; keep 'none', 'paper' or 'full'",
+        )
+
+    def layouts(self) -> Iterator[Layout]:
+        """All that fit the ranks and the model."""
+        for pp in self._some("parallel.pp", [n for n in _divisors(self.gpus) if n <= self.config.model.layers]):
+            if self.gpus % pp:
+                continue
+            stage = self.gpus // pp
+            nodes = self._some("parallel.node", [n for n in _divisors(self.node) if stage % n == 0])
+            for node in nodes:
+                for attention, ffn in product(self._attention(node), self._ffn(node, stage)):
+                    yield from self._placed(pp, node, attention, ffn)
+
+    def _placed(self, pp: int, node: int, attention: str, ffn: dict[str, Any]) -> Iterator[Layout]:
+        """One way to place weights, with each micro-batch and schedule, if it fits."""
+        config, p = self.config, self.config.parallel
+        parallel = replace(
+            p, pp=pp, dp=0, node=node, attention=attention, **ffn,  # type: ignore[arg-type]
+            schedule="1f1b", virtual_stages=1,
+            stage_layers=p.stage_layers if "parallel.pp" in self.kept else (),
+        )  # fmt: skip
+        try:
+            mesh = mesh_of(parallel, config.model, self.gpus)
+        except ConfigError:
+            return
+        if config.train.global_batch % mesh.dp or ("parallel.dp" in self.kept and p.dp not in (0, mesh.dp)):
+            return
+        parallel, share = replace(parallel, dp=mesh.dp), config.train.global_batch // mesh.dp
+        for rows in self._some("train.micro_batch", [n for n in MICRO_BATCHES if share % n == 0]):
+            rows = rows or share if pp == 1 else rows or 1
+            for schedule, virtual in self._schedules(pp, share // rows):
+                yield Layout(parallel, mesh, rows, schedule, virtual)
+
+    def _schedules(self, pp: int, micros: int) -> list[tuple[str, int]]:
+        """Schedules with their stages per rank, for so many micro-batches."""
+        if pp == 1 and "parallel.schedule" not in self.kept:
+            return [("1f1b", 1)]
+        names = self._some("parallel.schedule", ["1f1b", "zero_bubble", "interleaved"])
+        found = [(name, 1) for name in names if name != "interleaved"]
+        if "interleaved" in names and micros % pp == 0:
+            depths = self._some("parallel.virtual_stages", VIRTUAL_STAGES)
+            found += [("interleaved", n) for n in depths if n * pp <= self.config.model.layers]
+        return [
+            each
+            for each in found
+            if "parallel.virtual_stages" not in self.kept or each[1] == self.config.parallel.virtual_stages
+        ]
+
+    def _attention(self, node: int) -> list[str]:
+        """On one rank both are the same."""
+        return self._some("parallel.attention", ["sp"] if node == 1 else ["sp", "tp"])
+
+    def _ffn(self, node: int, stage: int) -> Iterator[dict[str, Any]]:
+        """Strategies of the experts with their sizes."""
+        model, names = self.config.model, self._some("parallel.ffn", ["ep", "tp", "ep+tp"])
+        dense = model.dense_layers == model.layers
+        widths = [n for n in _divisors(stage) if n % node == 0]
+        for name in names:
+            if name == "tp":
+                if node > 1 or names == ["tp"]:
+                    yield {"ffn": "tp", "ep": 0, "etp": 1, "dispatch": "auto"}
+                continue
+            slices = [1] if name == "ep" else [n for n in _divisors(self.node) if n > 1]
+            for etp in self._some("parallel.etp", slices):
+                sizes = (
+                    [node] if dense else [w // etp for w in widths if w % etp == 0 and model.experts % (w // etp) == 0]
+                )
+                for ep in self._some("parallel.ep", sizes):
+                    for dispatch in self._some(
+                        "parallel.dispatch", ["all_to_all", "all_gather"] if ep > 1 else ["auto"]
+                    ):
+                        yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
+
+    def _some(self, key: str, options: Sequence[Any]) -> list[Any]:
+        """What is tried of a key: if it is kept, what the config has."""
+        return [value(self.config, key)] if key in self.kept else list(options)
+
+    def options(self, key: str) -> list[Any]:
+        """What is tried of an option."""
+        return self._some(key, OPTIONS[key])
+
+
+@lru_cache
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(n for n in range(1, number + 1) if number % n == 0)
+
+
+def parallel_words(parallel: ParallelConfig) -> str:
+    """A layout in a few words, as a table has room for: "pp 15 x dp 12 x node 8, sp + ep 8 all_to_all, 1f1b"."""
+    p = parallel
+    experts = {"ep": f"ep {p.ep}", "tp": "tp", "ep+tp": f"ep {p.ep} x tp {p.etp}"}[p.ffn]
+    schedule = "" if p.pp == 1 else f", {p.schedule}" + (f" x {p.virtual_stages}" if p.virtual_stages > 1 else "")
+    dispatch = "" if p.dispatch == "auto" else f" {p.dispatch}"
+    return f"pp {p.pp} x dp {p.dp} x node {p.node}, {p.attention} + {experts}{dispatch}{schedule}"
