@@ -25,6 +25,7 @@ from megascale_moe.comm.local_ranks import GRACE, fork_ranks
 from megascale_moe.comm.lost import LostPeer
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
+from megascale_moe.planner.cluster import NAMES
 from megascale_moe.presets import PRESETS
 from megascale_moe.train import bench_convergence, bench_overlap, doctor
 from megascale_moe.train.checkpoint import SaveError
@@ -32,6 +33,7 @@ from megascale_moe.train.dryrun import dry_run
 from megascale_moe.train.dryrun_table import show
 from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
+from megascale_moe.train.plan import command as plan_command
 from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.report.command import outdated, report
 from megascale_moe.train.verify.command import verify
@@ -78,6 +80,8 @@ def _main(arguments: list[str]) -> int:
         return doctor.main(options.json)
     if options.command == "report":
         return _report_on(options, overrides)
+    if options.command == "plan":
+        return _plan(options, overrides)
     config = load(options.config, overrides, PRESETS)
     if options.command == "dryrun":
         return _dryrun(config, options)
@@ -132,6 +136,22 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--gpus", type=_count, required=True, metavar="N", help="ranks of the job")
     dry.add_argument("--rank", type=_place, default=0, metavar="R", help="the rank that is run (default: 0)")
     dry.add_argument("--skip-messages", action="store_true", help="do not compare the messages of all ranks")
+    planner = _command(
+        commands, "plan", help="which layout is the fastest on a cluster that is not there, does it fit, and why",
+        usage="megascale plan CONFIG.toml --cluster NAME --gpus N [--fixed] [--keep KEYS] [--out FOLDER] "
+        "[--section.key=value ...] [--json]\n       megascale plan --compare A.toml B.toml --cluster NAME --gpus N",
+        epilog="Searches all layouts and options of the config's model and batch; the best is written into the folder "
+        "as plan.toml, which train, verify and dryrun take, with a trace, a report and a plot. Profiles: "
+        f"{', '.join(NAMES)}, or a TOML file. Exit status: 0 fine, 2 the input is wrong or nothing fits.",
+    )
+    planner.add_argument("config", metavar="CONFIG.toml", nargs="?", help="model, batch, and what is kept")
+    planner.add_argument("--cluster", metavar="NAME", help="profile of GPU, node, network and software")
+    planner.add_argument("--gpus", type=_count, metavar="N", help="GPUs of the job")
+    planner.add_argument("--fixed", action="store_true", help="price the layout of the config, search nothing")
+    planner.add_argument("--keep", default="", metavar="KEYS", help="keys that stay, comma-separated: parallel.pp,...")
+    planner.add_argument("--compare", nargs=2, metavar=("A.toml", "B.toml"), help="price two configs side by side")
+    planner.add_argument("--out", type=Path, default=Path("runs/plan"), metavar="FOLDER",
+                         help="where the best plan is written (default: runs/plan)")
     measure = _command(
         commands, "bench", help="measure what layouts, orders and splits bring, or what wire formats do to the loss",
         usage="megascale bench overlap|convergence CONFIG.toml [--nproc N] [--rounds N] [--seeds N] [--variants NAMES] "
@@ -211,6 +231,19 @@ def _dryrun(config: Config, options: argparse.Namespace) -> int:
     else:
         show(found)
     return 1 if found.agreement is not None and found.agreement.disagreement else 0
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    given = options.compare or ([options.config] if options.config else [])
+    if options.compare and options.config:
+        raise ConfigError(f"argument {options.config!r} with --compare: give the two configs behind --compare alone")
+    if not given:
+        raise ConfigError("CONFIG.toml is missing: what is to be planned; see megascale plan --help")
+    configs = [load(path, overrides, PRESETS) for path in given]
+    order = plan_command.Order.of(
+        configs, options.cluster, options.gpus, options.keep, fixed=options.fixed, out=options.out
+    )
+    return plan_command.plan(order, as_json=options.json)
 
 
 def _report_on(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -255,7 +255,10 @@ class _Worker:
 def _plan(layout: PricedLayout, *, update: bool = True) -> Plan:
     places = {place: layout.bytes(place, update=update) for place in sorted({0, layout.mesh.pp - 1})}
     fullest = max(places, key=lambda place: places[place].peak)
-    return Plan(layout.config, layout.mesh.world, layout.price, places[fullest], fullest)
+    p, mesh = layout.config.parallel, layout.mesh
+    parallel = replace(p, dp=mesh.dp, node=mesh.node, ep=0 if p.ffn == "tp" else mesh.ep)  # nothing left to work out
+    config = replace(layout.config, parallel=parallel)
+    return Plan(config, mesh.world, layout.price, places[fullest], fullest)
 
 
 def _whole(plans: Sequence[Plan], cluster: Cluster) -> Iterable[Plan]:

@@ -79,7 +79,7 @@ class StageBytes(NamedTuple):
     backward: float
 
 
-Numbers = TypeVar("Numbers", Took, StageBytes)
+Numbers = TypeVar("Numbers", bound=tuple[float, ...])  # a named tuple
 
 
 def along(kind: Kind, measure: Callable[[Kind], Numbers], few: int = FEW) -> Numbers:
@@ -91,7 +91,7 @@ def along(kind: Kind, measure: Callable[[Kind], Numbers], few: int = FEW) -> Num
     for times, less in zip(more, (most._replace(experts=few - 1), most._replace(dense=few - 1)), strict=True):
         if times:
             total = [sum_ + times * (b - a) for sum_, a, b in zip(total, measure(less), found, strict=True)]
-    return type(found)(*total)
+    return type(found)(*total)  # type: ignore[arg-type]
 
 
 def simulated(ops: Sequence[Op], seconds: Seconds, contention: float) -> Took:

@@ -153,9 +153,26 @@ class PricedLayout:
     def _executed(self, actions: Schedule) -> Timeline:
         assert self.prices is not None
         hop = self.prices.hop(self.plan.message.nbytes)
+        alone = {
+            (stage, phase): self._took(kind, phase).seconds
+            for phase in {action.phase for action in actions[0]} for stage, kind in enumerate(self._kinds)
+        }  # fmt: skip
+        if not self.plan.overlap.in_pairs:
+            return timeline(actions, self.mesh.pp, lambda each: alone[each.stage, each.phase], hop)
         pairs = [pair for row in actions for pair in in_pairs(row) if len(pair) == 2]
-        partners = {pair[0]: pair[1] for pair in pairs}
-        return timeline(actions, self.mesh.pp, lambda each: self._duration(each, partners.get(each)), hop)
+        saved = {pair[0]: self._saved(pair[0].stage, pair[1].stage) for pair in pairs}
+
+        def woven(each: Action) -> float:
+            return max(alone[each.stage, each.phase] - saved.get(each, 0.0), 0.0)
+
+        return timeline(actions, self.mesh.pp, woven, hop)
+
+    def _saved(self, forward: int, backward: int) -> float:
+        """By weaving a stage's forward into the backward of another's behind it."""
+        kind, other = self._kinds[forward], self._kinds[backward]
+        common = Kind(min(kind.experts, other.experts), min(kind.dense, other.dense), first=False, last=False)
+        found: float = self._once(("saved", common), lambda: self.stages.saved(common))
+        return found
 
     @cached_property
     def _few(self) -> list[Schedule]:
@@ -184,7 +201,8 @@ class PricedLayout:
     def floor(self) -> float:
         """Seconds below which no execution of the schedule comes: a rank's work, the way to it and the way back.
 
-        Without embedding and head, whose lists are not needed then. In pairs, what is woven takes less: no floor is known then.
+        Embedding and head are left out, so that their lists are not needed. In pairs no floor is known: what is woven
+        takes less.
         """
         if self.plan.overlap.in_pairs:
             return 0.0
@@ -214,7 +232,7 @@ class PricedLayout:
 
     def span(self, action: Action) -> Took:
         """Of one action."""
-        return self._took(self._kind(action), action.phase)
+        return self._took(self._kinds[action.stage], action.phase)
 
     def _took(self, kind: Kind, phase: str) -> Took:
         found: Took = self._once((kind, phase), lambda: self.stages.took(kind, phase))
@@ -225,21 +243,9 @@ class PricedLayout:
             self._found[key] = make()
         return self._found[key]
 
-    def _kind(self, action: Action) -> Kind:
-        return self._kinds[action.stage]
-
     @cached_property
     def _kinds(self) -> list[Kind]:
         return [Kind.of(part, self.config.model) for part in self.plan.parts]
-
-    def _duration(self, action: Action, partner: Action | None) -> float:
-        """Of an action; a forward that is woven into the backward behind it takes what both take more."""
-        seconds = self.span(action).seconds
-        if partner is None:
-            return seconds
-        kind, other = self._kind(action), self._kind(partner)
-        common = Kind(min(kind.experts, other.experts), min(kind.dense, other.dense), first=False, last=False)
-        return max(seconds - self.stages.saved(common), 0.0)
 
     def synchronisation(self, place: int) -> Took:
         """What a step takes longer than its micro-batches, for the ranks at a place of the pipeline."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load, require
-from megascale_moe.engine.cost import Rates
+from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.batches import check_batches, micro_batch
 from megascale_moe.presets import PRESETS
@@ -67,14 +67,28 @@ def run_data(run: Run, rehearse: bool) -> dict[str, Any]:
     return assemble(config, mesh, timeline, timeline.get("memory", {}), run.records, str(run.folder))
 
 
-def plan_data(config: Config, gpus: int, source: Path) -> dict[str, Any]:
+def plan_report(config: Config, gpus: int, source: Path, out: Path, known: tuple[Priced, str]) -> None:
+    """Write the page of a plan.
+
+    Args:
+        known: seconds of operators, and where they are from, in words.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    _written(plan_data(config, gpus, source, known), out)
+
+
+def plan_data(config: Config, gpus: int, source: Path, known: tuple[Priced, str] | None = None) -> dict[str, Any]:
     """Data of a plan's page."""
-    timeline = _rehearsed(config, gpus, "nccl", None)
+    timeline = _rehearsed(config, gpus, "nccl", None, known)
     return assemble(config, mesh_of(config.parallel, config.model, gpus), timeline, timeline["memory"], [], str(source))
 
 
-def _rehearsed(config: Config, world: int, backend: str, timeline: dict[str, Any] | None) -> dict[str, Any]:
-    """A timeline with memory; without one its times are estimates."""
+def _rehearsed(
+    config: Config, world: int, backend: str, timeline: dict[str, Any] | None, known: tuple[Priced, str] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A timeline with memory; without one its times are known from elsewhere, or estimates."""
     mesh = mesh_of(config.parallel, config.model, world)
     check_batches(config, mesh)
     rows = micro_batch(config, mesh)
@@ -83,7 +97,8 @@ def _rehearsed(config: Config, world: int, backend: str, timeline: dict[str, Any
     if timeline is not None:  # as it was cut, whatever estimates would say
         config = replace(config, overlap=replace(config.overlap, split=str(timeline["pieces"])))
     trainer = trainer_without_storage(config, mesh, 0, backend)
-    step = planned(trainer, rows, micros, rates)
+    cost, words = known or (rates, record.rates_words(rates))
+    step = planned(trainer, rows, micros, cost, words)
     return (timeline or record.document(step, mesh, 0)) | {"memory": memory(trainer, step.plan)}
 
 

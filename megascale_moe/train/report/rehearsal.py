@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from megascale_moe.config import OverlapConfig
-from megascale_moe.engine.cost import Rates
+from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Stream
 from megascale_moe.parallel.model import INPUTS
@@ -21,7 +21,7 @@ from megascale_moe.pipeline.storageless import (
     step_inputs_without_storage,
 )
 from megascale_moe.train.profiling import best_pieces
-from megascale_moe.train.report.record import PART, WHOLE, Step, part, part_ops, part_size, rates_words
+from megascale_moe.train.report.record import PART, WHOLE, Step, part, part_ops, part_size
 from megascale_moe.train.report.thin import of_curve
 from megascale_moe.train.report.watch import Watch
 from megascale_moe.train.trainer import Trainer
@@ -30,17 +30,17 @@ GPU = Rates(flops=5e14, memory=2.5e12, links={Stream.INTRA: 1.6e11, Stream.INTER
 """About half to three quarters of what an H800 has on paper: 990 TFLOP/s, 3,350 GB/s, 200 GB/s, 50 GB/s."""
 
 
-def planned(trainer: Trainer, rows: int, micros: int, rates: Rates) -> Step:
-    """The step that a config asks for, with seconds from rates."""
+def planned(trainer: Trainer, rows: int, micros: int, cost: Priced, source: str) -> Step:
+    """The step that a config asks for, with seconds that are known from somewhere else than a run: `source` says it."""
     overlap = trainer.config.overlap
     sizes: dict[str, int] = {}
     if overlap.remat == "budget":
         trainer.overlap = OverlapConfig()
         sizes = _run(trainer, rows, 1).sizes
-    trainer.overlap, trainer.profile = overlap, Profile(rates, sizes)
+    trainer.overlap, trainer.profile = overlap, Profile(cost, sizes)
     if overlap.split == "auto":
         trainer.profile = replace(trainer.profile, pieces=best_pieces(trainer.plan(rows), overlap, trainer.profile))
-    return Step(trainer.plan(rows, micros), trainer.config.train, rates, rates_words(rates))
+    return Step(trainer.plan(rows, micros), trainer.config.train, cost, source)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

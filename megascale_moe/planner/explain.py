@@ -1,0 +1,184 @@
+"""Why a plan is as fast as it is: where the seconds of its step go, what limits it, what other hardware would buy.
+
+The limit is found by asking, not by looking: each resource of the cluster is made twice as good and the same layout is
+priced again. What saves most is the limit, whatever a breakdown looks like; a link that is busy all the time but hidden
+limits nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megascale_moe.config import Config
+from megascale_moe.engine.cost import stem
+from megascale_moe.engine.op import Op, Stream, Work
+from megascale_moe.engine.order import Span, simulate
+from megascale_moe.pipeline.step import action_ops
+from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.search import Plan
+from megascale_moe.planner.space import changed
+from megascale_moe.planner.stages import Kind, along
+from megascale_moe.planner.step import PricedLayout, Pricer
+
+WORDS = {
+    "product": "products", "grouped": "products of experts", "attention": "attention",
+    "rows": "operators bound by memory", "intra": "waiting for links inside a node",
+    "inter": "waiting for links between nodes", "bubble": "pipeline bubble",
+    "synchronisation": "gradients and update", "waits": "host and slowest rank",
+}  # fmt: skip
+
+
+class Shares(NamedTuple):
+    """Seconds of a list by what the rank does in them: kinds of work, and waiting by link."""
+
+    product: float = 0.0
+    grouped: float = 0.0
+    attention: float = 0.0
+    rows: float = 0.0
+    intra: float = 0.0
+    inter: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a better cluster would make of a step."""
+
+    what: str
+    seconds: float
+    saved: float  # fraction of the step
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Of a plan.
+
+    Attributes:
+        seconds: of a rank of the middle of the pipeline, by what they go to (keys of `WORDS`); they add up to the step.
+        largest: the operators with most seconds of each share. limit: what to make better first, in words.
+        criterion: computation over communication of an expert (the paper's R). gains: sorted, largest first.
+    """
+
+    seconds: Mapping[str, float]
+    largest: Mapping[str, str]
+    limit: str
+    criterion: float
+    gains: tuple[Gain, ...]
+
+
+def explain(plan: Plan, cluster: Cluster) -> Explanation:
+    """Look into a plan."""
+    layout = Pricer(cluster).layout(plan.config, plan.gpus)
+    seconds, largest = shares(layout)
+    gains = sensitivity(plan.config, cluster, plan.gpus, layout.price.seconds)
+    return Explanation(seconds, largest, _limit(seconds, largest, gains), criterion(layout), gains)
+
+
+def criterion(layout: PricedLayout) -> float:
+    """R = 3 h_ffn B / (s F): computation over communication of a SwiGLU expert (the paper's section 7: 1.5 h_ffn B / F
+    in BF16). B: bytes/s of the link that experts use, F: FLOP/s, s: bytes of an element. Above 1, an expert computes
+    longer than its tokens travel, whatever top_k, hidden size and numbers of experts and ranks are."""
+    assert layout.cluster is not None
+    assert layout.prices is not None
+    outside = layout.prices.axes["ffn"].outside > 0
+    rate = layout.cluster.links[Stream.INTER if outside else Stream.INTRA].rate
+    return 3 * layout.config.model.ffn_hidden * rate / (layout.plan.dtype.itemsize * layout.prices.peak)
+
+
+def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
+    """Where the seconds of a step go on a rank of the middle, and the largest operators of each share."""
+    place = layout.mesh.pp // 2
+    phases = ("F", "B", "W") if layout.config.parallel.schedule == "zero_bubble" else ("F", "BW")
+    kinds = [Kind.of(part, layout.config.model) for part in layout.plan.parts[place :: layout.mesh.pp]]
+    micros = layout.plan.micros
+    total = [0.0] * len(Shares._fields)
+    ops: dict[str, dict[str, float]] = {name: defaultdict(float) for name in Shares._fields}
+    for kind in kinds:
+        for phase in phases:
+            found = along(kind, lambda few, phase=phase: _shares(layout, few, phase))  # type: ignore[misc]
+            total = [a + micros * b for a, b in zip(total, found, strict=True)]
+            for op, span in _spans(
+                layout, Kind(min(kind.experts, 1), min(kind.dense, 1), kind.first, kind.last), phase
+            ):
+                ops[_share(op)][stem(op.name)] += _seconds(op, span)
+    price = layout.price
+    seconds = dict(zip(Shares._fields, total, strict=True))
+    rest = {"bubble": price.pipeline - sum(total), "synchronisation": price.synchronisation, "waits": price.waits}
+    largest = {
+        name: ", ".join(sorted(times, key=times.__getitem__, reverse=True)[:3]) for name, times in ops.items() if times
+    }
+    return seconds | rest, largest
+
+
+def _spans(layout: PricedLayout, kind: Kind, phase: str) -> list[tuple[Op, Span]]:
+    ops = action_ops(layout.stages.lists(kind), phase)
+    return list(zip(ops, simulate(ops, layout.stages.seconds, layout.stages.contention), strict=True))
+
+
+def _shares(layout: PricedLayout, kind: Kind, phase: str) -> Shares:
+    found = dict.fromkeys(Shares._fields, 0.0)
+    for op, span in _spans(layout, kind, phase):
+        found[_share(op)] += _seconds(op, span)
+    return Shares(**found)
+
+
+def _share(op: Op) -> str:
+    return str(op.cost.work) if op.stream == Stream.COMPUTE else str(op.stream)
+
+
+def _seconds(op: Op, span: Span) -> float:
+    return span.end - span.start if op.stream == Stream.COMPUTE else span.exposed
+
+
+def sensitivity(config: Config, cluster: Cluster, gpus: int, now: float) -> tuple[Gain, ...]:
+    """The same layout on better clusters, and with a larger batch."""
+    found = []
+    for what, better in _better(cluster).items():
+        seconds = Pricer(better).layout(config, gpus).price.seconds
+        found.append(Gain(what, seconds, 1 - seconds / now))
+    batch = 2 * config.train.global_batch
+    seconds = Pricer(cluster).layout(changed(config, "train.global_batch", batch), gpus).price.seconds / 2
+    found.append(Gain("a batch twice as large, per sequence", seconds, 1 - seconds / now))
+    return tuple(sorted(found, key=lambda gain: gain.seconds))
+
+
+def _better(cluster: Cluster) -> dict[str, Cluster]:
+    links = cluster.links
+    faster = {s: {**links, s: replace(link, rate=2 * link.rate)} for s, link in links.items()}
+    at_once = {stream: replace(link, latency=0.0, peer=0.0) for stream, link in links.items()}
+    return {
+        "twice the FLOP/s": replace(cluster, peaks={name: 2 * peak for name, peak in cluster.peaks.items()}),
+        "twice the memory bandwidth": replace(cluster, bandwidth=2 * cluster.bandwidth),
+        "links inside a node twice as fast": replace(cluster, links=faster[Stream.INTRA]),
+        "links between nodes twice as fast": replace(cluster, links=faster[Stream.INTER]),
+        "no latency and no overhead": replace(cluster, links=at_once, overhead=0.0, host=0.0),
+        "balanced experts and equal ranks": replace(cluster, imbalance=1.0, jitter=0.0),
+    }
+
+
+RESOURCES = {
+    "twice the FLOP/s": ("computation", ("grouped", "product", "attention")),
+    "twice the memory bandwidth": ("memory bandwidth", ("rows",)),
+    "links inside a node twice as fast": ("the links inside a node", ("intra",)),
+    "links between nodes twice as fast": ("the links between nodes", ("inter", "synchronisation")),
+    "no latency and no overhead": ("latency and overhead", ()),
+    "balanced experts and equal ranks": ("imbalance and jitter", ("waits",)),
+    "a batch twice as large, per sequence": ("the pipeline's bubble", ("bubble",)),
+}
+"""What a gain says about the limit, and the shares it is seen in."""
+
+
+def _limit(seconds: Mapping[str, float], largest: Mapping[str, str], gains: tuple[Gain, ...]) -> str:
+    """A sentence: what limits, what of a step that is, which operators are the largest in it."""
+    gain, total = gains[0], sum(seconds.values())
+    resource, names = RESOURCES[gain.what]
+    seen = sorted((name for name in names if seconds.get(name, 0.0) > 0), key=lambda name: -seconds[name])
+    part = ", ".join(f"{seconds[name] / total:.0%} {WORDS[name]}" for name in seen)
+    ops = f", most in {largest[seen[0]]}" if seen and seen[0] in largest else ""
+    of = f": {part} of the step{ops}" if part else ""
+    return f"{resource}{of}; {gain.what} would save {gain.saved:.0%}"
+
+
+assert set(Shares._fields) == {*map(str, Work), "intra", "inter"}

@@ -1,0 +1,1 @@
+"""`megascale plan`: what a search found, in words, tables, pictures and files."""

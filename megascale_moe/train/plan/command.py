@@ -1,0 +1,128 @@
+"""`megascale plan`: search, or price what a config says; print, and write what other commands take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megascale_moe.comm.mesh import mesh_of
+from megascale_moe.config import Config, ConfigError, require, to_toml
+from megascale_moe.pipeline.batches import DTYPES
+from megascale_moe.planner.cluster import Cluster, load
+from megascale_moe.planner.explain import Explanation, explain
+from megascale_moe.planner.price import Prices
+from megascale_moe.planner.search import Found, Plan, capacity, planned, search
+from megascale_moe.planner.space import Space
+from megascale_moe.train.plan.pictures import write_pareto, write_trace
+from megascale_moe.train.plan.table import memory_table, show, show_search
+from megascale_moe.train.progress import counted_progress
+from megascale_moe.train.report.command import plan_report
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for.
+
+    Attributes:
+        configs: one to search or to price, two to compare. kept: keys that a search leaves as they are. fixed: price
+            the layout as it is. out: folder for the files of the best plan.
+    """
+
+    configs: tuple[Config, ...]
+    cluster: str
+    gpus: int
+    kept: frozenset[str]
+    fixed: bool
+    out: Path
+
+    @classmethod
+    def of(
+        cls, configs: Sequence[Config], cluster: str | None, gpus: int | None, keep: str, *, fixed: bool, out: Path
+    ) -> Order:  # fmt: skip
+        """From the command line.
+
+        Raises:
+            ConfigError: something is missing.
+        """
+        require(cluster is not None, "--cluster is missing: name a profile (h800) or a TOML file")
+        require(gpus is not None, "--gpus is missing: how many GPUs has the cluster")
+        kept = frozenset(key.strip() for key in keep.split(",") if key.strip())
+        require(not (kept and fixed), "--keep with --fixed: a fixed layout is not searched; leave one out")
+        assert cluster is not None
+        assert gpus is not None
+        return cls(tuple(configs), cluster, gpus, kept, fixed, out)
+
+
+def plan(order: Order, *, as_json: bool) -> int:
+    """Do it.
+
+    Raises:
+        ConfigError: see `search` and `planner.cluster.load`.
+    """
+    cluster, console = load(order.cluster), Console(stderr=as_json, highlight=False, soft_wrap=True)
+    ranked = len(order.configs) == 1 and not order.fixed
+    start = time.monotonic()
+    if ranked:
+        space = Space(order.configs[0], order.gpus, cluster.node, order.kept)
+        with counted_progress() as progress:
+            found = search(space, cluster, progress=progress)
+        show_search(found, time.monotonic() - start, console)
+        plans: Sequence[Plan] = found.plans
+    else:
+        plans = [planned(config, cluster, order.gpus) for config in order.configs]
+        found = Found(tuple(plans), len(plans), len(plans))
+    explained = [explain(each, cluster) for each in (plans[:1] if ranked else plans)]
+    show(plans, cluster, explained, console, ranked)
+    if len(order.configs) == 1:
+        console.print(memory_table(plans[0], cluster))
+        _write(plans, cluster, order.out, console)
+    if as_json:
+        print(json.dumps(document(found, cluster, explained), allow_nan=False))
+    return 0
+
+
+def document(found: Found, cluster: Cluster, explained: Sequence[Explanation]) -> dict[str, Any]:
+    """For --json: plans, best first. Only explained plans say what limits them in full."""
+    rows = []
+    for number, each in enumerate(found.plans):
+        why = explained[number] if number < len(explained) else None
+        price = each.price
+        row: dict[str, Any] = {
+            "config": asdict(each.config), "step_seconds": price.seconds,
+            "tokens_per_second": price.tokens_per_second, "mfu": price.mfu, "exposed_comm_seconds": price.exposed,
+            "bubble": price.bubble, "memory_bytes": each.bytes.peak, "memory": asdict(each.bytes),
+            "fits": each.bytes.peak <= capacity(cluster), "limit": why.limit if why else "",
+        }  # fmt: skip
+        if why:
+            row |= {"seconds": dict(why.seconds), "criterion": why.criterion, "gains": [asdict(g) for g in why.gains]}
+        rows.append(row)
+    return {
+        "cluster": cluster.name, "stack": cluster.stack, "gpus": found.plans[0].gpus, "layouts": found.layouts,
+        "priced": found.priced, "plans": rows,
+    }  # fmt: skip
+
+
+def _write(plans: Sequence[Plan], cluster: Cluster, folder: Path, console: Console) -> None:
+    """The best plan as a config, a trace and a page, and all as a picture."""
+    best = plans[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.toml").write_text(to_toml(best.config), encoding="utf-8")
+        write_trace(best, cluster, folder / "trace.json")
+        files = ["plan.toml", "trace.json"]
+        if write_pareto(plans, cluster, folder / "pareto.png"):
+            files.append("pareto.png")
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    prices = Prices.of(
+        cluster, DTYPES[best.config.train.dtype], mesh_of(best.config.parallel, best.config.model, best.gpus)
+    )
+    words = f"Seconds of operators are predicted from the profile {cluster.name} ({cluster.stack})."
+    plan_report(best.config, best.gpus, folder / "plan.toml", folder / "report.html", (prices, words))
+    console.print(f"{folder}: {', '.join([*files, 'report.html'])}", markup=False)

@@ -1,0 +1,99 @@
+"""Plans as tables and sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from megascale_moe.config import Config
+from megascale_moe.planner.cluster import Cluster
+from megascale_moe.planner.explain import WORDS, Explanation
+from megascale_moe.planner.search import Found, Plan, capacity
+from megascale_moe.planner.space import parallel_words
+from megascale_moe.train.dryrun_table import size
+
+WIDTH = 190  # columns that the longest layout needs
+
+
+def option_words(config: Config) -> str:
+    """Options in a few words: "micro-batch 1, scheduled, remat paper, split 4, gradients bf16"."""
+    o, w = config.overlap, config.wire
+    found = [f"micro-batch {config.train.micro_batch}", o.order]
+    found += [f"remat {o.remat}"] if o.remat != "none" else []
+    found += [f"split {o.split}"] if o.split != "none" else []
+    found += ["two at once"] if o.in_pairs else []
+    found += [f"{name} {value}" for name in ("gradients", "activations", "parameters")
+              if (value := getattr(w, name)) != "fp32"]  # fmt: skip
+    return ", ".join(found)
+
+
+def show(
+    plans: Sequence[Plan], cluster: Cluster, explained: Sequence[Explanation], console: Console, ranked: bool
+) -> None:
+    """Print plans and what is to be known of the first, or of each where they are compared."""
+    console.print(_table(plans, cluster, ranked), width=max(console.width, WIDTH))
+    if len(explained) > 1:
+        console.print(_breakdown(explained))
+    for number, each in enumerate(explained, 1):
+        name = f"plan {number}: " if len(explained) > 1 else ""
+        console.print(f"{name}limited by {each.limit}", markup=False)
+        more = "; ".join(f"{gain.what} {gain.saved:+.1%}".replace("+", "saves ") for gain in each.gains[1:4])
+        console.print(f"  {more}", markup=False)
+        verdict = "above 1, they can hide" if each.criterion > 1 else "below 1, they cannot hide whatever the order"
+        console.print(
+            f"  R = {each.criterion:.2f}, computation over communication of an expert: {verdict}", markup=False
+        )
+
+
+def show_search(found: Found, seconds: float, console: Console) -> None:
+    """One line about what was looked at."""
+    console.print(f"{found.layouts:,} layouts looked at, {found.priced:,} priced, in {seconds:.1f} s", markup=False)
+
+
+def _table(plans: Sequence[Plan], cluster: Cluster, ranked: bool) -> Table:
+    table = Table(box=None, pad_edge=False, title_justify="left",
+                  title=f"{plans[0].gpus:,} GPUs, profile {cluster.name} ({cluster.stack})")  # fmt: skip
+    table.add_column("#" if ranked else "plan", justify="right")
+    for name in ("step", "tokens/s", "MFU", "exposed", "bubble", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layout", no_wrap=True)
+    table.add_column("options", no_wrap=True)
+    for number, plan in enumerate(plans, 1):
+        price = plan.price
+        over = "" if plan.bytes.peak <= capacity(cluster) else " (does not fit)"
+        table.add_row(
+            str(number), seconds_words(price.seconds), f"{price.tokens_per_second:,.0f}", f"{price.mfu:.1%}",
+            f"{price.exposed / price.seconds:.1%}", f"{price.bubble:.1%}", size(plan.bytes.peak) + over,
+            parallel_words(plan.config.parallel), option_words(plan.config),
+        )  # fmt: skip
+    return table
+
+
+def memory_table(plan: Plan, cluster: Cluster) -> Table:
+    """What the fullest rank holds, by category."""
+    b = plan.bytes
+    title = f"memory of a rank at place {plan.place} of the pipeline, of {size(capacity(cluster))}"
+    table = Table(box=None, pad_edge=False, title_justify="left", title=title)
+    rows = {"parameters": b.parameters, "gradients": b.gradients, "optimizer": b.optimizer,
+            "activations": b.activations, "end of the step": b.update, "peak": b.peak}  # fmt: skip
+    for name in rows:
+        table.add_column(name, justify="right")
+    table.add_row(*map(size, rows.values()))
+    return table
+
+
+def _breakdown(explained: Sequence[Explanation]) -> Table:
+    table = Table(box=None, pad_edge=False, title="seconds of a step", title_justify="left")
+    table.add_column("")
+    for number in range(1, len(explained) + 1):
+        table.add_column(f"plan {number}", justify="right")
+    for name, words in WORDS.items():
+        table.add_row(words, *(f"{each.seconds.get(name, 0.0):.3f}" for each in explained))
+    return table
+
+
+def seconds_words(seconds: float) -> str:
+    """Seconds with three digits."""
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
