@@ -285,14 +285,27 @@ def timeline(lists: Lists, pp: int, cost: Callable[[Action], float], transfer: f
     not queue. Same rules as `check`; `ScheduleError` for a deadlock.
     """
     last = max((action.stage for actions in lists for action in actions), default=0)
-    position, spans = [0] * pp, [list[Span]() for _ in range(pp)]
-    arrival: dict[Action | None, float] = {None: 0.0}
-    for rank, action in execute(lists, last, position):
-        message = awaited(action, last)
-        delay = transfer if message is not None and message.stage % pp != rank else 0.0
-        start = max(spans[rank][-1][2] if spans[rank] else 0.0, arrival[message] + delay)
-        arrival[message_of(action)] = end = start + cost(action)
-        spans[rank].append((action, start, end))
+    position, spans, clock = [0] * pp, [list[Span]() for _ in range(pp)], [0.0] * pp
+    ends: dict[tuple[int, bool, int], float] = {}  # (stage, forward, micro-batch) -> when its message leaves
+    moved = True
+    while moved:  # each rank as far as its messages are there; what is met first makes no difference to times
+        moved = False
+        for rank, actions in enumerate(lists):
+            for action in actions[position[rank] :]:
+                stage, phase, micro = action.stage, action.phase, action.micro
+                forward = phase == "F"
+                start, source = clock[rank], stage - 1 if forward else stage + 1
+                if phase != "W" and 0 <= source <= last:
+                    end = ends.get((source, forward, micro))
+                    if end is None:
+                        break
+                    start = max(start, end + (transfer if source % pp != rank else 0.0))
+                clock[rank] = start + cost(action)
+                if phase != "W":
+                    ends[stage, forward, micro] = clock[rank]
+                spans[rank].append((action, start, clock[rank]))
+                position[rank] += 1
+                moved = True
     if _heads(lists, position):
         raise _deadlock(lists, last, position)
     makespan = max((end for row in spans for _, _, end in row), default=0.0)

@@ -25,10 +25,10 @@ from megascale_moe.config import Config, ConfigError, require
 from megascale_moe.planner.bounds import Floors
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.memory import RankBytes
-from megascale_moe.planner.space import OPTIONS, Layout, Space, changed, value
+from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, value
 from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
 
-TOP = 6
+TOP = 5
 """Layouts of different placement that are wanted."""
 REFINED = 2
 """Of these, how many a worker refines."""
@@ -38,7 +38,6 @@ LARGEST = 2**17
 """GPUs of the largest cluster that is tried for a model that does not fit."""
 
 Progress = Callable[[str, int, int], None]
-Placement = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -167,38 +166,27 @@ def _best(
     heapq.heapify(heap)
     shared.did(len(layouts) - len(heap))
     while heap and heap[0][0] < shared.bound.value:
-        _, place, remat = heapq.heappop(heap)
-        if not remat:
-            floor, remat = worker.floors.of(layouts[place])
+        floor, place, remat = heapq.heappop(heap)
+        layout = layouts[place]
+        known = best.get(layout.placement)
+        limit = min(shared.bound.value, known.price.seconds if known else math.inf)
+        if floor < limit and not remat:
+            floor, remat = worker.floors.of(layout)
             if floor < math.inf:
                 heapq.heappush(heap, (floor, place, remat))
                 continue
-        else:
-            plan = worker.least(layouts[place], remat, shared.bound.value)
+        elif floor < limit:
+            plan = worker.least(layout, remat, limit)
             priced += 1
             if plan is not None:
-                _note(plan, best, top, shared)
+                best[layout.placement] = plan
+                times = sorted(each.price.seconds for each in best.values())
+                shared.reached(times[top - 1] if len(times) >= top else math.inf)
         shared.did(1)
     shared.did(len(heap))
     plans = sorted(best.values(), key=lambda plan: plan.price.seconds)
     within = [plan for plan in plans if plan.price.seconds <= shared.bound.value][:top]
     return [worker.refined(plan) for plan in within[:REFINED]] + within[REFINED:], priced
-
-
-def _note(plan: Plan, best: dict[Placement, Plan], top: int, shared: _Shared) -> None:
-    """Keep a plan if it is the fastest of its placement."""
-    placement = _placement(plan.config)
-    if placement not in best or plan.price.seconds < best[placement].price.seconds:
-        best[placement] = plan
-        times = sorted(each.price.seconds for each in best.values())
-        if len(times) >= top:
-            shared.reached(times[top - 1])
-
-
-def _placement(config: Config) -> Placement:
-    """What a table tells apart: where weights lie. Of what else differs it shows the fastest."""
-    p = config.parallel
-    return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
 
 
 class _Worker:
@@ -231,7 +219,8 @@ class _Worker:
         return None
 
     def _fits(self, layout: PricedLayout) -> bool:
-        return all(layout.bytes(place, update=False).peak <= self.capacity for place in {0, layout.mesh.pp - 1})
+        """Whether the first rank does: it has most micro-batches under way. Plans that are shown are looked at whole."""
+        return layout.bytes(0, update=False).peak <= self.capacity
 
     def refined(self, plan: Plan) -> Plan:
         """With every option that makes it faster."""
@@ -247,13 +236,13 @@ class _Worker:
             found = self.pricer.layout(config, self.space.gpus)
         except ConfigError:  # options that exclude each other
             return plan
-        if found.price.seconds >= plan.price.seconds or not self._fits(found):
+        if any(seconds >= plan.price.seconds for seconds in found.closer()) or not self._fits(found):
             return plan
         return _plan(found, update=False)
 
 
 def _plan(layout: PricedLayout, *, update: bool = True) -> Plan:
-    places = {place: layout.bytes(place, update=update) for place in sorted({0, layout.mesh.pp - 1})}
+    places = {place: layout.bytes(place, update=update) for place in {0, layout.mesh.pp - 1 if update else 0}}
     fullest = max(places, key=lambda place: places[place].peak)
     p, mesh = layout.config.parallel, layout.mesh
     parallel = replace(p, dp=mesh.dp, node=mesh.node, ep=0 if p.ffn == "tp" else mesh.ep)  # nothing left to work out

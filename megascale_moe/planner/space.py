@@ -47,6 +47,10 @@ def changed(config: Config, key: str, to: Any) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **{name: to})})
 
 
+Placement = tuple[Mesh, str, str]
+"""Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
+
+
 class Layout(NamedTuple):
     """One of them: `parallel` without its schedule, which is named beside it, and sequences of a micro-batch."""
 
@@ -55,6 +59,11 @@ class Layout(NamedTuple):
     rows: int
     schedule: str
     virtual_stages: int
+
+    @property
+    def placement(self) -> Placement:
+        """Where weights lie."""
+        return self.mesh, self.parallel.attention, self.parallel.ffn
 
     @property
     def inside(self) -> tuple[Any, ...]:
