@@ -12,6 +12,7 @@ later. It may name another as its `base` and say only what differs.
     [gpu.share]                      # of the peak, by what the size is of (`engine.op.Cost.size`); rows: of memory
     product = [[256, 0.3], ...]      #   bandwidth, by bytes
     contention = 1.1                 # optional: computation takes so many times as long while a rank communicates
+    narrow = 0.7                     # optional: products in FP8 reach so much of the share that those in BF16 do
     fragmentation = 0.05             # optional: what the allocator cannot use, as a part of what is in use
     [node]
     ranks = 8                        # that share the fast link
@@ -24,6 +25,8 @@ later. It may name another as its `base` and say only what differs.
     [run]                            # optional, and each of it
     jitter = 0.01                    # standard deviation of a rank's step, as a part of it
     imbalance = 1.0                  # rows of the busiest rank's experts, as a multiple of the mean
+    dispatch = 1.0                   # bytes between nodes on the way to experts, as a part of one copy for each expert
+                                     #   of a token: less where a token travels once to a node with several of its own
     step_ms = 0                      # of the host in every step, behind which nothing hides
 """
 
@@ -45,7 +48,7 @@ NAMES = ("a100", "b200", "gb200", "h100", "h20", "h200", "h800")
 """Profiles that come with the package."""
 GPU = ("memory_gb", "reserved_gb", "memory_tb_per_s", "overhead_us")
 LINK = ("gb_per_s", "latency_us", "peer_us")
-RUN = {"jitter": 0.0, "imbalance": 1.0, "step_ms": 0.0}
+RUN = {"jitter": 0.0, "imbalance": 1.0, "dispatch": 1.0, "step_ms": 0.0}
 LEAST = {
     "reserved_gb": 0, "overhead_us": 0, "latency_us": 0, "peer_us": 0, "jitter": 0, "step_ms": 0, "imbalance": 1,
     "contention": 1, "fragmentation": 0,
@@ -101,8 +104,10 @@ class Cluster:
             computation takes while a communication is under way.
         fragmentation: what the allocator cannot use, as a part of what is in use.
         node: ranks that share the fast link. rings: whether gathers and reductions of weights go from node to node.
+        narrow: share that products in FP8 reach, over that in BF16.
         jitter: standard deviation of a rank's step, relative. imbalance: rows of the busiest rank's experts over the
-            mean. host: seconds of every step behind which nothing hides.
+            mean. dispatch: bytes between nodes to and from experts, over one copy for each expert of a token.
+            host: seconds of every step behind which nothing hides.
     """
 
     name: str
@@ -120,6 +125,8 @@ class Cluster:
     rings: bool = True
     jitter: float = 0.0
     imbalance: float = 1.0
+    dispatch: float = 1.0
+    narrow: float = 1.0
     host: float = 0.0
 
 
@@ -147,6 +154,8 @@ def _parsed(name: str) -> dict[str, Any]:
     try:
         if name in NAMES:
             text = (resources.files(__package__) / "clusters" / f"{name}.toml").read_text(encoding="utf-8")
+        elif (stack := resources.files(__package__) / "stacks" / f"{name}.toml").is_file():
+            text = stack.read_text(encoding="utf-8")
         else:
             require(name.endswith(".toml"), f"cluster profile {name!r} is unknown; {known}")
             text = Path(name).read_text(encoding="utf-8")
@@ -183,7 +192,8 @@ def _cluster(name: str, raw: dict[str, Any]) -> Cluster:
         links={stream: reader.link(str(stream)) for stream in (Stream.INTRA, Stream.INTER)},
         contention=reader.number("gpu", "contention", default=1.0),
         fragmentation=reader.number("gpu", "fragmentation", default=0.0), rings=rings, jitter=run["jitter"],
-        imbalance=run["imbalance"], host=1e-3 * run["step_ms"],
+        imbalance=run["imbalance"], dispatch=run["dispatch"], narrow=reader.number("gpu", "narrow", default=1.0),
+        host=1e-3 * run["step_ms"],
     )  # fmt: skip
     require(
         cluster.memory > cluster.reserved,

@@ -30,10 +30,17 @@ def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = Non
     )  # fmt: skip
 
 
-def optimizer_of(plan: StepPlan, train: TrainConfig, part: Part | None = None) -> ShardedAdamW:
-    """Of the weights of the rank that a plan is for, or of some layers."""
+def optimizer_of(
+    plan: StepPlan, train: TrainConfig, part: Part | None = None, *, by_layer: bool | None = None
+) -> ShardedAdamW:
+    """Of the weights of the rank that a plan is for, or of some layers.
+
+    Args:
+        by_layer: whether a layer's gradients travel on their own; None: as the plan's order says.
+    """
+    hides = plan.overlap.hides_synchronisation if by_layer is None else by_layer
     groups = flat_groups(
         placements(plan.model, plan.layout, part or plan.part), plan.axes, plan.dtype, META,
-        by_layer=plan.overlap.hides_synchronisation, wire=plan.wire,
+        by_layer=hides, wire=plan.wire,
     )  # fmt: skip
     return ShardedAdamW(groups, plan.axes["world"], train)

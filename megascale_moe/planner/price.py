@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -65,22 +65,27 @@ class Prices:
     """Of the operators of one rank.
 
     Attributes:
-        dtype: in which products are computed. axes: the peers of a rank on each axis.
+        dtype: of activations. axes: the peers of a rank on each axis. products: the format in which products with
+            weights are computed, a key of the profile's peaks; empty: in `dtype`. Attention is always in `dtype`.
     """
 
     cluster: Cluster
     dtype: torch.dtype
     axes: Mapping[str, Peers]
+    products: str = ""
 
     @classmethod
-    def of(cls, cluster: Cluster, dtype: torch.dtype, mesh: Mesh) -> Prices:
+    def of(cls, cluster: Cluster, dtype: torch.dtype, mesh: Mesh, products: str = "") -> Prices:
         """For a rank of a mesh."""
-        return cls(cluster, dtype, _peers(mesh, cluster.node))
+        return cls(cluster, dtype, _peers(mesh, cluster.node), products)
 
     @property
     def peak(self) -> float:
         """FLOP/s of products."""
-        name, peaks = PEAKS[self.dtype], self.cluster.peaks
+        return self._peak(PEAKS[self.dtype])
+
+    def _peak(self, name: str) -> float:
+        peaks = self.cluster.peaks
         require(name in peaks, f"cluster profile {self.cluster.name}: gpu.peak_tflops: {name} is missing")
         return peaks[name]
 
@@ -92,6 +97,11 @@ class Prices:
         """Of a message to the next stage of a pipeline."""
         return self._link(self.axes["pp"].next).seconds(sent, 1)
 
+    def placed(self, op: Op) -> Op:
+        """With the stream that it occupies on this cluster: what stays in a node does not queue for the NIC."""
+        inside = op.stream == Stream.INTER and op.cost.axis != "pp" and not self.axes[op.cost.axis].outside
+        return replace(op, stream=Stream.INTRA) if inside else op
+
     def _link(self, outside: bool) -> Link:
         return self.cluster.links[Stream.INTER if outside else Stream.INTRA]
 
@@ -101,7 +111,9 @@ class Prices:
         if cost.work == Work.ROWS:  # so few FLOPs a byte that they hide behind it
             return c.overhead + moving
         flops = cost.flops * (c.imbalance if cost.work == Work.GROUPED else 1.0)
-        return c.overhead + max(moving, flops / (self.peak * c.shares[cost.work].at(cost.size)))
+        narrow = self.products if cost.work in (Work.PRODUCT, Work.GROUPED) else ""
+        peak = self._peak(narrow) * c.narrow if narrow else self.peak
+        return c.overhead + max(moving, flops / (peak * c.shares[cost.work].at(cost.size)))
 
     def _communication(self, op: Op) -> float:
         sent, peers = op.cost.wire_bytes, self.axes[op.cost.axis]
@@ -109,13 +121,15 @@ class Prices:
             return self.hop(sent)
         if op.cost.axis == "world":  # one number, up and down a tree
             return self._link(peers.outside > 0).seconds(sent, math.ceil(math.log2(peers.all + 1)))
+        copies = 1.0
         if op.traffic is not None and op.traffic.plan:  # its sizes follow from routing
             sent *= self.cluster.imbalance
+            copies = self.cluster.dispatch
         if not peers.outside:
             return self._link(False).seconds(sent, peers.all)
         between = peers.nodes if op.cost.ring and self.cluster.rings else peers.outside
         inside = peers.all - peers.outside
         return max(
-            self._link(True).seconds(sent * between / peers.all, between),
+            self._link(True).seconds(copies * sent * between / peers.all, between),
             self._link(False).seconds(sent * inside / peers.all, inside),
         )

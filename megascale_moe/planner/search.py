@@ -219,7 +219,7 @@ class _Worker:
         return None
 
     def _fits(self, layout: PricedLayout) -> bool:
-        """Whether the first rank does: it has most micro-batches under way. Plans that are shown are looked at whole."""
+        """Whether the first rank does: it has most micro-batches under way. What is shown is looked at whole."""
         return layout.bytes(0, update=False).peak <= self.capacity
 
     def refined(self, plan: Plan) -> Plan:

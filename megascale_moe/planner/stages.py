@@ -145,12 +145,6 @@ class Stages:
 
         return along(kind, measure)
 
-    def both(self, kind: Kind) -> Took:
-        """A forward and its backward in one list; not for deep parts."""
-        stage = self.lists(kind)
-        found: Took = self._once((kind, "both"), lambda: self._simulated([*stage.forward, *stage.backward]))
-        return found
-
     def totals(self, kind: Kind, phase: str) -> dict[Stream, float]:
         """Seconds of an action by stream, as if nothing waited for anything; not for deep parts."""
         found: dict[Stream, float] = dict.fromkeys(Stream, 0.0)

@@ -59,13 +59,20 @@ class StepPrice:
     mfu: float
 
 
-def price(config: Config, cluster: Cluster, gpus: int) -> StepPrice:
+def price(
+    config: Config, cluster: Cluster, gpus: int, *, products: str = "", hides_synchronisation: bool | None = None
+) -> StepPrice:
     """Price the layout of a config.
+
+    Args:
+        products: the format of products with weights, where it is not the compute dtype ("fp8").
+        hides_synchronisation: whether gradients and weights travel behind computation; None: as the config's order
+            says. Other systems hide these and no communication of a layer.
 
     Raises:
         ConfigError: it does not fit so many ranks, or the model.
     """
-    return Pricer(cluster).layout(config, gpus).price
+    return Pricer(cluster, products, hides_synchronisation).layout(config, gpus).price
 
 
 def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = None) -> RankBytes:
@@ -83,8 +90,10 @@ def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = 
 class Pricer:
     """Prices layouts on one cluster, and remembers what they have in common."""
 
-    def __init__(self, cluster: Cluster | None) -> None:
-        self.cluster = cluster
+    def __init__(
+        self, cluster: Cluster | None, products: str = "", hides_synchronisation: bool | None = None
+    ) -> None:
+        self.cluster, self.products, self.hides = cluster, products, hides_synchronisation
         self._stages: dict[Config, Stages] = {}
 
     def layout(self, config: Config, gpus: int) -> PricedLayout:
@@ -96,17 +105,22 @@ class Pricer:
         mesh = mesh_of(config.parallel, config.model, gpus)
         check_batches(config, mesh)
         cluster = self.cluster
-        prices = Prices.of(cluster, DTYPES[config.train.dtype], mesh) if cluster else None
+        prices = Prices.of(cluster, DTYPES[config.train.dtype], mesh, self.products) if cluster else None
         plan = plan_of(config, mesh, 0, Profile(prices) if prices else None)
         key = inner(config, mesh.node, mesh.ep, mesh.etp, micro_batch(config, mesh))
         if key not in self._stages:
             self._stages[key] = Stages(plan, key.train, cluster.contention if cluster else 1.0)
-        return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices)
+        hides = config.overlap.hides_synchronisation if self.hides is None else self.hides
+        return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices, hides)
 
 
 @dataclass(frozen=True)
 class PricedLayout:
-    """One layout on one cluster. `plan` is that of rank 0; whatever its stage, its lists of a part are every rank's."""
+    """One layout on one cluster. `plan` is that of rank 0; whatever its stage, its lists of a part are every rank's.
+
+    Attributes:
+        hides: whether synchronisation is among the operators of the last micro-batches.
+    """
 
     config: Config
     mesh: Mesh
@@ -114,6 +128,7 @@ class PricedLayout:
     stages: Stages
     cluster: Cluster | None
     prices: Prices | None
+    hides: bool
     _found: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -171,6 +186,8 @@ class PricedLayout:
         """By weaving a stage's forward into the backward of another's behind it."""
         kind, other = self._kinds[forward], self._kinds[backward]
         common = Kind(min(kind.experts, other.experts), min(kind.dense, other.dense), first=False, last=False)
+        if not common.experts + common.dense:  # nothing alike to weave
+            return 0.0
         found: float = self._once(("saved", common), lambda: self.stages.saved(common))
         return found
 
@@ -255,19 +272,36 @@ class PricedLayout:
         return found
 
     def _synchronised(self, whole: Part, kind: Kind) -> Took:
-        if not self.plan.overlap.hides_synchronisation:
-            return self._simulated(optimizer_of(self.plan, self.config.train, whole).ops)
+        if not self.hides:
+            return self._simulated(optimizer_of(self.plan, self.config.train, whole, by_layer=False).ops)
         return along(kind, self._hidden)
 
     def _hidden(self, kind: Kind) -> Took:
-        """Among the operators of one micro-batch."""
-        stage = self.stages.lists(kind)
-        optimizer = optimizer_of(kind.of_model(self.plan), self.config.train, kind.part)
-        ops = [*stage.forward, *stage.backward]
-        with_it, without = self._simulated(optimizer.hidden(ops)), self.stages.both(kind)
+        """Among the operators of the last micro-batches of a step."""
+        assert self.prices is not None
+        prices, stage = self.prices, self.stages.lists(kind)
+        optimizer = optimizer_of(kind.of_model(self.plan), self.config.train, kind.part, by_layer=True)
+        ops = [prices.placed(op) for op in [*stage.forward, *stage.backward]]
+        own, passes = {id(op) for op in ops}, self._passes
+
+        def seconds(op: Op) -> float:
+            return prices.seconds(op) * (passes if id(op) in own else 1)
+
+        hidden = [op if id(op) in own else prices.placed(op) for op in optimizer.hidden(ops)]
+        with_it, without = (simulated(each, seconds, self.stages.contention) for each in (hidden, ops))
         return Took(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))
+
+    @property
+    def _passes(self) -> int:
+        """Micro-batches that pass a stage of a rank before the rank turns to its next stage.
+
+        An interleaved schedule takes pp micro-batches through one stage, then through the next: so far apart are the
+        moments at which the gradients of two stages are complete, or the weights of two stages are needed.
+        """
+        several = self.config.parallel.virtual_stages > 1
+        return min(self.mesh.pp, self.plan.micros) if several else 1
 
     def _simulated(self, ops: Sequence[Op]) -> Took:
         """With the prices of this layout: those of its stages do not know its data parallelism."""
         assert self.prices is not None
-        return simulated(ops, self.prices.seconds, self.stages.contention)
+        return simulated([self.prices.placed(op) for op in ops], self.prices.seconds, self.stages.contention)

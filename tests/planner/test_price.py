@@ -139,7 +139,8 @@ def simulated(whole: Config, world: int) -> float:
     groups = flat_groups(weights, plan.axes, torch.bfloat16, torch.device("meta"), by_layer=hidden)
     optimizer = ShardedAdamW(groups, plan.axes["world"], whole.train)
     ops = optimizer.hidden(plan.ops) if hidden else [*plan.ops, *optimizer.ops]
-    return makespan(simulate(ops, plan.profile.cost.seconds))
+    prices = Prices.of(H800, torch.bfloat16, mesh_of(whole.parallel, whole.model, world))
+    return makespan(simulate([prices.placed(op) for op in ops], prices.seconds))
 
 
 LAYOUTS = [
