@@ -139,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     planner = _command(
         commands, "plan", help="which layout is the fastest on a cluster that is not there, does it fit, and why",
         usage="megascale plan CONFIG.toml --cluster NAME --gpus N [--fixed] [--keep KEYS] [--out FOLDER] "
-        "[--section.key=value ...] [--json]\n       megascale plan --compare A.toml B.toml --cluster NAME --gpus N",
+        "[--section.key=value ...] [--json]\n       megascale plan --compare A.toml B.toml --cluster NAME --gpus N\n"
+        "       megascale plan --validate ROWS.csv",
         epilog="Searches all layouts and options of the config's model and batch; the best is written into the folder "
         "as plan.toml, which train, verify and dryrun take, with a trace, a report and a plot. Profiles: "
         f"{', '.join(NAMES)}, or a TOML file. Exit status: 0 fine, 2 the input is wrong or nothing fits.",
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--fixed", action="store_true", help="price the layout of the config, search nothing")
     planner.add_argument("--keep", default="", metavar="KEYS", help="keys that stay, comma-separated: parallel.pp,...")
     planner.add_argument("--compare", nargs=2, metavar=("A.toml", "B.toml"), help="price two configs side by side")
+    planner.add_argument("--validate", type=Path, metavar="ROWS.csv", help="predict measured rows: how far off is it?")
     planner.add_argument("--out", type=Path, default=Path("runs/plan"), metavar="FOLDER",
                          help="where the best plan is written (default: runs/plan)")
     measure = _command(
@@ -234,6 +236,10 @@ def _dryrun(config: Config, options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.validate:
+        if options.config or overrides or options.compare:
+            raise ConfigError("--validate: rows are predicted as they are; leave configs and overrides out")
+        return plan_command.validate_rows(options.validate, as_json=options.json)
     given = options.compare or ([options.config] if options.config else [])
     if options.compare and options.config:
         raise ConfigError(f"argument {options.config!r} with --compare: give the two configs behind --compare alone")

@@ -90,9 +90,7 @@ def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = 
 class Pricer:
     """Prices layouts on one cluster, and remembers what they have in common."""
 
-    def __init__(
-        self, cluster: Cluster | None, products: str = "", hides_synchronisation: bool | None = None
-    ) -> None:
+    def __init__(self, cluster: Cluster | None, products: str = "", hides_synchronisation: bool | None = None) -> None:
         self.cluster, self.products, self.hides = cluster, products, hides_synchronisation
         self._stages: dict[Config, Stages] = {}
 

@@ -399,18 +399,17 @@ def in_unit(column: str, seconds: float, case: Case) -> float:
     return 100 * tokens * case.flops / case.stack.cluster.peaks["bf16"]
 
 
-def validate(path: Path, progress: Callable[[Result], None] | None = None) -> Validation:
+def validate(path: Path, progress: Callable[[str, int, int], None] = lambda *_: None) -> Validation:
     """Predict every row of a file.
 
     Args:
-        progress: called with each row as it is done.
+        progress: called with what is being done, how far, of how much.
 
     Raises:
         ConfigError: the file or a row is not as it must be.
     """
-    found = []
-    for row in read(path):
+    found, rows = [], read(path)
+    for number, row in enumerate(rows, 1):
         found.append(predict(row))
-        if progress:
-            progress(found[-1])
+        progress("rows", number, len(rows))
     return Validation(tuple(found))

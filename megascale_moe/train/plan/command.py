@@ -19,8 +19,9 @@ from megascale_moe.planner.explain import Explanation, explain
 from megascale_moe.planner.price import Prices
 from megascale_moe.planner.search import Found, Plan, capacity, planned, search
 from megascale_moe.planner.space import Space
+from megascale_moe.planner.validate import validate
 from megascale_moe.train.plan.pictures import write_pareto, write_trace
-from megascale_moe.train.plan.table import memory_table, show, show_search
+from megascale_moe.train.plan.table import memory_table, show, show_search, show_validation, wide_console
 from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.report.command import plan_report
 
@@ -65,7 +66,7 @@ def plan(order: Order, *, as_json: bool) -> int:
     Raises:
         ConfigError: see `search` and `planner.cluster.load`.
     """
-    cluster, console = load(order.cluster), Console(stderr=as_json, highlight=False, soft_wrap=True)
+    cluster, console = load(order.cluster), wide_console(stderr=as_json)
     ranked = len(order.configs) == 1 and not order.fixed
     start = time.monotonic()
     if ranked:
@@ -84,6 +85,20 @@ def plan(order: Order, *, as_json: bool) -> int:
         _write(plans, cluster, order.out, console)
     if as_json:
         print(json.dumps(document(found, cluster, explained), allow_nan=False))
+    return 0
+
+
+def validate_rows(path: Path, *, as_json: bool) -> int:
+    """Predict the rows of a file beside what they say was measured.
+
+    Raises:
+        ConfigError: see `planner.validate.validate`.
+    """
+    with counted_progress() as progress:
+        found = validate(path, progress)
+    show_validation(found, wide_console(stderr=as_json))
+    if as_json:
+        print(json.dumps(found.document(), allow_nan=False))
     return 0
 
 

@@ -12,9 +12,17 @@ from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.explain import WORDS, Explanation
 from megascale_moe.planner.search import Found, Plan, capacity
 from megascale_moe.planner.space import parallel_words
+from megascale_moe.planner.validate import Validation
 from megascale_moe.train.dryrun_table import size
 
 WIDTH = 190  # columns that the longest layout needs
+
+
+def wide_console(*, stderr: bool) -> Console:
+    """One that does not squeeze tables: a narrow terminal wraps their lines."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
+    return console
 
 
 def option_words(config: Config) -> str:
@@ -33,7 +41,7 @@ def show(
     plans: Sequence[Plan], cluster: Cluster, explained: Sequence[Explanation], console: Console, ranked: bool
 ) -> None:
     """Print plans and what is to be known of the first, or of each where they are compared."""
-    console.print(_table(plans, cluster, ranked), width=max(console.width, WIDTH))
+    console.print(_table(plans, cluster, ranked))
     if len(explained) > 1:
         console.print(_breakdown(explained))
     for number, each in enumerate(explained, 1):
@@ -50,6 +58,26 @@ def show(
 def show_search(found: Found, seconds: float, console: Console) -> None:
     """One line about what was looked at."""
     console.print(f"{found.layouts:,} layouts looked at, {found.priced:,} priced, in {seconds:.1f} s", markup=False)
+
+
+def show_validation(found: Validation, console: Console) -> None:
+    """Print every row, and the errors of each stack and of all."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("row", no_wrap=True)
+    for name in ("measured", "predicted", "unit", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("use", no_wrap=True)
+    table.add_column("stack, or why it is excluded", no_wrap=True)
+    for row in found.rows:
+        numbers = ["" if value is None else f"{value:.4g}" for value in (row.reference, row.predicted)]
+        error = "" if row.error is None else f"{row.error:+.1%}"
+        table.add_row(row.id, *numbers, row.unit, error, row.use, row.reason if row.use == "excluded" else row.stack)
+    console.print(table)
+    for name, count, mean, worst in found.by_stack():
+        console.print(f"{name}: {count} test rows, mean error {mean:.1%}, worst {worst:.1%}", markup=False)
+    if found.mean_error is not None and found.worst_error is not None:
+        count = len(found.errors())
+        console.print(f"all {count} test rows: mean error {found.mean_error:.1%}, worst {found.worst_error:.1%}")
 
 
 def _table(plans: Sequence[Plan], cluster: Cluster, ranked: bool) -> Table:
