@@ -128,7 +128,9 @@ def check(ops: Iterable[Op], given: Iterable[str]) -> None:
             known.add(name)
 
 
-def backward(ops: Sequence[Op], seeds: Iterable[str] = ()) -> list[Op]:
+def backward(
+    ops: Sequence[Op], seeds: Iterable[str] = (), size: Callable[[str], float] = lambda name: 0.0
+) -> list[Op]:
     """The backward list of a forward list.
 
     Gradients that nothing produces are pruned: an operator none of whose gradients exist disappears, others read
@@ -136,6 +138,7 @@ def backward(ops: Sequence[Op], seeds: Iterable[str] = ()) -> list[Op]:
 
     Args:
         seeds: gradients that are given from outside, as "d:name".
+        size: bytes of a gradient by its name, for what summing several costs; 0 of what is too small to count.
     """
     known = set(seeds)
     kept: list[Op] = []
@@ -146,10 +149,10 @@ def backward(ops: Sequence[Op], seeds: Iterable[str] = ()) -> list[Op]:
         reads = tuple("" if name.startswith("d:") and name not in known else name for name in op.reads)
         kept.append(replace(op, reads=reads))
         known.update(op.writes)
-    return _sum_shared(kept)
+    return _sum_shared(kept, size)
 
 
-def _sum_shared(ops: list[Op]) -> list[Op]:
+def _sum_shared(ops: list[Op], size: Callable[[str], float]) -> list[Op]:
     total = Counter(name for op in ops for name in op.writes)
     seen: Counter[str] = Counter()
     out: list[Op] = []
@@ -159,14 +162,15 @@ def _sum_shared(ops: list[Op]) -> list[Op]:
             seen[name] += 1
             writes.append(f"{name}#{seen[name]}" if total[name] > 1 else name)
             if seen[name] == total[name] > 1:
-                complete.append(_sum_op(name, total[name]))
+                complete.append(_sum_op(name, total[name], size(name)))
         out += [replace(op, writes=tuple(writes)), *complete]
     return out
 
 
-def _sum_op(name: str, count: int) -> Op:
+def _sum_op(name: str, count: int, size: float) -> Op:
     reads = tuple(f"{name}#{i + 1}" for i in range(count))
-    return Op(name=f"sum {name}", reads=reads, writes=(name,), run=_add_all, phase=Phase.B)
+    cost = Cost(memory_bytes=3 * (count - 1) * size)  # each addition reads two and writes one
+    return Op(name=f"sum {name}", reads=reads, writes=(name,), run=_add_all, phase=Phase.B, cost=cost)
 
 
 def _add_all(*parts: Tensor) -> Tensor:

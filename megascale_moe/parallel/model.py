@@ -76,6 +76,14 @@ def part_ops(config: ModelConfig, layout: Layout, part: Part, head: Head = "trai
     return [*ops, {"train": _train_head, "loss": _loss_head, "logits": _logits_head}[head](weight, c, layout)]
 
 
+def gradient_bytes(name: str, config: ModelConfig, layout: Layout) -> float:
+    """Bytes of a gradient that several operators add to, "d:name": that of a hidden state, of all ranks' where it was
+    gathered; 0 of the others (logits, gating weights), which are small.
+    """
+    ranks = {"ln1_out": 1, "ln2_out": 1, "ln2_out_ag": layout.group.size, "ln1_out_ag": layout.node.size}
+    return layout.bytes(ranks.get(name.rpartition(".")[2], 0) * layout.tokens * config.hidden)
+
+
 def moe_layers(config: ModelConfig, part: Part | None = None) -> list[int]:
     """The layers with experts."""
     layers = range(config.layers) if part is None else part.layers

@@ -156,7 +156,7 @@ def split_all_to_all(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
     for index, chain in enumerate(work):
         ops += chain
         ops += returns[index - 1 : index] if index else []
-    join = _join_dispatch(p, pieces, layout)
+    join = _join_dispatch(p, pieces, c, layout)
     backward = [*_backwards(returns)]
     for piece, chain, send in zip(pieces, work, sends, strict=True):
         backward += _backwards(reversed(chain))
@@ -292,7 +292,7 @@ def _gather_pieces(p: str, pieces: Sequence[Piece], c: ModelConfig, layout: Layo
     return Op(name=name, reads=(*names, *maps), writes=(y,), run=run, cost=cost, backward=(backward,))
 
 
-def _join_dispatch(p: str, pieces: Sequence[Piece], layout: Layout) -> Op:
+def _join_dispatch(p: str, pieces: Sequence[Piece], c: ModelConfig, layout: Layout) -> Op:
     """The gradient of the dispatched rows from those of all pieces, in the order of ranks."""
     ranks = _ranks(pieces, layout)
     order = sorted(range(len(ranks)), key=ranks.__getitem__)
@@ -304,7 +304,10 @@ def _join_dispatch(p: str, pieces: Sequence[Piece], layout: Layout) -> Op:
         return torch.cat([by_part[place] for place in order])
 
     reads = (*(_slope(p, piece) for piece in pieces), *(f"{p}rows{piece.mark}" for piece in pieces))
-    return Op(name=f"{p}join_dispatch", phase=Phase.B, reads=reads, writes=(grad(f"{p}dispatch_in"),), run=run)
+    return Op(
+        name=f"{p}join_dispatch", phase=Phase.B, reads=reads, writes=(grad(f"{p}dispatch_in"),), run=run,
+        cost=Cost(memory_bytes=layout.bytes(4 * layout.tokens * c.top_k * c.hidden)),  # twice put together
+    )
 
 
 # --- all-gather ------------------------------------------------------------------------------------------------------
@@ -325,7 +328,7 @@ def split_all_gather(p: str, c: ModelConfig, layout: Layout) -> list[Op]:
         backward += _backwards(reversed(chain))
         backward += sends[index - 1].backward if index else []
     last = _sum_pieces(p, pieces, c, layout)
-    join = _join_tokens(p, pieces, layout)
+    join = _join_tokens(p, pieces, c, layout)
     return [*_bare(ops), replace(last, backward=(*last.backward, *backward, join))]
 
 
@@ -403,7 +406,7 @@ def _sum_pieces(p: str, pieces: Sequence[Piece], c: ModelConfig, layout: Layout)
     )
 
 
-def _join_tokens(p: str, pieces: Sequence[Piece], layout: Layout) -> Op:
+def _join_tokens(p: str, pieces: Sequence[Piece], c: ModelConfig, layout: Layout) -> Op:
     """The gradient of the own tokens, summed over all ranks' experts."""
 
     def run(*parts: Tensor) -> Tensor:
@@ -411,4 +414,8 @@ def _join_tokens(p: str, pieces: Sequence[Piece], layout: Layout) -> Op:
         return sum_in_order([first.clone(), *rest])
 
     reads = tuple(_token_slope(p, piece) for piece in pieces)
-    return Op(name=f"{p}join_tokens", phase=Phase.B, reads=reads, writes=(grad(f"{p}ln2_out"),), run=run)
+    elements = layout.tokens * c.hidden * (layout.group.size + 1)
+    return Op(
+        name=f"{p}join_tokens", phase=Phase.B, reads=reads, writes=(grad(f"{p}ln2_out"),), run=run,
+        cost=Cost(memory_bytes=layout.bytes(elements)),
+    )

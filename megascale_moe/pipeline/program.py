@@ -21,7 +21,7 @@ from megascale_moe.engine.remat import rematerialize
 from megascale_moe.engine.wire import chooser, compress
 from megascale_moe.parallel.kept import Keeps, keeps_all, keeps_inputs, keeps_paper, keeps_within
 from megascale_moe.parallel.layout import Layout
-from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, load_names, part_ops
+from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, gradient_bytes, load_names, part_ops
 from megascale_moe.parallel.stages import Part, parts_of_rank, stage_parts, together
 from megascale_moe.pipeline.schedule import Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
@@ -105,7 +105,10 @@ class StepPlan:
         reads = "" if part.first else f"hidden_{part.layers[0]}"
         writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"
         choose = chooser(self.wire.activations, self.profile.cost.seconds)
-        back = compress(backward(forward, [grad(writes)] if writes else []), choose)
+        back = backward(
+            forward, [grad(writes)] if writes else [], lambda name: gradient_bytes(name, self.model, self.layout)
+        )
+        back = compress(back, choose)
         forward = compress(forward, choose)
         if self.head != "train":
             return Stage(forward, (), reads, writes)

@@ -108,6 +108,14 @@ def test_computation_beside_a_communication_takes_longer() -> None:
     assert makespan(simulate(beside, lambda each: took[each.name] if each.name != "send" else 9.0, 2.0)) == 10
 
 
+def test_sums_of_gradients_have_a_price() -> None:
+    """Where the router, the dispatch and a shared expert read one hidden state, three gradients of it are summed."""
+    plan = step_plan(config(ParallelConfig(node=4)), 4)
+    costs = {each.cost for each in plan.ops if each.name.startswith("sum d:") and each.name.endswith("ln2_out")}
+    tokens = MODEL.sequence_length // 4
+    assert costs == {Cost(memory_bytes=2 * 3 * tokens * MODEL.hidden * 2)}
+
+
 @pytest.mark.parametrize("attention", ["sp", "tp"])
 @pytest.mark.parametrize("ffn", ["ep", "tp"])
 def test_products_of_a_step_are_the_models_flops(attention: str, ffn: str) -> None:
