@@ -10,7 +10,7 @@ later. It may name another as its `base` and say only what differs.
     [gpu]                            # memory_gb, reserved_gb, memory_tb_per_s, overhead_us
     peak_tflops = { bf16 = 989 }     # by dtype, dense
     [gpu.share]                      # of the peak, by what the size is of (`engine.op.Cost.size`); rows: of memory
-    product = [[256, 0.3], ...]      #   bandwidth, by bytes
+    product = [[256, 0.3], ...]      #   bandwidth, by bytes; formulas: optional, as rows, of what also computes
     contention = 1.1                 # optional: computation takes so many times as long while a rank communicates
     narrow = 0.7                     # optional: products in FP8 reach so much of the share that those in BF16 do
     fragmentation = 0.05             # optional: what the allocator cannot use, as a part of what is in use
@@ -108,6 +108,8 @@ class Cluster:
         jitter: standard deviation of a rank's step, relative. imbalance: rows of the busiest rank's experts over the
             mean. dispatch: bytes between nodes to and from experts, over one copy for each expert of a token.
             host: seconds of every step behind which nothing hides.
+        formulas: as `Work.ROWS` in `shares`, of operators that compute something element by element rather than move
+            rows; None: the same.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Cluster:
     dispatch: float = 1.0
     narrow: float = 1.0
     host: float = 0.0
+    formulas: Curve | None = None
 
 
 def load(name: str) -> Cluster:
@@ -194,6 +197,7 @@ def _cluster(name: str, raw: dict[str, Any]) -> Cluster:
         fragmentation=reader.number("gpu", "fragmentation", default=0.0), rings=rings, jitter=run["jitter"],
         imbalance=run["imbalance"], dispatch=run["dispatch"], narrow=reader.number("gpu", "narrow", default=1.0),
         host=1e-3 * run["step_ms"],
+        formulas=reader.curve("gpu", "share", "formulas") if "formulas" in reader.section("gpu", "share") else None,
     )  # fmt: skip
     require(
         cluster.memory > cluster.reserved,

@@ -107,7 +107,9 @@ class Prices:
 
     def _computation(self, op: Op) -> float:
         cost, c = op.cost, self.cluster
-        moving = cost.memory_bytes / (c.bandwidth * c.shares[Work.ROWS].at(cost.memory_bytes))
+        computes = cost.work == Work.ROWS and cost.flops > 0
+        share = c.formulas if computes and c.formulas is not None else c.shares[Work.ROWS]
+        moving = cost.memory_bytes / (c.bandwidth * share.at(cost.memory_bytes))
         if cost.work == Work.ROWS:  # so few FLOPs a byte that they hide behind it
             return c.overhead + moving
         flops = cost.flops * (c.imbalance if cost.work == Work.GROUPED else 1.0)

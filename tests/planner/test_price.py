@@ -18,7 +18,7 @@ from megascale_moe.model.counts import attention_flops_per_token, counts
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import Profile, StepPlan
-from megascale_moe.planner.cluster import Cluster, load
+from megascale_moe.planner.cluster import Cluster, Curve, load
 from megascale_moe.planner.price import Peers, Prices
 from megascale_moe.planner.stages import Kind
 from megascale_moe.planner.step import Pricer, StepPrice, price
@@ -106,6 +106,14 @@ def test_computation_beside_a_communication_takes_longer() -> None:
     assert makespan(simulate(beside, lambda each: took[each.name])) == 3
     assert makespan(simulate(beside, lambda each: took[each.name], 2.0)) == 3.5
     assert makespan(simulate(beside, lambda each: took[each.name] if each.name != "send" else 9.0, 2.0)) == 10
+
+
+def test_what_computes_element_by_element_may_have_a_share_of_its_own() -> None:
+    slow = replace(H800, formulas=Curve(((1.0, 0.1),)))
+    prices = Prices.of(slow, torch.bfloat16, Mesh(dp=1, node=8, ep=8))
+    moves, computes = (prices.seconds(op(Stream.COMPUTE, Cost(flops, 1e9))) for flops in (0.0, 1.0))
+    assert moves == pytest.approx(3e-6 + 1e9 / (3.35e12 * 0.85))
+    assert computes == pytest.approx(3e-6 + 1e9 / (3.35e12 * 0.1))
 
 
 def test_sums_of_gradients_have_a_price() -> None:
