@@ -27,7 +27,7 @@ from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.planner.cluster import NAMES
 from megascale_moe.presets import PRESETS
-from megascale_moe.train import bench_convergence, bench_overlap, doctor
+from megascale_moe.train import bench_convergence, bench_overlap, bench_profile, doctor
 from megascale_moe.train.checkpoint import SaveError
 from megascale_moe.train.dryrun import dry_run
 from megascale_moe.train.dryrun_table import show
@@ -82,11 +82,16 @@ def _main(arguments: list[str]) -> int:
         return _report_on(options, overrides)
     if options.command == "plan":
         return _plan(options, overrides)
+    if options.command == "bench" and options.name == "profile":
+        return _profile(options, overrides)
+    if options.command == "bench" and options.config is None:
+        raise ConfigError(f"bench {options.name} needs a CONFIG.toml; see megascale bench --help")
     config = load(options.config, overrides, PRESETS)
     if options.command == "dryrun":
         return _dryrun(config, options)
     if options.command == "bench" and options.name == "convergence":
-        order = bench_convergence.Order.of(options.variants, options.seeds, options.out)
+        out = options.out or Path("runs/convergence")
+        order = bench_convergence.Order.of(options.variants, options.seeds, out)
         return bench_convergence.bench(config, options.nproc, order, as_json=options.json)
     if options.command == "bench":
         return bench_overlap.bench(config, options.nproc, options.rounds, as_json=options.json)
@@ -154,22 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--validate", type=Path, metavar="ROWS.csv", help="predict measured rows: how far off is it?")
     planner.add_argument("--out", type=Path, default=Path("runs/plan"), metavar="FOLDER",
                          help="where the best plan is written (default: runs/plan)")
-    measure = _command(
-        commands, "bench", help="measure what layouts, orders and splits bring, or what wire formats do to the loss",
-        usage="megascale bench overlap|convergence CONFIG.toml [--nproc N] [--rounds N] [--seeds N] [--variants NAMES] "
-        "[--out FOLDER] [--section.key=value ...] [--json]",
-        epilog="overlap: forward and backward of the config's model, all variants interleaved. convergence: the config "
-        "is trained once per wire format and seed; called again, it goes on. Exit status: 0 fine, 1 a rank failed, 2 "
-        "the input is wrong.",
-    )
-    measure.add_argument("name", choices=["overlap", "convergence"], help="what to measure")
-    measure.add_argument("config", metavar="CONFIG.toml", help="the model, the batch, and dp and node of its mesh")
-    _add_nproc(measure, "as the mesh needs")
-    measure.add_argument("--rounds", type=_count, default=5, metavar="N", help="overlap: measured rounds (default: 5)")
-    measure.add_argument("--seeds", type=_count, default=1, metavar="N", help="convergence: how many (default: 1)")
-    measure.add_argument("--variants", default="", metavar="NAMES", help="convergence: formats, comma-separated")
-    measure.add_argument("--out", type=Path, default=Path("runs/convergence"), metavar="FOLDER",
-                         help="convergence: where results are kept (default: runs/convergence)")
+    _add_bench(commands)
     page = _command(
         commands, "report", help="one page about a run: its step, what travels, memory, curves",
         usage="megascale report RUN | CONFIG.toml [--out PATH] [--gpus N] [--section.key=value ...] [--json]",
@@ -181,6 +171,34 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--gpus", type=_count, metavar="N", help="ranks of a plan (default: as the mesh needs)")
     _command(commands, "doctor", help="what this machine has, what will be used, what is missing")
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    measure = _command(
+        commands, "bench", help="measure what layouts, orders and splits bring, what wire formats do to the loss, or "
+        "what the machine can do",
+        usage="megascale bench overlap|convergence CONFIG.toml [--nproc N] [--rounds N] [--seeds N] [--variants NAMES] "
+        "[--out FOLDER] [--section.key=value ...] [--json]\n"
+        "       megascale bench profile [--nproc N] [--node N] [--dtype fp32|bf16] [--out FILE.toml] [--json]",
+        epilog="overlap: forward and backward of the config's model, all variants interleaved. convergence: the config "
+        "is trained once per wire format and seed; called again, it goes on. profile: operators and messages of the "
+        "ranks at hand, as a cluster profile for the planner. Exit status: 0 fine, 1 a rank failed, 2 the input is "
+        "wrong.",
+    )
+    measure.add_argument("name", choices=["overlap", "convergence", "profile"], help="what to measure")
+    measure.add_argument("config", metavar="CONFIG.toml", nargs="?",
+                         help="the model, the batch, and dp and node of its mesh; not of a profile")
+    _add_nproc(measure, "as the mesh needs")
+    measure.add_argument("--rounds", type=_count, default=5, metavar="N", help="overlap: measured rounds (default: 5)")
+    measure.add_argument("--seeds", type=_count, default=1, metavar="N", help="convergence: how many (default: 1)")
+    measure.add_argument("--variants", default="", metavar="NAMES", help="convergence: formats, comma-separated")
+    measure.add_argument("--node", "--ranks-per-node", type=_count, metavar="N",  # torchrun takes --node for its own
+                         help="profile: ranks of a node (default: of this machine)")
+    measure.add_argument("--dtype", choices=["fp32", "bf16"],
+                         help="profile: of products (default: bf16 on GPUs, fp32 on a CPU)")
+    measure.add_argument("--out", type=Path, metavar="PATH",
+                         help="convergence: folder of results (default: runs/convergence); profile: the file (default: "
+                         "profile.toml)")
 
 
 def _command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
@@ -250,6 +268,15 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
         configs, options.cluster, options.gpus, options.keep, fixed=options.fixed, out=options.out
     )
     return plan_command.plan(order, as_json=options.json)
+
+
+def _profile(options: argparse.Namespace, overrides: list[str]) -> int:
+    given = [*([options.config] if options.config else []), *overrides]
+    if given:
+        raise ConfigError(f"bench profile measures the machine, not a config; leave out {given[0]!r}")
+    nproc = options.nproc or local_rank_count(Config())
+    order = bench_profile.Order(nproc, options.node or 0, options.dtype or "", options.out or Path("profile.toml"))
+    return bench_profile.bench(order, as_json=options.json)
 
 
 def _report_on(options: argparse.Namespace, overrides: list[str]) -> int:
