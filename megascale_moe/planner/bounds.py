@@ -45,21 +45,31 @@ class Floors:
         self.others = sum(sizes.values()) - self.experts
         self._found: dict[Any, Any] = {}
 
+    @property
+    def least_bytes(self) -> float:
+        """Of weights, gradients and optimizer on all ranks together, with nothing held twice."""
+        each = DTYPES[self.config.train.dtype].itemsize + GRADIENT_BYTES + STATE_BYTES
+        return each * (self.experts + self.others)
+
     def quick(self, layout: Layout) -> float:
         """Seconds with as little made again as is allowed; infinite if not even the weights fit."""
-        if self._weights(layout) > self.capacity:
+        if self.weights(layout) > self.capacity:
             return math.inf
         return self._seconds(layout, self.remats[0])
 
     def of(self, layout: Layout) -> tuple[float, str]:
         """Seconds with the least that may fit made again, and how much that is; infinite if nothing fits."""
-        mesh, model = layout.mesh, self.config.model
-        alive = model.layers // mesh.pp * min(mesh.pp, self._micros(layout)) / model.layers  # of a model's micro-batch
         for remat in self.remats:
-            kept = sum(n * self._kept(layout, kind, remat) for kind, n in self.layers.items())
-            if self._weights(layout) + alive * kept <= self.capacity:
+            if self.bytes(layout, remat) <= self.capacity:
                 return self._seconds(layout, remat), remat
         return math.inf, ""
+
+    def bytes(self, layout: Layout, remat: str) -> float:
+        """Of an average rank's weights and of what the micro-batches under way keep."""
+        mesh, model = layout.mesh, self.config.model
+        alive = model.layers // mesh.pp * min(mesh.pp, self._micros(layout)) / model.layers  # of a model's micro-batch
+        kept = sum(n * self._kept(layout, kind, remat) for kind, n in self.layers.items())
+        return self.weights(layout) + alive * kept
 
     def _micros(self, layout: Layout) -> int:
         return self.config.train.global_batch // layout.mesh.dp // layout.rows
@@ -78,7 +88,7 @@ class Floors:
         work = self._micros(layout) * busiest * steady
         return work + fills * max(forward.values()) + drains * max(backward.values())
 
-    def _weights(self, layout: Layout) -> float:
+    def weights(self, layout: Layout) -> float:
         """Bytes that stay from step to step on an average rank."""
         mesh, itemsize = layout.mesh, DTYPES[self.config.train.dtype].itemsize + GRADIENT_BYTES
         experts = self.experts / (mesh.pp * mesh.ffn) * (itemsize + STATE_BYTES * mesh.ffn / mesh.stage)

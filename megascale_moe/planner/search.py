@@ -32,10 +32,10 @@ TOP = 5
 """Layouts of different placement that are wanted."""
 REFINED = 2
 """Of these, how many a worker refines."""
-TRIED = 50
-"""Layouts that are weighed to say whether a model fits so many GPUs, those with the least memory first."""
-LARGEST = 2**17
-"""GPUs of the largest cluster that is tried for a model that does not fit."""
+TRIED = 20
+"""Layouts that are looked at to say whether a model fits so many GPUs: those that should need least."""
+LARGEST = 32
+"""The largest cluster that is tried for a model that does not fit, over what its weights alone would fill."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -267,22 +267,29 @@ def _nothing_fits(space: Space, cluster: Cluster) -> str:
     where = f"{cluster.memory / 1e9:.0f} GB of each of {space.gpus} GPUs ({cluster.name})"
     name = space.config.model.preset or f"the model of {space.config.model.layers} layers"
     smallest = _smallest(space, cluster)
-    fits = f"the smallest cluster on which one does has {smallest} GPUs" if smallest else "nor of more GPUs"
+    fits = f"the smallest cluster on which one does has {smallest} GPUs" if smallest else "nor does one with more GPUs"
     kept = f" with {', '.join(sorted(space.kept))} kept" if space.kept else ""
     return f"--gpus {space.gpus}: no layout of {name}{kept} fits the {where}; {fits}"
 
 
 def _smallest(space: Space, cluster: Cluster) -> int | None:
-    """GPUs, in whole nodes with few prime factors; more GPUs never need more memory."""
-    sizes = [size for size in _sizes(cluster.node) if space.gpus < size <= LARGEST]
-    low, high = 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if _any_fits(replace(space, gpus=sizes[middle]), cluster):
-            high = middle
-        else:
-            low = middle + 1
-    return sizes[low] if low < len(sizes) else None
+    """GPUs, in whole nodes with few prime factors, from what weights, gradients and optimizer need if nothing is twice.
+
+    Steps of about one and a half until something fits, then what lies between: not by halves, for more GPUs do not
+    always help, a batch must divide.
+    """
+    weights = Floors(space.config, space.gpus, Pricer(cluster), 0.0, []).least_bytes / capacity(cluster)
+    least = max(space.gpus, weights)
+    sizes = [size for size in _sizes(cluster.node) if least < size <= LARGEST * max(least, cluster.node)]
+    last = -1
+    for place, size in enumerate(sizes):
+        if last >= 0 and size < 1.5 * sizes[last] and place + 1 < len(sizes):
+            continue
+        if _any_fits(replace(space, gpus=size), cluster):
+            between = sizes[last + 1 : place]
+            return next((each for each in between if _any_fits(replace(space, gpus=each), cluster)), size)
+        last = place
+    return None
 
 
 def _sizes(node: int) -> list[int]:
@@ -291,8 +298,10 @@ def _sizes(node: int) -> list[int]:
 
 
 def _any_fits(space: Space, cluster: Cluster) -> bool:
+    """Whether one of the layouts does that should need least."""
     worker = _Worker(space, cluster)
-    layouts = (layout for layout in space.layouts() if worker.floors.quick(layout) < math.inf)
-    least = sorted(layouts, key=lambda layout: (layout.rows, layout.mesh.dp, layout.virtual_stages))
-    likely = [(layout, worker.floors.of(layout)[1]) for layout in least[:TRIED]]
-    return any(worker.least(layout, remat) is not None for layout, remat in likely if remat)
+    fewest = min((layout.rows for layout in space.layouts()), default=0)
+    small = sorted((each for each in space.layouts() if each.rows == fewest), key=worker.floors.weights)[:TRIED]
+    most = worker.floors.remats[-1]
+    least = sorted(small, key=lambda layout: worker.floors.bytes(layout, most))[: TRIED // 5]
+    return any(worker.least(layout, most) is not None for layout in least)

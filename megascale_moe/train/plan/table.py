@@ -65,7 +65,7 @@ def show_validation(found: Validation, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("row", no_wrap=True)
     for name in ("measured", "predicted", "unit", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=9)
     table.add_column("use", no_wrap=True)
     table.add_column("stack, or why it is excluded", no_wrap=True)
     for row in found.rows:

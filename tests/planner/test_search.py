@@ -1,0 +1,156 @@
+"""The search against trying everything, its floors against prices, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from megascale_moe.comm.mesh import mesh_of
+from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
+from megascale_moe.pipeline.batches import check_batches
+from megascale_moe.planner.bounds import Floors
+from megascale_moe.planner.cluster import load
+from megascale_moe.planner.explain import WORDS, explain
+from megascale_moe.planner.search import Found, capacity, planned, search
+from megascale_moe.planner.space import KEYS, Space, changed, parallel_words, value
+from megascale_moe.planner.step import Pricer, memory, price
+from megascale_moe.presets import PRESETS
+
+H800 = load("h800")
+MODEL = ModelConfig(
+    layers=4, hidden=1024, heads=8, kv_heads=4, experts=8, top_k=2, ffn_hidden=2048, vocab=4096, sequence_length=2048,
+    shared_experts=1,
+)  # fmt: skip
+WHOLE = Config(model=MODEL, train=TrainConfig(dtype="bf16", global_batch=16))
+
+
+def space(gpus: int = 4, *kept: str, config: Config = WHOLE) -> Space:
+    return Space(config, gpus, H800.node, frozenset(kept))
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 8, 24])
+def test_every_layout_of_a_space_is_one_and_there_once(gpus: int) -> None:
+    made = [layout.of(WHOLE) for layout in space(gpus).layouts()]
+    assert len(made) == len(set(made)) > 0
+    for config in made:
+        check_batches(config, mesh_of(config.parallel, MODEL, gpus))
+    if gpus == 8:
+        p = [config.parallel for config in made]
+        assert {each.pp for each in p} == {1, 2, 4}
+        assert {each.attention for each in p} == {"sp", "tp"}
+        assert {each.ffn for each in p} == {"ep", "tp", "ep+tp"}
+        assert {each.schedule for each in p} == {"1f1b", "interleaved", "zero_bubble"}
+        assert {config.train.micro_batch for config in made} == {1, 2, 4, 8}
+
+
+def test_what_is_kept_stays() -> None:
+    config = replace(WHOLE, parallel=ParallelConfig(pp=2, attention="tp", schedule="zero_bubble"))
+    kept = ("parallel.pp", "parallel.attention", "parallel.schedule")
+    found = [layout.of(config) for layout in space(8, *kept, config=config).layouts()]
+    assert len(found) > 5
+    assert {tuple(value(each, key) for key in kept) for each in found} == {(2, "tp", "zero_bubble")}
+    with pytest.raises(ConfigError, match=r"--keep parallel\.pipeline: is not searched; searched are parallel\.pp"):
+        space(8, "parallel.pipeline").check()
+
+
+def test_floors_are_below_prices() -> None:
+    """Of layouts of eight GPUs, with each amount that is made again."""
+    pricer = Pricer(H800)
+    for start, remat in enumerate(("none", "paper", "full")):
+        floors = Floors(WHOLE, 8, pricer, capacity(H800), [remat])
+        for layout in list(space(8).layouts())[start::101]:
+            floor, least = floors.of(layout)
+            config = replace(layout.of(WHOLE), overlap=OverlapConfig(order="scheduled", remat=remat))  # type: ignore[arg-type]
+            found = pricer.layout(config, 8)
+            assert least == remat
+            assert floor <= found.floor * (1 + 1e-9)
+            assert found.floor <= found.pipeline[0] * (1 + 1e-9)
+            assert found.pipeline[0] < found.price.seconds
+
+
+def test_memory_floors_are_below_memory() -> None:
+    """Bytes that make a floor infinite are bytes that the layout needs."""
+    pricer = Pricer(H800)
+    for layout in list(space(8).layouts())[::101]:
+        config = replace(layout.of(WHOLE), overlap=OverlapConfig(remat="paper"))
+        needed = pricer.layout(config, 8).bytes(0, update=False)
+        stays = needed.peak - needed.activations
+        assert Floors(WHOLE, 8, pricer, needed.peak, ["paper"]).of(layout)[0] < math.inf
+        assert Floors(WHOLE, 8, pricer, 0.5 * stays, ["paper"]).of(layout)[0] == math.inf
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return search(space(4, "parallel.attention"), H800, workers=2)
+
+
+def test_a_search_finds_what_trying_everything_finds(found: Found) -> None:
+    pricer = Pricer(H800)
+    tried = []
+    for layout in space(4, "parallel.attention").layouts():
+        config = changed(changed(layout.of(WHOLE), "overlap.order", "scheduled"), "wire.gradients", "bf16")
+        tried.append(pricer.layout(config, 4).price.seconds)  # the model is small: nothing is made again
+    assert found.layouts == len(tried)
+    assert found.priced < len(tried)
+    assert found.plans[0].price.seconds <= min(tried) * (1 + 1e-9)
+    seconds = [plan.price.seconds for plan in found.plans]
+    assert seconds == sorted(seconds)
+    assert len({parallel_words(plan.config.parallel) for plan in found.plans}) == len(found.plans) == 5
+
+
+def test_found_plans_are_what_their_configs_say(found: Found) -> None:
+    for plan in found.plans:
+        plan.config.check()
+        assert price(plan.config, H800, 4).seconds == pytest.approx(plan.price.seconds, rel=1e-9)
+        assert memory(plan.config, 4, plan.place, H800).peak == plan.bytes.peak <= capacity(H800)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_where_it_does() -> None:
+    mixtral = replace(PRESETS["mixtral-8x7b"], layers=8, sequence_length=4096)
+    config = Config(model=mixtral, train=TrainConfig(dtype="bf16", global_batch=32))
+    small = replace(H800, memory=44e9)
+    wanted = r"--gpus 4: no layout of mixtral-8x7b fits the 44 GB of each of 4 GPUs \(h800\); the smallest cluster on "
+    with pytest.raises(ConfigError, match=wanted + r"which one does has 8 GPUs"):
+        search(space(4, config=config), small, workers=1)
+    assert search(space(8, config=config), small, workers=1).plans[0].bytes.peak <= capacity(small)
+    tiny = replace(H800, memory=6e9)
+    with pytest.raises(ConfigError, match=r"with parallel\.pp kept fits the 6 GB .*; nor does one with more GPUs"):
+        search(space(8, "parallel.pp", config=config), tiny, workers=1)
+
+
+def test_a_batch_that_no_layout_divides_is_refused() -> None:
+    odd = replace(WHOLE, train=TrainConfig(dtype="bf16", global_batch=7))
+    with pytest.raises(ConfigError, match="no layout of 4 layers and 7 sequences has 128 GPUs"):
+        search(space(128, config=odd), H800)
+
+
+def test_an_explanation_adds_up(found: Found) -> None:
+    for config in (found.plans[0].config, replace(WHOLE, parallel=ParallelConfig(pp=2, node=2, ep=2))):
+        plan = planned(config, H800, 4)
+        why = explain(plan, H800)
+        assert set(why.seconds) == set(WORDS)
+        assert sum(why.seconds.values()) == pytest.approx(plan.price.seconds, rel=1e-6)
+        assert all(seconds >= -1e-9 for name, seconds in why.seconds.items() if name != "bubble")
+        assert why.gains[0].saved == max(gain.saved for gain in why.gains) > 0
+        assert why.gains[0].what in why.limit
+    slow = planned(replace(WHOLE, parallel=ParallelConfig(node=4, attention="tp", ffn="tp")), H800, 4)
+    links = {stream: replace(link, rate=link.rate / 50) for stream, link in H800.links.items()}
+    assert explain(slow, replace(H800, links=links)).limit.startswith("the links inside a node")
+
+
+def test_the_scale_up_criterion_is_the_papers() -> None:
+    """R = 1.5 h_ffn bandwidth / peak in BF16 (its section 7): h_ffn 14,336, 200 GB/s, 989 TFLOP/s."""
+    model = replace(MODEL, ffn_hidden=14336)
+    why = explain(planned(replace(WHOLE, model=model, parallel=ParallelConfig(node=8)), H800, 8), H800)
+    assert why.criterion == pytest.approx(1.5 * 14336 * 200e9 / 989e12)
+    over_nodes = replace(WHOLE, model=model, parallel=ParallelConfig(node=4, ep=8))
+    assert explain(planned(over_nodes, replace(H800, node=4), 8), replace(H800, node=4)).criterion == pytest.approx(
+        1.5 * 14336 * 50e9 / 989e12
+    )
+
+
+def test_every_searched_key_is_a_key_of_the_config() -> None:
+    for key in KEYS:
+        assert changed(WHOLE, key, value(WHOLE, key)) == WHOLE
