@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,6 +65,8 @@ def _rank(
     rank: int, store: Path, world: int, function: Callable[[int], object], threads: int, timeout: float, parent: int
 ) -> None:
     _die_with(parent)
+    if hasattr(os, "sched_getaffinity"):
+        _job.update(os.sched_getaffinity(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)  # first of all: a forked child must not touch its parent's thread pool
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -74,6 +76,8 @@ def _rank(
     cuda = usable and torch.cuda.device_count() >= world
     if cuda:
         torch.cuda.set_device(rank)
+    elif threads == 1:
+        _keep_to_a_processor(rank, world)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
@@ -96,6 +100,43 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the signal was armed
         os._exit(1)
+
+
+def _keep_to_a_processor(rank: int, world: int) -> None:
+    """Where ranks are as many as processors or more, each keeps to one and does not interrupt others (Linux).
+
+    gloo's receiving thread spins on the lock that a rank holds while it sends. A rank that is interrupted there, by
+    another or by its own receiving thread, lets that thread burn time slices on the other processor: four ranks on two
+    processors polled 1.8 million times for 5 thousand events, which took more than half of all their time.
+    """
+    if not hasattr(os, "sched_setaffinity") or world < len(_job):
+        return
+    with contextlib.suppress(OSError):  # a container may forbid it
+        os.sched_setaffinity(0, {sorted(_job)[rank % len(_job)]})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+_job: set[int] = set()
+"""Processors of the job that this process is a rank of; empty in one that is no rank."""
+
+
+def job_processors() -> set[int]:
+    """Those that this process, or the job that it is a rank of, may run on; Linux tells."""
+    return _job or os.sched_getaffinity(0)
+
+
+@contextlib.contextmanager
+def on_all_processors() -> Iterator[None]:
+    """For what one rank does with several threads while the others wait: it does not keep to its own processor."""
+    if not _job:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _job)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from megascale_moe.comm.local_ranks import job_processors
+
 # Dense BF16 FLOP/s. One word of torch.cuda.get_device_name decides; the form (SXM where nothing is said) may add to it.
 GPU_PEAKS = {
     "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12, "GH200": 989e12,
@@ -111,8 +113,8 @@ def available_memory() -> int | None:
 
 
 def available_cores() -> int:
-    """Cores this process may run on: its affinity, and the container's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process, or the job of this rank, may run on: its affinity, and the container's quota."""
+    affinity = len(job_processors()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         return min(affinity, max(1, math.ceil(int(quota) / int(period))))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megascale_moe.comm.local_ranks import on_all_processors
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require, to_toml
 from megascale_moe.engine.executor import Observer
@@ -97,7 +98,7 @@ def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
     d, vocab = config.data, config.model.vocab
 
     def work() -> str:
-        with preparation_progress(job.leads) as progress:
+        with preparation_progress(job.leads) as progress, on_all_processors():
             prepared = prepare(
                 d.path, vocab=vocab, tokenizer=d.tokenizer, text_field=d.text_field, cache=d.cache, progress=progress
             )

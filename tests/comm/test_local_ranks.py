@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megascale_moe.comm import local_ranks
 from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.testing import run_ranks
+from megascale_moe.train.hardware import available_cores
 
 PATIENCE = 30.0  # seconds until a test gives up; nothing is measured
 
@@ -50,6 +52,39 @@ def test_ranks_know_their_place_and_run_on_one_thread() -> None:
 def place() -> tuple[str, str, int, int, int]:
     env = os.environ
     return env["LOCAL_RANK"], env["WORLD_SIZE"], dist.get_rank(), dist.get_world_size(), torch.get_num_threads()
+
+
+@pytest.fixture
+def two_processors() -> Iterator[list[int]]:
+    """This process and its forks may run on two at most."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:2])
+    yield sorted(before)[:2]
+    os.sched_setaffinity(0, before)
+
+
+def where() -> tuple[set[int], set[int], set[int], int, set[str]]:
+    """Processors of this rank, of a thread of its while others wait, of it again, and of the job; its threads'."""
+    alone = os.sched_getaffinity(0)
+    with local_ranks.on_all_processors(), ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(os.sched_getaffinity, 0).result()
+    status = [path.read_text() for path in Path("/proc/self/task").glob("*/status")]
+    threads = {line.split()[1] for text in status for line in text.splitlines() if line.startswith("Cpus_allowed_list")}
+    return alone, thread, os.sched_getaffinity(0), available_cores(), threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets a process choose")
+def test_ranks_beyond_the_processors_keep_to_one_each(two_processors: list[int]) -> None:
+    """Threads of gloo spun for a rank that had been interrupted: more than half of the time of four ranks on two."""
+    for rank, (alone, thread, again, cores, threads) in enumerate(run_ranks(4, where)):
+        own = two_processors[rank % len(two_processors)]
+        assert alone == again == {own}
+        assert threads == {str(own)}
+        assert thread == set(two_processors)
+        assert cores == available_cores()  # of the job, not the one that the rank keeps to
+    if len(two_processors) == 2:
+        (only,) = run_ranks(1, where)
+        assert only[0] == set(two_processors)
 
 
 @pytest.mark.parametrize("failing", [0, 2])
