@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,12 @@ def reference(config: ModelConfig, batch: Rows, seed: int = 0) -> Result:
     ((loss + auxiliary) * SCALE).backward()
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
     return Result(float(loss.detach()), float(auxiliary.detach()), gradients)
+
+
+@functools.cache
+def wanted_of(config: ModelConfig, rows: int) -> Result:
+    """`reference` on that many random rows, worked out once for all tests that compare with it."""
+    return reference(config, random_rows(config, rows))
 
 
 def run_rank(

@@ -10,7 +10,7 @@ import pytest
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig
 from megascale_moe.testing import run_ranks
-from tests.parallel.layouts import compare, random_rows, reference, run_rank
+from tests.parallel.layouts import compare, random_rows, run_rank, wanted_of
 
 # FP32 sums over a few hundred terms in another order: a few units of 6e-8, grown through two layers. 1e-5 is what the
 # product promises; a misplaced token or a missing sum shows as 1e-2 or more.
@@ -48,7 +48,7 @@ LAYOUTS = [("auto", 1, 1, 1), ("auto", 1, 2, 1)] + [
 def test_layout_equals_plain_model(variant: str, dispatch: str, node: int, dp: int, ep: int) -> None:
     config, mesh = VARIANTS[variant], Mesh(dp=dp, node=node, ep=ep)
     batch = random_rows(config, rows=4)
-    wanted = reference(config, batch)
+    wanted = wanted_of(config, 4)
     results = run_ranks(mesh.world, run_rank, config, batch, mesh, dispatch)
     loss, gradient, name = compare(results, wanted)
     assert loss < TOLERANCE
@@ -95,7 +95,7 @@ def test_strategies_equal_plain_model(
         mesh.world, partial(run_rank, attention=attention, ffn=ffn, vocabulary=vocabulary), config, batch, mesh,
         dispatch,
     )  # fmt: skip
-    loss, gradient, name = compare(results, reference(config, batch))
+    loss, gradient, name = compare(results, wanted_of(config, 4))
     assert loss < TOLERANCE
     assert gradient < TOLERANCE, name
 
@@ -105,6 +105,6 @@ def test_micro_batches_do_not_change_gradients(micro: int) -> None:
     config, mesh = replace(SMALL, balance_granularity="device", device_groups=2), Mesh(dp=1, node=2, ep=2)
     batch = random_rows(config, rows=4)
     results = run_ranks(2, run_rank, config, batch, mesh, "all_to_all", micro)
-    loss, gradient, name = compare(results, reference(config, batch))
+    loss, gradient, name = compare(results, wanted_of(config, 4))
     assert loss < TOLERANCE
     assert gradient < TOLERANCE, name

@@ -27,7 +27,7 @@ from megascale_moe.engine.wire import FORMATS, chooser, compress, in_format
 from megascale_moe.kernels.narrow import BFloat16, Float8
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.testing import run_ranks
-from tests.parallel.layouts import compare, random_rows, reference
+from tests.parallel.layouts import compare, wanted_of
 from tests.pipeline.test_passes import MICROS, PARALLEL, SHARED, run_plan
 
 DENSE = replace(SHARED, top_k=SHARED.experts)
@@ -45,7 +45,7 @@ def test_gradients_are_those_of_the_plain_model_within_the_format(parallel: str,
     mesh = mesh_of(PARALLEL[parallel], SHARED, 4)
     formats = WireConfig(activations=wire)  # type: ignore[arg-type]
     results = run_ranks(4, run_plan, DENSE, PARALLEL[parallel], OVERLAPS[overlap], mesh, formats)
-    wanted = reference(DENSE, random_rows(DENSE, rows=2 * MICROS * mesh.dp))
+    wanted = wanted_of(DENSE, 2 * MICROS * mesh.dp)
     loss, gradient, name = compare(results, wanted)
     least, most = BOUNDS[wire]
     assert loss < most / 10
@@ -204,7 +204,7 @@ def test_sums_are_float32_sums_of_what_arrived() -> None:
 
 def test_a_lost_part_would_show() -> None:
     """The bound on FP8 gradients is well below what a wrong operator does: here one that returns no expert's result."""
-    wanted = reference(SHARED, random_rows(SHARED, rows=2))
+    wanted = wanted_of(SHARED, 2)
     gradient = wanted.gradients["layers.0.ffn.experts.w2"]
     half = gradient.clone()
     half[::4] = 0  # one of four ranks
