@@ -10,6 +10,7 @@ of a stage share its lists (`stages.Stages`), so they go to the same worker.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from megascale_moe.config import Config, ConfigError, require
 from megascale_moe.planner.bounds import Floors
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.memory import RankBytes
-from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, value
+from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, placement_of, value
 from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
 
 TOP = 5
@@ -93,8 +94,11 @@ def search(
     count = min(workers or os.cpu_count() or 1, len(groups))
     shares = [[layout for group in groups[first::count] for layout in group] for first in range(count)]
     results = _parallel(space, cluster, shares, top, lambda done: progress("layouts", done, total))
-    best = sorted((plan for plans, _ in results for plan in plans), key=lambda plan: plan.price.seconds)
-    found = tuple(_whole(best[:top], cluster))
+    plans = sorted((plan for plans, _ in results for plan in plans), key=lambda plan: plan.price.seconds)
+    best: dict[Placement, Plan] = {}
+    for plan in plans:  # workers may have met the same placement
+        best.setdefault(placement_of(plan.config), plan)
+    found = tuple(itertools.islice(_whole(list(best.values()), cluster), top))
     if not found:
         raise ConfigError(_nothing_fits(space, cluster))
     return Found(found, total, sum(priced for _, priced in results))
@@ -168,7 +172,8 @@ def _best(
     while heap and heap[0][0] < shared.bound.value:
         floor, place, remat = heapq.heappop(heap)
         layout = layouts[place]
-        known = best.get(layout.placement)
+        placement = placement_of(layout.of(space.config))
+        known = best.get(placement)
         limit = min(shared.bound.value, known.price.seconds if known else math.inf)
         if floor < limit and not remat:
             floor, remat = worker.floors.of(layout)
@@ -179,7 +184,7 @@ def _best(
             plan = worker.least(layout, remat, limit)
             priced += 1
             if plan is not None:
-                best[layout.placement] = plan
+                best[placement] = plan
                 times = sorted(each.price.seconds for each in best.values())
                 shared.reached(times[top - 1] if len(times) >= top else math.inf)
         shared.did(1)
@@ -223,11 +228,18 @@ class _Worker:
         return layout.bytes(0, update=False).peak <= self.capacity
 
     def refined(self, plan: Plan) -> Plan:
-        """With every option that makes it faster."""
+        """With every option that makes it faster; two micro-batches at once with more made again where that fits."""
+        remats = self.space.options("overlap.remat")
+        more = remats[remats.index(value(plan.config, "overlap.remat")) :][1:2]
         for key in OPTIONS:
             for other in self.space.options(key):
-                if other != value(plan.config, key):
-                    plan = self._better(plan, changed(plan.config, key, other))
+                if key == "overlap.remat" or other == value(plan.config, key):  # the least that fits is there already
+                    continue
+                tried = changed(plan.config, key, other)
+                found = self._better(plan, tried)
+                if found is plan and key == "overlap.micro_batches" and more:
+                    found = self._better(plan, changed(tried, "overlap.remat", more[0]))
+                plan = found
         return plan
 
     def _better(self, plan: Plan, config: Config) -> Plan:

@@ -24,7 +24,7 @@ LAYOUT = (
     "parallel.dispatch", "parallel.schedule", "parallel.virtual_stages", "train.micro_batch",
 )  # fmt: skip
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "overlap.order": ("scheduled", "paper", "serial"),
+    "overlap.order": ("scheduled",),  # which is the fastest of all three, whatever makes it
     "overlap.remat": ("none", "paper", "full"),
     "overlap.split": ("none", "2", "4"),
     "overlap.micro_batches": (1, 2),
@@ -47,8 +47,14 @@ def changed(config: Config, key: str, to: Any) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **{name: to})})
 
 
-Placement = tuple[Mesh, str, str]
+Placement = tuple[Any, ...]
 """Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
+
+
+def placement_of(config: Config) -> Placement:
+    """Of a config with nothing left to work out."""
+    p = config.parallel
+    return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
 
 
 class Layout(NamedTuple):
@@ -59,11 +65,6 @@ class Layout(NamedTuple):
     rows: int
     schedule: str
     virtual_stages: int
-
-    @property
-    def placement(self) -> Placement:
-        """Where weights lie."""
-        return self.mesh, self.parallel.attention, self.parallel.ffn
 
     @property
     def inside(self) -> tuple[Any, ...]:
