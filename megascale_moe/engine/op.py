@@ -147,7 +147,7 @@ def backward(
         if wanted and not any(name in known for name in wanted):
             continue
         reads = tuple("" if name.startswith("d:") and name not in known else name for name in op.reads)
-        kept.append(replace(op, reads=reads))
+        kept.append(op if reads == op.reads else replace(op, reads=reads))
         known.update(op.writes)
     return _sum_shared(kept, size)
 
@@ -163,7 +163,7 @@ def _sum_shared(ops: list[Op], size: Callable[[str], float]) -> list[Op]:
             writes.append(f"{name}#{seen[name]}" if total[name] > 1 else name)
             if seen[name] == total[name] > 1:
                 complete.append(_sum_op(name, total[name], size(name)))
-        out += [replace(op, writes=tuple(writes)), *complete]
+        out += [replace(op, writes=tuple(writes)) if tuple(writes) != op.writes else op, *complete]
     return out
 
 

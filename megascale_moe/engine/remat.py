@@ -58,7 +58,8 @@ def rematerialize(
     for op in backward:
         for name in op.reads:
             make(name)
-        out.append(replace(op, reads=renamed(op.reads)))
+        reads = renamed(op.reads)
+        out.append(op if reads == op.reads else replace(op, reads=reads))
     return out
 
 

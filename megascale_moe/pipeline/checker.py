@@ -291,21 +291,24 @@ def timeline(lists: Lists, pp: int, cost: Callable[[Action], float], transfer: f
     while moved:  # each rank as far as its messages are there; what is met first makes no difference to times
         moved = False
         for rank, actions in enumerate(lists):
-            for action in actions[position[rank] :]:
+            place, time, row, first = position[rank], clock[rank], spans[rank], position[rank]
+            while place < len(actions):
+                action = actions[place]
                 stage, phase, micro = action.stage, action.phase, action.micro
-                forward = phase == "F"
-                start, source = clock[rank], stage - 1 if forward else stage + 1
-                if phase != "W" and 0 <= source <= last:
-                    end = ends.get((source, forward, micro))
-                    if end is None:
-                        break
-                    start = max(start, end + (transfer if source % pp != rank else 0.0))
-                clock[rank] = start + cost(action)
+                forward, start = phase == "F", time
                 if phase != "W":
-                    ends[stage, forward, micro] = clock[rank]
-                spans[rank].append((action, start, clock[rank]))
-                position[rank] += 1
-                moved = True
+                    source = stage - 1 if forward else stage + 1
+                    if 0 <= source <= last:
+                        end = ends.get((source, forward, micro))
+                        if end is None:
+                            break
+                        start = max(time, end + transfer if source % pp != rank else end)
+                time = start + cost(action)
+                if phase != "W":
+                    ends[stage, forward, micro] = time
+                row.append((action, start, time))
+                place += 1
+            position[rank], clock[rank], moved = place, time, moved or place > first
     if _heads(lists, position):
         raise _deadlock(lists, last, position)
     makespan = max((end for row in spans for _, _, end in row), default=0.0)

@@ -121,7 +121,7 @@ def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int, pa
     warm_up = min(warm_up, len(forwards))
     actions = forwards[:warm_up]
     for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
-        actions += [replace(forward, paired=pairs), backward]
+        actions += [replace(forward, paired=True) if pairs else forward, backward]
     return actions + backwards[len(forwards) - warm_up :]
 
 
