@@ -29,10 +29,10 @@ from megascale_moe.planner.memory import RankBytes
 from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, placement_of, value
 from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
 
-TOP = 5
-"""Layouts of different placement that are wanted."""
-REFINED = 2
-"""Of these, how many a worker refines."""
+TOP = 3
+"""Placements that are searched for: no other is faster, up to what options make of it. They are refined."""
+SHOWN = 6
+"""Placements that are returned; behind the first ones the best that were met on the way."""
 TRIED = 20
 """Layouts that are looked at to say whether a model fits so many GPUs: those that should need least."""
 LARGEST = 32
@@ -95,20 +95,18 @@ def search(
     shares = [[layout for group in groups[first::count] for layout in group] for first in range(count)]
     results = _parallel(space, cluster, shares, top, lambda done: progress("layouts", done, total))
     plans = sorted((plan for plans, _ in results for plan in plans), key=lambda plan: plan.price.seconds)
-    best: dict[Placement, Plan] = {}
-    for plan in plans:  # workers may have met the same placement
-        best.setdefault(placement_of(plan.config), plan)
-    found = tuple(itertools.islice(_whole(list(best.values()), cluster), top))
+    found = tuple(itertools.islice(_whole(plans, cluster), max(top, SHOWN)))
     if not found:
         raise ConfigError(_nothing_fits(space, cluster))
     return Found(found, total, sum(priced for _, priced in results))
 
 
 def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
-    """By what decides about a stage's lists, the largest group first."""
+    """By what lies where in a stage, which decides about its lists up to dispatch and micro-batch; largest first."""
     groups: dict[Any, list[Layout]] = defaultdict(list)
     for layout in layouts:
-        groups[layout.inside].append(layout)
+        p, mesh = layout.parallel, layout.mesh
+        groups[mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn].append(layout)
     return sorted(groups.values(), key=len, reverse=True)
 
 
@@ -116,17 +114,24 @@ def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
 
 
 class _Shared:
-    """What workers tell each other: a step time that `top` placements reach, and how many layouts are done with."""
+    """What workers tell each other: the step times of their best placements, and how many layouts are done with."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int, top: int) -> None:
         context = multiprocessing.get_context("fork")
-        self.bound = context.Value("d", math.inf)
+        self.top = top
+        self.times = context.Array("d", [math.inf] * (workers * top))
         self.done = context.Value("q", 0)
 
-    def reached(self, seconds: float) -> None:
-        """`top` placements of a worker are at least this fast."""
-        with self.bound.get_lock():
-            self.bound.value = min(self.bound.value, seconds)
+    @property
+    def bound(self) -> float:
+        """A step time that `top` placements reach; those of workers are different ones."""
+        times: list[float] = sorted(self.times[:])
+        return times[self.top - 1]
+
+    def found(self, worker: int, seconds: Iterable[float]) -> None:
+        """The step times of a worker's placements."""
+        best = [*sorted(seconds), *[math.inf] * self.top][: self.top]
+        self.times[worker * self.top : (worker + 1) * self.top] = best
 
     def did(self, layouts: int) -> None:
         """So many more are done with."""
@@ -137,12 +142,12 @@ class _Shared:
 def _parallel(
     space: Space, cluster: Cluster, shares: Sequence[Sequence[Layout]], top: int, progress: Callable[[int], None]
 ) -> list[tuple[list[Plan], int]]:  # fmt: skip
-    shared = _Shared()
+    shared = _Shared(len(shares), top)
     if len(shares) == 1:
-        return [_best(space, cluster, shares[0], top, shared)]
+        return [_best(space, cluster, shares[0], 0, shared)]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(shares), context, initializer=_join, initargs=(shared,)) as pool:
-        jobs = [pool.submit(_best, space, cluster, share, top) for share in shares]
+        jobs = [pool.submit(_best, space, cluster, share, worker) for worker, share in enumerate(shares)]
         waiting = set(jobs)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -160,21 +165,21 @@ def _join(shared: _Shared) -> None:
 
 
 def _best(
-    space: Space, cluster: Cluster, layouts: Sequence[Layout], top: int, shared: _Shared | None = None
+    space: Space, cluster: Cluster, layouts: Sequence[Layout], number: int, shared: _Shared | None = None
 ) -> tuple[list[Plan], int]:  # fmt: skip
-    """The best of each placement among some layouts, and how many were priced."""
+    """The best of each placement among the layouts of a worker, and how many were priced."""
     shared = shared or _JOINED[0]
     worker, best, priced = _Worker(space, cluster), dict[Placement, Plan](), 0
     # Floors that look at memory take longer to find: only of layouts whose quick floor is the lowest left.
     heap = [(floor, place, "") for place, floor in enumerate(map(worker.floors.quick, layouts)) if floor < math.inf]
     heapq.heapify(heap)
     shared.did(len(layouts) - len(heap))
-    while heap and heap[0][0] < shared.bound.value:
+    while heap and heap[0][0] < shared.bound:
         floor, place, remat = heapq.heappop(heap)
         layout = layouts[place]
         placement = placement_of(layout.of(space.config))
         known = best.get(placement)
-        limit = min(shared.bound.value, known.price.seconds if known else math.inf)
+        limit = min(shared.bound, known.price.seconds if known else math.inf)
         if floor < limit and not remat:
             floor, remat = worker.floors.of(layout)
             if floor < math.inf:
@@ -185,13 +190,12 @@ def _best(
             priced += 1
             if plan is not None:
                 best[placement] = plan
-                times = sorted(each.price.seconds for each in best.values())
-                shared.reached(times[top - 1] if len(times) >= top else math.inf)
+                shared.found(number, (each.price.seconds for each in best.values()))
         shared.did(1)
     shared.did(len(heap))
     plans = sorted(best.values(), key=lambda plan: plan.price.seconds)
-    within = [plan for plan in plans if plan.price.seconds <= shared.bound.value][:top]
-    return [worker.refined(plan) for plan in within[:REFINED]] + within[REFINED:], priced
+    within = sum(plan.price.seconds <= shared.bound for plan in plans[: shared.top])
+    return [worker.refined(plan) for plan in plans[:within]] + plans[within:SHOWN], priced
 
 
 class _Worker:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config, ConfigError, ParallelConfig, require
 
-MICRO_BATCHES = (1, 2, 4, 8)
+TOKENS = 2**15
+"""Of a micro-batch at most, unless one sequence has more: products are no faster with more, activations are more."""
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8, 10, 12)
 LAYOUT = (
     "parallel.pp", "parallel.dp", "parallel.node", "parallel.attention", "parallel.ffn", "parallel.ep", "parallel.etp",
@@ -130,7 +131,8 @@ class Space:
         if config.train.global_batch % mesh.dp or ("parallel.dp" in self.kept and p.dp not in (0, mesh.dp)):
             return
         parallel, share = replace(parallel, dp=mesh.dp), config.train.global_batch // mesh.dp
-        for rows in self._some("train.micro_batch", [n for n in MICRO_BATCHES if share % n == 0]):
+        most = max(TOKENS // config.model.sequence_length, 1)
+        for rows in self._some("train.micro_batch", [2**n for n in range(most.bit_length()) if share % 2**n == 0]):
             rows = rows or share if pp == 1 else rows or 1
             for schedule, virtual in self._schedules(pp, share // rows):
                 yield Layout(parallel, mesh, rows, schedule, virtual)

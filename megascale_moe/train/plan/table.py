@@ -15,7 +15,7 @@ from megascale_moe.planner.space import parallel_words
 from megascale_moe.planner.validate import Validation
 from megascale_moe.train.dryrun_table import size
 
-WIDTH = 190  # columns that the longest layout needs
+WIDTH = 210  # columns that the longest layout needs
 
 
 def wide_console(*, stderr: bool) -> Console:
