@@ -105,7 +105,11 @@ def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
                 ops[_share(op)][stem(op.name)] += _seconds(op, span)
     price = layout.price
     seconds = dict(zip(Shares._fields, total, strict=True))
-    rest = {"bubble": price.pipeline - sum(total), "synchronisation": price.synchronisation, "waits": price.waits}
+    waited = seconds["intra"] + seconds["inter"]
+    left = max(1 - layout.woven(place) / waited, 0.0) if waited else 0.0  # what two micro-batches at once leave of it
+    seconds |= {name: left * seconds[name] for name in ("intra", "inter")}
+    idle = price.pipeline - sum(seconds.values())
+    rest = {"bubble": idle, "synchronisation": price.synchronisation, "waits": price.waits}
     largest = {
         name: ", ".join(sorted(times, key=times.__getitem__, reverse=True)[:3]) for name, times in ops.items() if times
     }

@@ -139,7 +139,8 @@ class PricedLayout:
         worked = pipeline + synchronisation
         waits = self.cluster.host + worked * self.cluster.jitter * math.sqrt(2 * math.log(self.mesh.world))
         row, part = self._few[-1][middle], self.plan.micros / self._few_micros(-1)
-        exposed = self.synchronisation(middle).exposed + part * sum(self.span(action).exposed for action in row)
+        waited = part * sum(self.span(action).exposed for action in row)
+        exposed = self.synchronisation(middle).exposed + max(waited - self.woven(middle), 0.0)
         train, model = self.config.train, self.config.model
         seconds = worked + waits
         tokens = train.global_batch * model.sequence_length / seconds
@@ -179,6 +180,13 @@ class PricedLayout:
             return max(alone[each.stage, each.phase] - saved.get(each, 0.0), 0.0)
 
         return timeline(actions, self.mesh.pp, woven, hop)
+
+    def woven(self, place: int) -> float:
+        """Seconds that a rank of the pipeline waits less in a step, because it works on two micro-batches at once."""
+        if not self.plan.overlap.in_pairs:
+            return 0.0
+        stages = range(place, len(self._kinds), self.mesh.pp)
+        return self.plan.micros * sum(self._saved(stage, stage) for stage in stages)
 
     def _saved(self, forward: int, backward: int) -> float:
         """By weaving a stage's forward into the backward of another's behind it."""
