@@ -10,7 +10,6 @@ into the results.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from megascale_moe.planner.cluster import Cluster, load
 from megascale_moe.planner.step import StepPrice, memory, price
 from megascale_moe.planner.validate import Result, Validation, validate
 from megascale_moe.presets import PRESETS
+from megascale_moe.train.progress import counted_progress
 
 HERE = Path(__file__).parent
 OURS, MEGATRON = "megascale-moe-h800", "megatron-2024-h800"
@@ -157,7 +157,8 @@ def printed(found: Validation, paper: dict[str, list[dict[str, object]]]) -> str
 
 def main() -> None:
     """Price, print, write."""
-    found = validate(HERE / "validation.csv", lambda row: print(row.id, _percent(row.error), file=sys.stderr))
+    with counted_progress() as progress:
+        found = validate(HERE / "validation.csv", progress)
     ours, megatron = load(OURS), load(MEGATRON)
     paper = {
         "ablation": ablation(ours), "parallelism": parallelism(ours), "mixtral": mixtral(ours, megatron),

@@ -35,9 +35,10 @@ from __future__ import annotations
 import math
 import tomllib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from megascale_moe.config import ConfigError, require
 from megascale_moe.engine.op import Stream, Work
 
 NAMES = ("a100", "b200", "gb200", "h100", "h20", "h200", "h800")
-"""Profiles that come with the package."""
+"""Profiles of hardware that come with the package; those in `stacks` are of hardware with one software stack."""
 GPU = ("memory_gb", "reserved_gb", "memory_tb_per_s", "overhead_us")
 LINK = ("gb_per_s", "latency_us", "peer_us")
 RUN = {"jitter": 0.0, "imbalance": 1.0, "dispatch": 1.0, "step_ms": 0.0}
@@ -153,20 +154,22 @@ def _raw(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _parsed(name: str) -> dict[str, Any]:
-    known = f"known: {', '.join(NAMES)}, or the path of a TOML file"
+    """A profile that comes with the package, of hardware or of a software stack on it, or a file."""
+    found = {path.name.removesuffix(".toml"): path for path in _shipped()}
+    known = f"known: {', '.join([*NAMES, *sorted(set(found) - set(NAMES))])}, or the path of a TOML file"
     try:
-        if name in NAMES:
-            text = (resources.files(__package__) / "clusters" / f"{name}.toml").read_text(encoding="utf-8")
-        elif (stack := resources.files(__package__) / "stacks" / f"{name}.toml").is_file():
-            text = stack.read_text(encoding="utf-8")
-        else:
+        if name not in found:
             require(name.endswith(".toml"), f"cluster profile {name!r} is unknown; {known}")
-            text = Path(name).read_text(encoding="utf-8")
-        return tomllib.loads(text)
+        return tomllib.loads(found.get(name, Path(name)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cluster profile {name}: cannot be read ({error.strerror}); {known}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cluster profile {name}: not valid TOML ({error})") from error
+
+
+def _shipped() -> Iterator[Traversable]:
+    for folder in ("clusters", "stacks"):
+        yield from (resources.files(__package__) / folder).iterdir()
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

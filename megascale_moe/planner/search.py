@@ -70,8 +70,13 @@ def planned(config: Config, cluster: Cluster, gpus: int) -> Plan:
     """The layout and the options of a config, whether they fit or not.
 
     Raises:
-        ConfigError: it does not fit so many ranks, or the model.
+        ConfigError: it does not fit so many ranks, or the model, or is worked out while it runs.
     """
+    require(
+        config.overlap.remat != "budget" and config.overlap.split != "auto",
+        "overlap.remat = 'budget' and split = 'auto' follow from times measured in a run; "
+        "use remat = 'none', 'paper' or 'full' and split = 'none' or a number",
+    )
     return _plan(Pricer(cluster).layout(config, gpus))
 
 
@@ -84,6 +89,9 @@ def search(
         ConfigError: what is kept cannot be searched, or nothing fits: with the smallest cluster on which it would.
     """
     space.check()
+    if space.config.overlap.remat == "budget":
+        free = replace(space.config.overlap, remat="none", activation_bytes=0)  # the budget is the GPU's memory
+        space = replace(space, config=replace(space.config, overlap=free))
     groups = _grouped(space.layouts())
     total = sum(map(len, groups))
     require(

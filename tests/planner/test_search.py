@@ -153,6 +153,17 @@ def test_the_scale_up_criterion_is_the_papers() -> None:
     )
 
 
+def test_what_follows_from_a_run_is_refused_where_it_is_fixed_and_replaced_where_it_is_searched() -> None:
+    budget = replace(WHOLE, overlap=OverlapConfig(remat="budget", activation_bytes=10**6))
+    with pytest.raises(ConfigError, match=r"overlap\.remat = 'budget' and split = 'auto' follow from times"):
+        planned(budget, H800, 4)
+    kept = [key for key in KEYS if key.startswith("parallel.") or key == "train.micro_batch"]
+    fixed = replace(budget, parallel=ParallelConfig(pp=1, dp=1, node=4, ep=4, dispatch="all_gather"))
+    found = search(space(4, *kept, config=replace(fixed, train=replace(WHOLE.train, micro_batch=2))), H800)
+    found.plans[0].config.check()
+    assert (found.layouts, found.plans[0].config.overlap.remat) == (1, "none")
+
+
 def test_every_searched_key_is_a_key_of_the_config() -> None:
     for key in KEYS:
         assert changed(WHOLE, key, value(WHOLE, key)) == WHOLE
