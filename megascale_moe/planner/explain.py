@@ -76,6 +76,14 @@ def explain(plan: Plan, cluster: Cluster) -> Explanation:
     return Explanation(seconds, largest, _limit(seconds, largest, gains), criterion(layout), gains)
 
 
+def most(plan: Plan, cluster: Cluster) -> str:
+    """What takes most of a plan's step, in words: quicker to say than what limits it, which asks for more prices."""
+    seconds, largest = shares(Pricer(cluster).layout(plan.config, plan.gpus))
+    name = max(seconds, key=seconds.__getitem__)
+    ops = f", most in {largest[name]}" if name in largest else ""
+    return f"{seconds[name] / sum(seconds.values()):.0%} {WORDS[name]} of the step{ops}"
+
+
 def criterion(layout: PricedLayout) -> float:
     """R = 3 h_ffn B / (s F): computation over communication of a SwiGLU expert (the paper's section 7: 1.5 h_ffn B / F
     in BF16). B: bytes/s of the link that experts use, F: FLOP/s, s: bytes of an element. Above 1, an expert computes

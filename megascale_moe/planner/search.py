@@ -1,8 +1,8 @@
 """The fastest layouts of a model on a cluster that fit its memory.
 
-There are tens of thousands, and all are looked at: each has a floor, what its computation alone would take if every
-communication were hidden (`bounds`), and layouts are priced in the order of their floors until a floor is above what
-has been found. So nothing is left out on a guess. A layout is priced with the least rematerialization that fits. The
+There are tens of thousands, and all are looked at: each has a floor, what its computation or one of its links alone
+would take (`bounds`), and layouts are priced in the order of their floors until a floor is above what has been found.
+So nothing is left out on a guess. A layout is priced with the least rematerialization that fits. The
 best are then refined: one option after the other is changed and kept where that is faster. Layouts with the same inside
 of a stage share its lists (`stages.Stages`), so they go to the same worker.
 """

@@ -15,7 +15,7 @@ from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, require, to_toml
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.planner.cluster import Cluster, load
-from megascale_moe.planner.explain import Explanation, explain
+from megascale_moe.planner.explain import Explanation, explain, most
 from megascale_moe.planner.price import Prices
 from megascale_moe.planner.search import Found, Plan, capacity, planned, search
 from megascale_moe.planner.space import Space
@@ -103,7 +103,7 @@ def validate_rows(path: Path, *, as_json: bool) -> int:
 
 
 def document(found: Found, cluster: Cluster, explained: Sequence[Explanation]) -> dict[str, Any]:
-    """For --json: plans, best first. Only explained plans say what limits them in full."""
+    """For --json: plans, best first. Those that are not explained say what takes most of their step."""
     rows = []
     for number, each in enumerate(found.plans):
         why = explained[number] if number < len(explained) else None
@@ -112,7 +112,7 @@ def document(found: Found, cluster: Cluster, explained: Sequence[Explanation]) -
             "config": asdict(each.config), "step_seconds": price.seconds,
             "tokens_per_second": price.tokens_per_second, "mfu": price.mfu, "exposed_comm_seconds": price.exposed,
             "bubble": price.bubble, "memory_bytes": each.bytes.peak, "memory": asdict(each.bytes),
-            "fits": each.bytes.peak <= capacity(cluster), "limit": why.limit if why else "",
+            "fits": each.bytes.peak <= capacity(cluster), "limit": why.limit if why else most(each, cluster),
         }  # fmt: skip
         if why:
             row |= {"seconds": dict(why.seconds), "criterion": why.criterion, "gains": [asdict(g) for g in why.gains]}
