@@ -23,7 +23,7 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, Phase, Stream, backward, grad
 from megascale_moe.engine.order import dependencies
 from megascale_moe.parallel.layout import Layout
-from megascale_moe.parallel.model import INPUTS, model_ops
+from megascale_moe.parallel.model import INPUTS, gradient_bytes, model_ops
 from megascale_moe.pipeline import step
 from megascale_moe.pipeline.checker import peak_in_flight
 from megascale_moe.pipeline.program import StepPlan
@@ -379,7 +379,7 @@ def test_without_a_pipeline_it_is_the_plain_list_with_prefixes() -> None:
     """F and backward of micro-batch 0, then of 1, ..., and nothing else."""
     layout = Layout(1, MODEL.sequence_length, axes_of(Mesh(), 0))
     plain = model_ops(MODEL, layout)
-    plain += backward(plain)
+    plain += backward(plain, [], lambda name: gradient_bytes(name, MODEL, layout))
 
     def renamed(names: tuple[str, ...], micro: int) -> tuple[str, ...]:
         return tuple(name if not name or name in SHARED else f"{micro}/{name}" for name in names)
