@@ -9,7 +9,6 @@ may pass over a layout whose floor is above what it has; a test holds them again
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from megascale_moe.model.counts import parameter_shapes
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.storageless import inputs_without_storage, message_without_storage
 from megascale_moe.planner.space import Layout
-from megascale_moe.planner.stages import Kind, Stages
+from megascale_moe.planner.stages import Kind, Once, Stages
 from megascale_moe.planner.step import Pricer
 
 ONE = (Kind(1, 0, first=False, last=False), Kind(0, 1, first=False, last=False))
@@ -40,16 +39,8 @@ class Floors:
         model = config.model
         numbers = zip(ONE, (model.layers - model.dense_layers, model.dense_layers), strict=True)
         self.layers = {kind: number for kind, number in numbers if number}
-        sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
-        self.experts = sum(size for name, size in sizes.items() if ".experts." in name)
-        self.others = sum(sizes.values()) - self.experts
-        self._found: dict[Any, Any] = {}
-
-    @property
-    def least_bytes(self) -> float:
-        """Of weights, gradients and optimizer on all ranks together, with nothing held twice."""
-        each = DTYPES[self.config.train.dtype].itemsize + GRADIENT_BYTES + STATE_BYTES
-        return each * (self.experts + self.others)
+        self.experts, self.others = _parameters(config)
+        self._once = Once()
 
     def quick(self, layout: Layout) -> float:
         """Seconds with as little made again as is allowed; infinite if not even the weights fit."""
@@ -97,10 +88,9 @@ class Floors:
 
     def _took(self, layout: Layout, kind: Kind, phase: str, remat: str) -> dict[Stream, float]:
         """Seconds of a layer and micro-batch by stream."""
-        found: dict[Stream, float] = self._once(
+        return self._once(
             ("took", kind, phase, remat, layout.inside), lambda: self._stages(layout, remat).totals(kind, phase)
         )
-        return found
 
     def _kept(self, layout: Layout, kind: Kind, remat: str) -> float:
         """Bytes of a layer and micro-batch from forward to backward; in proportion to its sequences."""
@@ -111,16 +101,23 @@ class Floors:
             read = {name for op in self._stages(one, remat).lists(kind).backward for name in op.reads}
             return float(sum({place: size for name, (place, size) in sizes.items() if name in read}.values()))
 
-        return layout.rows * float(self._once(("kept", kind, remat, one.inside), kept))
+        return layout.rows * self._once(("kept", kind, remat, one.inside), kept)
 
     def _stages(self, layout: Layout, remat: str) -> Stages:
         serial = replace(layout.of(self.config), overlap=OverlapConfig(remat=remat))  # type: ignore[arg-type]
         return self.pricer.layout(serial, self.gpus).stages
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+
+def least_bytes(config: Config) -> float:
+    """Of weights, gradients and optimizer on all ranks together, with nothing held twice."""
+    return (DTYPES[config.train.dtype].itemsize + GRADIENT_BYTES + STATE_BYTES) * sum(_parameters(config))
+
+
+def _parameters(config: Config) -> tuple[int, int]:
+    """(of experts, others)."""
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return experts, sum(sizes.values()) - experts
 
 
 def _sizes(stages: Stages, kind: Kind) -> dict[str, tuple[int, int]]:

@@ -23,7 +23,7 @@ from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
-from megascale_moe.planner.stages import FEW_BYTES, Kind, StageBytes, Stages, along
+from megascale_moe.planner.stages import Kind, StageBytes, Stages, along
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _last_micro(stages: Stages, plan: StepPlan, train: TrainConfig, whole: Part)
     def measure(few: Kind) -> StageBytes:
         return StageBytes(0.0, 0.0, _hidden(stages, plan, train, few))
 
-    return round(along(Kind.of(whole, plan.model), measure, FEW_BYTES).backward)
+    return round(along(Kind.of(whole, plan.model), measure).backward)
 
 
 def _hidden(stages: Stages, plan: StepPlan, train: TrainConfig, kind: Kind) -> float:

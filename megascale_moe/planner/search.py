@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megascale_moe.config import Config, ConfigError, require
-from megascale_moe.planner.bounds import Floors
+from megascale_moe.planner.bounds import Floors, least_bytes
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.memory import RankBytes
 from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, placement_of, value
@@ -185,7 +185,7 @@ def _best(
     while heap and heap[0][0] < shared.bound:
         floor, place, remat = heapq.heappop(heap)
         layout = layouts[place]
-        placement = placement_of(layout.of(space.config))
+        placement = placement_of(layout.parallel)
         known = best.get(placement)
         limit = min(shared.bound, known.price.seconds if known else math.inf)
         if floor < limit and not remat:
@@ -210,7 +210,7 @@ class _Worker:
     """Prices layouts of one space."""
 
     def __init__(self, space: Space, cluster: Cluster) -> None:
-        self.space, self.cluster, self.pricer = space, cluster, Pricer(cluster)
+        self.space, self.pricer = space, Pricer(cluster)
         self.capacity = capacity(cluster)
         remats = space.options("overlap.remat")
         self.floors = Floors(space.config, space.gpus, self.pricer, self.capacity, remats)
@@ -302,8 +302,7 @@ def _smallest(space: Space, cluster: Cluster) -> int | None:
     Steps of about one and a half until something fits, then what lies between: not by halves, for more GPUs do not
     always help, a batch must divide.
     """
-    weights = Floors(space.config, space.gpus, Pricer(cluster), 0.0, []).least_bytes / capacity(cluster)
-    least = max(space.gpus, weights)
+    least = max(space.gpus, least_bytes(space.config) / capacity(cluster))
     sizes = [size for size in _sizes(cluster.node) if least < size <= LARGEST * max(least, cluster.node)]
     last = -1
     for place, size in enumerate(sizes):
@@ -324,8 +323,9 @@ def _sizes(node: int) -> list[int]:
 def _any_fits(space: Space, cluster: Cluster) -> bool:
     """Whether one of the layouts does that should need least."""
     worker = _Worker(space, cluster)
-    fewest = min((layout.rows for layout in space.layouts()), default=0)
-    small = sorted((each for each in space.layouts() if each.rows == fewest), key=worker.floors.weights)[:TRIED]
+    layouts = list(space.layouts())
+    fewest = min((layout.rows for layout in layouts), default=0)
+    small = sorted((each for each in layouts if each.rows == fewest), key=worker.floors.weights)[:TRIED]
     most = worker.floors.remats[-1]
     least = sorted(small, key=lambda layout: worker.floors.bytes(layout, most))[: TRIED // 5]
     return any(worker.least(layout, most) is not None for layout in least)

@@ -52,9 +52,8 @@ Placement = tuple[Any, ...]
 """Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
 
 
-def placement_of(config: Config) -> Placement:
-    """Of a config with nothing left to work out."""
-    p = config.parallel
+def placement_of(p: ParallelConfig) -> Placement:
+    """Of a layout with nothing left to work out."""
     return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
 
 
@@ -142,15 +141,10 @@ class Space:
         if pp == 1 and "parallel.schedule" not in self.kept:
             return [("1f1b", 1)]
         names = self._some("parallel.schedule", ["1f1b", "zero_bubble", "interleaved"])
-        found = [(name, 1) for name in names if name != "interleaved"]
-        if "interleaved" in names and micros % pp == 0:
-            depths = self._some("parallel.virtual_stages", VIRTUAL_STAGES)
-            found += [("interleaved", n) for n in depths if n * pp <= self.config.model.layers]
-        return [
-            each
-            for each in found
-            if "parallel.virtual_stages" not in self.kept or each[1] == self.config.parallel.virtual_stages
-        ]
+        depths = self._some("parallel.virtual_stages", (1, *VIRTUAL_STAGES))
+        deep = [n for n in depths if n > 1 and n * pp <= self.config.model.layers and micros % pp == 0]
+        found = [(name, 1) for name in names if name != "interleaved" and 1 in depths]
+        return found + [("interleaved", n) for n in deep if "interleaved" in names]
 
     def _attention(self, node: int) -> list[str]:
         """On one rank both are the same."""
@@ -168,13 +162,11 @@ class Space:
                 continue
             slices = [1] if name == "ep" else [n for n in _divisors(self.node) if n > 1]
             for etp in self._some("parallel.etp", slices):
-                sizes = (
-                    [node] if dense else [w // etp for w in widths if w % etp == 0 and model.experts % (w // etp) == 0]
-                )
-                for ep in self._some("parallel.ep", sizes):
-                    for dispatch in self._some(
-                        "parallel.dispatch", ["all_to_all", "all_gather"] if ep > 1 else ["auto"]
-                    ):
+                sizes = [width // etp for width in widths if width % etp == 0]
+                fitting = [node] if dense else [size for size in sizes if model.experts % size == 0]
+                for ep in self._some("parallel.ep", fitting):
+                    ways = ["all_to_all", "all_gather"] if ep > 1 else ["auto"]
+                    for dispatch in self._some("parallel.dispatch", ways):
                         yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
 
     def _some(self, key: str, options: Sequence[Any]) -> list[Any]:

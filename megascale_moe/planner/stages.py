@@ -1,8 +1,8 @@
-"""What a micro-batch takes in some layers of a model, seconds and bytes, from lists of at most three of each kind.
+"""What a micro-batch takes in some layers of a model, seconds and bytes, from lists of at most two of each kind.
 
-Layers of a kind are alike, so of many only two and three are built, and each further one takes what the third took more
-than the second: in a list whose communication hides behind the neighbouring layer, too, the borders are those of any
-depth. That makes a layout of sixty layers as cheap as one of three. And what was found once serves every layout that
+Layers of a kind are alike, so of many only one and two are built, and each further one takes what the second took more
+than the first: in a list whose communication hides behind the neighbouring layer, too, the borders are those of any
+depth. That makes a layout of sixty layers as cheap as one of two. And what was found once serves every layout that
 has the same inside of a stage, whatever its pipeline and its data parallelism: a search meets it again and again.
 """
 
@@ -20,18 +20,17 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op, Stream, grad
-from megascale_moe.engine.order import best_order, makespan, simulate
+from megascale_moe.engine.order import Span, best_order, makespan, simulate
 from megascale_moe.parallel.model import buffers_of
 from megascale_moe.parallel.stages import Part
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import Stage, action_ops, of_micro
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
+from megascale_moe.planner.price import Prices
 
 FEW = 2
-"""Layers of a kind of which a list is built at most, for its time."""
-FEW_BYTES = 2
-"""The same for its memory: no border of a layer is hidden in another there, and running a list is slower."""
+"""Layers of a kind of which a list is built at most."""
 
 
 class Kind(NamedTuple):
@@ -80,15 +79,16 @@ class StageBytes(NamedTuple):
 
 
 Numbers = TypeVar("Numbers", bound=tuple[float, ...])  # a named tuple
+Made = TypeVar("Made")
 
 
-def along(kind: Kind, measure: Callable[[Kind], Numbers], few: int = FEW) -> Numbers:
-    """What `measure` finds, straight on from what it finds for `few` layers and one less where there are more."""
-    more = max(kind.experts - few, 0), max(kind.dense - few, 0)
+def along(kind: Kind, measure: Callable[[Kind], Numbers]) -> Numbers:
+    """What `measure` finds, straight on from what it finds for few layers and for one less where there are more."""
+    more = max(kind.experts - FEW, 0), max(kind.dense - FEW, 0)
     most = kind._replace(experts=kind.experts - more[0], dense=kind.dense - more[1])
     found = measure(most)
     total = list(found)
-    for times, less in zip(more, (most._replace(experts=few - 1), most._replace(dense=few - 1)), strict=True):
+    for times, less in zip(more, (most._replace(experts=FEW - 1), most._replace(dense=FEW - 1)), strict=True):
         if times:
             total = [sum_ + times * (b - a) for sum_, a, b in zip(total, measure(less), found, strict=True)]
     return type(found)(*total)  # type: ignore[arg-type]
@@ -109,29 +109,51 @@ def inner(config: Config, node: int, ep: int, etp: int, rows: int) -> Config:
     return Config(model=config.model, parallel=parallel, overlap=config.overlap, wire=wire, train=train)
 
 
+class Once:
+    """What was made, by a key that says all it depends on."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def __call__(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` makes, the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+
 @dataclass(frozen=True)
 class Stages:
     """Of one layout inside a stage.
 
     Attributes:
-        plan: that of any rank of any pipeline that has this layout; its profile's prices decide. contention: see
-            `simulate`.
+        plan: that of any rank of any pipeline that has this layout; its profile's prices decide. prices: of a cluster,
+            where there is one: its operators are put on the links that they use there. contention: see `simulate`.
     """
 
     plan: StepPlan
     train: TrainConfig
+    prices: Prices | None = None
     contention: float = 1.0
-    _found: dict[Any, Any] = field(default_factory=dict)
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+    _once: Once = field(default_factory=Once)
 
     def lists(self, kind: Kind) -> Stage:
         """The lists of a part."""
-        stage: Stage = self._once(("lists", kind), lambda: kind.of_model(self.plan).stage(kind.part))
-        return stage
+
+        def made() -> Stage:
+            stage = kind.of_model(self.plan).stage(kind.part)
+            if self.prices is None:
+                return stage
+            forward, backward = (list(map(self.prices.placed, ops)) for ops in (stage.forward, stage.backward))
+            return replace(stage, forward=forward, backward=backward)
+
+        return self._once(("lists", kind), made)
+
+    def spans(self, kind: Kind, phase: str) -> list[tuple[Op, Span]]:
+        """When each operator of an action runs; not for deep parts."""
+        ops = action_ops(self.lists(kind), phase)
+        return list(zip(ops, simulate(ops, self.seconds, self.contention), strict=True))
 
     def _simulated(self, ops: Sequence[Op]) -> Took:
         return simulated(ops, self.seconds, self.contention)
@@ -140,8 +162,7 @@ class Stages:
         """An action of a pipeline: F, B, W or BW of one micro-batch."""
 
         def measure(few: Kind) -> Took:
-            found: Took = self._once((few, phase), lambda: self._simulated(action_ops(self.lists(few), phase)))
-            return found
+            return self._once((few, phase), lambda: self._simulated(action_ops(self.lists(few), phase)))
 
         return along(kind, measure)
 
@@ -178,13 +199,9 @@ class Stages:
         """What a micro-batch takes of memory."""
 
         def measure(few: Kind) -> StageBytes:
-            found: StageBytes = self._once((few, "bytes"), lambda: self._weighed(few))
-            return found
+            return self._once((few, "bytes"), lambda: weighed(*self.on_paper(few)))
 
-        return along(kind, measure, FEW_BYTES)
-
-    def _weighed(self, kind: Kind) -> StageBytes:
-        return weighed(*self.on_paper(kind))
+        return along(kind, measure)
 
     def on_paper(self, kind: Kind) -> tuple[StepPlan, Stage, Mapping[str, Tensor], Mapping[str, Gradient]]:
         """What a part needs to run without storage: plan, lists, weights, gradients."""

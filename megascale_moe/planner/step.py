@@ -2,12 +2,12 @@
 
 Nothing is counted in closed form. The lists of each kind of stage are built as a rank builds them, ordered by the same
 scheduler with the cluster's prices, and simulated by the executor's rules (`stages`); that gives each action of the
-pipeline its duration, and the schedule, executed on these, the pipeline's.
+pipeline its duration, and the schedule, executed on these for few micro-batches, the pipeline's.
 
 Synchronisation and update are the optimizer's own list. Behind the step they are simulated alone. Hidden, they are
 simulated among the operators of one micro-batch's forward and backward of a rank, and what that takes longer is added.
 That is what the executor does at the end of a step (its first gathers and last reductions have one micro-batch to hide
-behind), except that a rank which waits in the pipeline's bubble could hide more.
+behind, an interleaved stage as many as pass it in a row), except that a rank which waits in the bubble could hide more.
 
 A step ends with its slowest rank: of N whose times scatter by a relative standard deviation, that is about
 sqrt(2 ln N) deviations behind the mean.
@@ -16,10 +16,9 @@ sqrt(2 ln N) deviations behind the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
@@ -34,7 +33,7 @@ from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
-from megascale_moe.planner.stages import Kind, Stages, Took, along, inner, simulated
+from megascale_moe.planner.stages import Kind, Once, Stages, Took, along, inner, simulated
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Pricer:
         plan = plan_of(config, mesh, 0, Profile(prices) if prices else None)
         key = inner(config, mesh.node, mesh.ep, mesh.etp, micro_batch(config, mesh))
         if key not in self._stages:
-            self._stages[key] = Stages(plan, key.train, cluster.contention if cluster else 1.0)
+            self._stages[key] = Stages(plan, key.train, prices, cluster.contention if cluster else 1.0)
         hides = config.overlap.hides_synchronisation if self.hides is None else self.hides
         return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices, hides)
 
@@ -127,7 +126,7 @@ class PricedLayout:
     cluster: Cluster | None
     prices: Prices | None
     hides: bool
-    _found: dict[Any, Any] = field(default_factory=dict)
+    _once: Once = field(default_factory=Once)
 
     @cached_property
     def price(self) -> StepPrice:
@@ -156,8 +155,15 @@ class PricedLayout:
         Args:
             update: look at the end of the step, too.
         """
-        actions = self._few[-1][place]
-        return rank_bytes(self.stages, self.plan, self.config.train, place, actions, update=update)
+        stages, plan, train, actions = self.stages, self.plan, self.config.train, self._few[-1][place]
+        return self._once(
+            ("bytes", place, update), lambda: rank_bytes(stages, plan, train, place, actions, update=update)
+        )
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Of the actions of a micro-batch."""
+        return ("F", "B", "W") if self.config.parallel.schedule == "zero_bubble" else ("F", "BW")
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -169,7 +175,7 @@ class PricedLayout:
         hop = self.prices.hop(self.plan.message.nbytes)
         alone = {
             (stage, phase): self._took(kind, phase).seconds
-            for phase in {action.phase for action in actions[0]} for stage, kind in enumerate(self._kinds)
+            for phase in self.phases for stage, kind in enumerate(self._kinds)
         }  # fmt: skip
         if not self.plan.overlap.in_pairs:
             return timeline(actions, self.mesh.pp, lambda each: alone[each.stage, each.phase], hop)
@@ -194,8 +200,7 @@ class PricedLayout:
         common = Kind(min(kind.experts, other.experts), min(kind.dense, other.dense), first=False, last=False)
         if not common.experts + common.dense:  # nothing alike to weave
             return 0.0
-        found: float = self._once(("saved", common), lambda: self.stages.saved(common))
-        return found
+        return self._once(("saved", common), lambda: self.stages.saved(common))
 
     @cached_property
     def _few(self) -> list[Schedule]:
@@ -230,14 +235,15 @@ class PricedLayout:
         if self.plan.overlap.in_pairs:
             return 0.0
         zero_bubble = self.config.parallel.schedule == "zero_bubble"
-        split = ("B", "W") if zero_bubble else ("BW",)
         kinds = [kind._replace(first=False, last=False) for kind in self._kinds]
         forward = [self._took(kind, "F").seconds for kind in kinds]
-        backward = [sum(self._took(kind, phase).seconds for phase in split) for kind in kinds]
+        backward = [sum(self._took(kind, phase).seconds for phase in self.phases[1:]) for kind in kinds]
         back = [0.0 if zero_bubble else seconds for seconds in backward]
-        work = [sum(forward[place :: self.mesh.pp]) + sum(backward[place :: self.mesh.pp]) for place in self._places]
-        ways = [sum(forward[:place]) + sum(back[:place]) for place in self._places]
-        return max(self.plan.micros * w + way for w, way in zip(work, ways, strict=True))
+        pp, micros = self.mesh.pp, self.plan.micros
+        return max(
+            micros * sum(forward[place::pp] + backward[place::pp]) + sum(forward[:place] + back[:place])
+            for place in range(pp)
+        )
 
     def closer(self) -> Iterator[float]:
         """Seconds that a step takes at least, each closer to its price and longer to find than the one before."""
@@ -245,10 +251,6 @@ class PricedLayout:
         yield self.pipeline[0]
         yield self.pipeline[0] + self.synchronisation(self.mesh.pp // 2).seconds
         yield self.price.seconds
-
-    @property
-    def _places(self) -> range:
-        return range(self.mesh.pp)
 
     def _few_micros(self, which: int) -> int:
         return 1 + max(action.micro for action in self._few[which][0])
@@ -258,13 +260,7 @@ class PricedLayout:
         return self._took(self._kinds[action.stage], action.phase)
 
     def _took(self, kind: Kind, phase: str) -> Took:
-        found: Took = self._once((kind, phase), lambda: self.stages.took(kind, phase))
-        return found
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+        return self._once((kind, phase), lambda: self.stages.took(kind, phase))
 
     @cached_property
     def _kinds(self) -> list[Kind]:
@@ -274,8 +270,7 @@ class PricedLayout:
         """What a step takes longer than its micro-batches, for the ranks at a place of the pipeline."""
         whole = together(parts_of_rank(self.plan.parts, self.mesh.pp, place))
         kind = Kind.of(whole, self.config.model)
-        found: Took = self._once(kind, lambda: self._synchronised(whole, kind))
-        return found
+        return self._once(kind, lambda: self._synchronised(whole, kind))
 
     def _synchronised(self, whole: Part, kind: Kind) -> Took:
         if not self.hides:
@@ -287,7 +282,7 @@ class PricedLayout:
         assert self.prices is not None
         prices, stage = self.prices, self.stages.lists(kind)
         optimizer = optimizer_of(kind.of_model(self.plan), self.config.train, kind.part, by_layer=True)
-        ops = [prices.placed(op) for op in [*stage.forward, *stage.backward]]
+        ops = [*stage.forward, *stage.backward]
         own, passes = {id(op) for op in ops}, self._passes
 
         def seconds(op: Op) -> float:
