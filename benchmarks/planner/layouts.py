@@ -30,6 +30,7 @@ import torch.distributed as dist  # noqa: E402
 from benchmarks.cluster.cluster import Cluster, Shape, cluster  # noqa: E402
 from benchmarks.cluster.iso import NODES, balance, gemm_rates  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
+from benchmarks.overlap.nodes import batches  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from benchmarks.planner import cores  # noqa: E402
 from megascale_moe.comm.axis import Axes, connect  # noqa: E402
@@ -50,8 +51,8 @@ from megascale_moe.planner.cluster import Cluster as Profile  # noqa: E402
 from megascale_moe.planner.cluster import load  # noqa: E402
 from megascale_moe.planner.price import Prices  # noqa: E402
 from megascale_moe.planner.step import price  # noqa: E402
+from megascale_moe.train import bench_overlap  # noqa: E402
 from megascale_moe.train.bench_profile import header, memory_of, profile  # noqa: E402
-from megascale_moe.train.data import Batch  # noqa: E402
 from megascale_moe.train.machine import Found, Meter  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
 from megascale_moe.train.timed import over_ranks, spread  # noqa: E402
@@ -65,17 +66,12 @@ MODEL = ModelConfig(
     sequence_length=256, init_std=0.02, balance_loss=0.01,
 )  # fmt: skip
 SEQUENCES = 8
-SERIAL, AS_COMPUTED = OverlapConfig(), WireConfig()
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(bench_overlap.Variant):
     """A way to train."""
 
-    name: str
-    parallel: ParallelConfig
-    overlap: OverlapConfig = SERIAL
-    wire: WireConfig = AS_COMPUTED
     micro_batch: int = 4
 
     @property
@@ -157,18 +153,6 @@ def measured_profile(where: Cluster) -> Found:
         seen.add(what)
 
     return Meter(axes, mesh, CPU, "fp32", progress=progress).everything()
-
-
-def batches(config: Config, data: int, seed: int) -> list[Batch]:
-    """A data-parallel rank's micro-batches."""
-    generator = torch.Generator().manual_seed(seed * 100 + data)
-    length, rows = config.model.sequence_length, config.train.micro_batch
-    share = config.train.global_batch // config.parallel.dp
-    found = []
-    for _ in range(share // rows):
-        tokens = torch.randint(0, config.model.vocab, (rows, length), generator=generator)
-        found.append(Batch(tokens, tokens.roll(-1, 1), tuple(range(0, rows * length + 1, length))))
-    return found
 
 
 class Runner:

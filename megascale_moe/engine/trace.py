@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,22 +54,30 @@ class Trace:
                 totals[key] = totals.get(key, 0) + event.wire_bytes
         return totals
 
-    def write_chrome(self, path: Path, rank: int) -> None:
-        """Write the JSON that chrome://tracing and Perfetto open: a process per rank, a track per stream."""
+    def chrome(self, process: int) -> list[dict[str, object]]:
+        """Events of a Chrome trace: those of one process, a track per stream."""
         lanes = {stream: lane for lane, stream in enumerate(Stream)}
-        rows: list[dict[str, object]] = [
-            {"ph": "M", "name": "thread_name", "pid": rank, "tid": lane, "args": {"name": str(stream)}}
+        named: list[dict[str, object]] = [
+            {"ph": "M", "name": "thread_name", "pid": process, "tid": lane, "args": {"name": str(stream)}}
             for stream, lane in lanes.items()
         ]
-        rows += [
+        return named + [
             {
-                "ph": "X", "pid": rank, "tid": lanes[event.stream], "name": f"{event.phase} {event.name}",
+                "ph": "X", "pid": process, "tid": lanes[event.stream], "name": f"{event.phase} {event.name}",
                 "ts": event.start * 1e6, "dur": (event.end - event.start) * 1e6,
                 "args": {"wire_bytes": event.wire_bytes, "exposed_us": event.exposed * 1e6},
             }
             for event in self.events
         ]
-        path.write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+    def write_chrome(self, path: Path, rank: int) -> None:
+        """Write the JSON that chrome://tracing and Perfetto open, the rank as a process."""
+        write_chrome(path, self.chrome(rank))
+
+
+def write_chrome(path: Path, events: Sequence[dict[str, object]]) -> None:
+    """Write events as a Chrome trace."""
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 now = time.perf_counter

@@ -230,7 +230,7 @@ class _Reader:
         return found  # type: ignore[no-any-return]
 
     def number(self, *path: str, default: float | None = None) -> float:
-        if default is not None and path[-1] not in self.raw.get(path[0], {}):
+        if default is not None and path[-1] not in (self.section(path[0]) if path[0] in self.raw else {}):
             return default
         found = self.value(*path)
         fits = type(found) in (int, float) and math.isfinite(found)

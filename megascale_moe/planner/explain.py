@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
-from megascale_moe.config import Config
 from megascale_moe.engine.cost import stem
-from megascale_moe.engine.op import Op, Stream, Work
-from megascale_moe.engine.order import Span, simulate
-from megascale_moe.pipeline.step import action_ops
+from megascale_moe.engine.op import Op, Stream
+from megascale_moe.engine.order import Span
 from megascale_moe.planner.cluster import Cluster
-from megascale_moe.planner.search import Plan
 from megascale_moe.planner.space import changed
 from megascale_moe.planner.stages import Kind, along
 from megascale_moe.planner.step import PricedLayout, Pricer
@@ -68,17 +66,16 @@ class Explanation:
     gains: tuple[Gain, ...]
 
 
-def explain(plan: Plan, cluster: Cluster) -> Explanation:
+def explain(layout: PricedLayout) -> Explanation:
     """Look into a plan."""
-    layout = Pricer(cluster).layout(plan.config, plan.gpus)
     seconds, largest = shares(layout)
-    gains = sensitivity(plan.config, cluster, plan.gpus, layout.price.seconds)
+    gains = sensitivity(layout)
     return Explanation(seconds, largest, _limit(seconds, largest, gains), criterion(layout), gains)
 
 
-def most(plan: Plan, cluster: Cluster) -> str:
+def most(layout: PricedLayout) -> str:
     """What takes most of a plan's step, in words: quicker to say than what limits it, which asks for more prices."""
-    seconds, largest = shares(Pricer(cluster).layout(plan.config, plan.gpus))
+    seconds, largest = shares(layout)
     name = max(seconds, key=seconds.__getitem__)
     ops = f", most in {largest[name]}" if name in largest else ""
     return f"{seconds[name] / sum(seconds.values()):.0%} {WORDS[name]} of the step{ops}"
@@ -98,18 +95,16 @@ def criterion(layout: PricedLayout) -> float:
 def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
     """Where the seconds of a step go on a rank of the middle, and the largest operators of each share."""
     place = layout.mesh.pp // 2
-    phases = ("F", "B", "W") if layout.config.parallel.schedule == "zero_bubble" else ("F", "BW")
     kinds = [Kind.of(part, layout.config.model) for part in layout.plan.parts[place :: layout.mesh.pp]]
     micros = layout.plan.micros
     total = [0.0] * len(Shares._fields)
     ops: dict[str, dict[str, float]] = {name: defaultdict(float) for name in Shares._fields}
     for kind in kinds:
-        for phase in phases:
-            found = along(kind, lambda few, phase=phase: _shares(layout, few, phase))  # type: ignore[misc]
+        one = kind._replace(experts=min(kind.experts, 1), dense=min(kind.dense, 1))
+        for phase in layout.phases:
+            found = along(kind, partial(_shares, layout, phase))
             total = [a + micros * b for a, b in zip(total, found, strict=True)]
-            for op, span in _spans(
-                layout, Kind(min(kind.experts, 1), min(kind.dense, 1), kind.first, kind.last), phase
-            ):
+            for op, span in layout.stages.spans(one, phase):
                 ops[_share(op)][stem(op.name)] += _seconds(op, span)
     price = layout.price
     seconds = dict(zip(Shares._fields, total, strict=True))
@@ -124,14 +119,9 @@ def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
     return seconds | rest, largest
 
 
-def _spans(layout: PricedLayout, kind: Kind, phase: str) -> list[tuple[Op, Span]]:
-    ops = action_ops(layout.stages.lists(kind), phase)
-    return list(zip(ops, simulate(ops, layout.stages.seconds, layout.stages.contention), strict=True))
-
-
-def _shares(layout: PricedLayout, kind: Kind, phase: str) -> Shares:
+def _shares(layout: PricedLayout, phase: str, kind: Kind) -> Shares:
     found = dict.fromkeys(Shares._fields, 0.0)
-    for op, span in _spans(layout, kind, phase):
+    for op, span in layout.stages.spans(kind, phase):
         found[_share(op)] += _seconds(op, span)
     return Shares(**found)
 
@@ -144,16 +134,16 @@ def _seconds(op: Op, span: Span) -> float:
     return span.end - span.start if op.stream == Stream.COMPUTE else span.exposed
 
 
-def sensitivity(config: Config, cluster: Cluster, gpus: int, now: float) -> tuple[Gain, ...]:
+def sensitivity(layout: PricedLayout) -> tuple[Gain, ...]:
     """The same layout on better clusters, and with a larger batch."""
-    found = []
-    for what, better in _better(cluster).items():
-        seconds = Pricer(better).layout(config, gpus).price.seconds
-        found.append(Gain(what, seconds, 1 - seconds / now))
-    batch = 2 * config.train.global_batch
-    seconds = Pricer(cluster).layout(changed(config, "train.global_batch", batch), gpus).price.seconds / 2
-    found.append(Gain("a batch twice as large, per sequence", seconds, 1 - seconds / now))
-    return tuple(sorted(found, key=lambda gain: gain.seconds))
+    assert layout.cluster is not None
+    config, gpus, now = layout.config, layout.mesh.world, layout.price.seconds
+    better = _better(layout.cluster)
+    found = {what: Pricer(cluster).layout(config, gpus).price.seconds for what, cluster in better.items()}
+    twice = changed(config, "train.global_batch", 2 * config.train.global_batch)
+    found["a batch twice as large, per sequence"] = Pricer(layout.cluster).layout(twice, gpus).price.seconds / 2
+    gains = (Gain(what, seconds, 1 - seconds / now) for what, seconds in found.items())
+    return tuple(sorted(gains, key=lambda gain: gain.seconds))
 
 
 def _better(cluster: Cluster) -> dict[str, Cluster]:
@@ -191,6 +181,3 @@ def _limit(seconds: Mapping[str, float], largest: Mapping[str, str], gains: tupl
     ops = f", most in {largest[seen[0]]}" if seen and seen[0] in largest else ""
     of = f": {part} of the step{ops}" if part else ""
     return f"{resource}{of}; {gain.what} would save {gain.saved:.0%}"
-
-
-assert set(Shares._fields) == {*map(str, Work), "intra", "inter"}

@@ -31,6 +31,7 @@ from megascale_moe.engine.trace import now
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.weights import initial, placements
+from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.train.data import Batch
 from megascale_moe.train.shares import LinkFound, Sample, link_of
@@ -41,7 +42,6 @@ FORMULAS = "formulas"
 """The kind of operators that work element by element and declare FLOPs, beside those that only move rows."""
 QUARTILES = 1.349
 """Standard deviations of a normal distribution between its quartiles."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Progress = Callable[[str, int, int], None]
 
 

@@ -105,6 +105,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("product = [[128, 0.5]]", "product = [[8, 0.5], [4, 0.6]]", "gpu.share.product: must be pairs [size, share]"),
         ("product = [[128, 0.5]]", "product = []", "gpu.share.product: must be pairs [size, share]"),
         ("[links.inter]", "[links.outer]", "links.inter is missing"),
+        ('stack = "a stack"', 'stack = "a stack"\nrun = 3', "run = 3: must be a table"),
         ("ranks = 8", "ranks = 8\nrings = 1", "node.rings = 1: must be true or false"),
         ("overhead_us = 3", "overhead_us = 3\ncontention = 0.9", "contention = 0.9: must be a number of at least 1"),
         ("[links.inter]", "[run]\njitter = -1\n[links.inter]", "run.jitter = -1: must be a number of at least 0"),

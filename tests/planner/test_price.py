@@ -181,7 +181,7 @@ def test_a_price_is_the_simulation_of_the_list_that_runs(parallel: ParallelConfi
 
 @pytest.mark.parametrize("order", ["paper", "scheduled"])
 def test_many_layers_go_straight_on_from_few(order: str) -> None:
-    """Twelve layers, two without experts, from lists of two and three of a kind. Within a percent: weights of a layer
+    """Twelve layers, two without experts, from lists of one and two of a kind. Within a percent: weights of a layer
     are gathered while the one before it computes, and the first has none before it."""
     deep = replace(MODEL, layers=12, dense_layers=2, dense_ffn_hidden=4096)
     whole = replace(config(ParallelConfig(node=4, dp=2), OverlapConfig(order=order)), model=deep)  # type: ignore[arg-type]

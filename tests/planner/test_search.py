@@ -9,10 +9,11 @@ import pytest
 
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
+from megascale_moe.engine.op import Stream, Work
 from megascale_moe.pipeline.batches import check_batches
 from megascale_moe.planner.bounds import Floors
 from megascale_moe.planner.cluster import load
-from megascale_moe.planner.explain import WORDS, explain
+from megascale_moe.planner.explain import WORDS, Shares, explain
 from megascale_moe.planner.search import Found, capacity, planned, search
 from megascale_moe.planner.space import KEYS, Space, changed, parallel_words, value
 from megascale_moe.planner.step import Pricer, memory, price
@@ -130,27 +131,32 @@ def test_a_batch_that_no_layout_divides_is_refused() -> None:
 
 def test_an_explanation_adds_up(found: Found) -> None:
     for config in (found.plans[0].config, replace(WHOLE, parallel=ParallelConfig(pp=2, node=2, ep=2))):
-        plan = planned(config, H800, 4)
-        why = explain(plan, H800)
+        layout = Pricer(H800).layout(config, 4)
+        why = explain(layout)
         assert set(why.seconds) == set(WORDS)
-        assert sum(why.seconds.values()) == pytest.approx(plan.price.seconds, rel=1e-6)
+        assert sum(why.seconds.values()) == pytest.approx(layout.price.seconds, rel=1e-6)
         assert all(seconds >= -1e-9 for name, seconds in why.seconds.items() if name != "bubble")
         assert why.gains[0].saved == max(gain.saved for gain in why.gains) > 0
         assert why.gains[0].what in why.limit
-    slow = planned(replace(WHOLE, parallel=ParallelConfig(node=4, attention="tp", ffn="tp")), H800, 4)
+    assert set(Shares._fields) == {*map(str, Work), str(Stream.INTRA), str(Stream.INTER)}
     links = {stream: replace(link, rate=link.rate / 50) for stream, link in H800.links.items()}
-    assert explain(slow, replace(H800, links=links)).limit.startswith("the links inside a node")
+    slow = Pricer(replace(H800, links=links))
+    tensor = replace(WHOLE, parallel=ParallelConfig(node=4, attention="tp", ffn="tp"))
+    assert explain(slow.layout(tensor, 4)).limit.startswith("the links inside a node")
+    # Ranks of one node, whatever `parallel.node` calls so: what they wait for is not the network.
+    experts = explain(slow.layout(replace(WHOLE, parallel=ParallelConfig(node=2, dp=2, ep=4)), 4))
+    assert experts.seconds["intra"] > 0
+    assert experts.seconds["inter"] == 0
 
 
 def test_the_scale_up_criterion_is_the_papers() -> None:
     """R = 1.5 h_ffn bandwidth / peak in BF16 (its section 7): h_ffn 14,336, 200 GB/s, 989 TFLOP/s."""
     model = replace(MODEL, ffn_hidden=14336)
-    why = explain(planned(replace(WHOLE, model=model, parallel=ParallelConfig(node=8)), H800, 8), H800)
+    why = explain(Pricer(H800).layout(replace(WHOLE, model=model, parallel=ParallelConfig(node=8)), 8))
     assert why.criterion == pytest.approx(1.5 * 14336 * 200e9 / 989e12)
     over_nodes = replace(WHOLE, model=model, parallel=ParallelConfig(node=4, ep=8))
-    assert explain(planned(over_nodes, replace(H800, node=4), 8), replace(H800, node=4)).criterion == pytest.approx(
-        1.5 * 14336 * 50e9 / 989e12
-    )
+    small = Pricer(replace(H800, node=4)).layout(over_nodes, 8)
+    assert explain(small).criterion == pytest.approx(1.5 * 14336 * 50e9 / 989e12)
 
 
 def test_what_follows_from_a_run_is_refused_where_it_is_fixed_and_replaced_where_it_is_searched() -> None:

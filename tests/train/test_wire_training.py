@@ -59,8 +59,7 @@ def test_hidden_or_not_it_is_the_same_training(layout: str, wire: str) -> None:
     """As without formats (test_hidden_sync.py): what is rounded does not depend on when it is sent, so losses are equal
     to the bit. Only the norm adds groups in another order, 1e-6 relative. Gradients are not clipped by it here: its
     last bit lets single weights be rounded to the other side, and a token go to another expert; whether it does hangs
-    on the processor (it did on one with AVX2 and did not on one with AVX-512). Losses are near FP32's: within 2 %,
-    which five steps of AdamW make of what FP8 rounds.
+    on the processor's arithmetic. Losses are near FP32's: within 2 %, which five steps of AdamW make of FP8's rounding.
     """
     serial, equal = run_ranks(4, losses, layout, OverlapConfig(), wire, 0.0)[0]
     hidden, also = run_ranks(4, losses, layout, HIDDEN, wire, 0.0)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -11,14 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, require, to_toml
-from megascale_moe.pipeline.batches import DTYPES
-from megascale_moe.planner.cluster import Cluster, load
+from megascale_moe.planner.cluster import load
 from megascale_moe.planner.explain import Explanation, explain, most
-from megascale_moe.planner.price import Prices
-from megascale_moe.planner.search import Found, Plan, capacity, planned, search
+from megascale_moe.planner.search import Plan, capacity, planned, search
 from megascale_moe.planner.space import Space
+from megascale_moe.planner.step import PricedLayout, Pricer
 from megascale_moe.planner.validate import validate
 from megascale_moe.train.plan.pictures import write_pareto, write_trace
 from megascale_moe.train.plan.table import memory_table, show, show_search, show_validation, wide_console
@@ -67,24 +66,29 @@ def plan(order: Order, *, as_json: bool) -> int:
         ConfigError: see `search` and `planner.cluster.load`.
     """
     cluster, console = load(order.cluster), wide_console(stderr=as_json)
+    pricer = Pricer(cluster)
     ranked = len(order.configs) == 1 and not order.fixed
-    start = time.monotonic()
     if ranked:
+        start = time.monotonic()
         space = Space(order.configs[0], order.gpus, cluster.node, order.kept)
         with counted_progress() as progress:
             found = search(space, cluster, progress=progress)
-        show_search(found, time.monotonic() - start, console)
+        seconds = time.monotonic() - start
+        show_search(found, seconds, console)
+        more = {"layouts": found.layouts, "priced": found.priced, "search_seconds": seconds}
         plans: Sequence[Plan] = found.plans
     else:
-        plans = [planned(config, cluster, order.gpus) for config in order.configs]
-        found = Found(tuple(plans), len(plans), len(plans))
-    explained = [explain(each, cluster) for each in (plans[:1] if ranked else plans)]
+        plans, more = [planned(config, cluster, order.gpus) for config in order.configs], {}
+    layouts = [pricer.layout(each.config, order.gpus) for each in plans]
+    explained = [explain(layout) for layout in (layouts[:1] if ranked else layouts)]
     show(plans, cluster, explained, console, ranked)
     if len(order.configs) == 1:
         console.print(memory_table(plans[0], cluster))
-        _write(plans, cluster, order.out, console)
+        _write(plans, layouts[0], order.out, console)
     if as_json:
-        print(json.dumps(document(found, cluster, explained), allow_nan=False))
+        about = {"cluster": cluster.name, "stack": cluster.stack, "gpus": order.gpus, **more}
+        rows = [_row(*each, capacity(cluster)) for each in itertools.zip_longest(plans, layouts, explained)]
+        print(json.dumps(about | {"plans": rows}, allow_nan=False))
     return 0
 
 
@@ -102,42 +106,33 @@ def validate_rows(path: Path, *, as_json: bool) -> int:
     return 0
 
 
-def document(found: Found, cluster: Cluster, explained: Sequence[Explanation]) -> dict[str, Any]:
-    """For --json: plans, best first. Those that are not explained say what takes most of their step."""
-    rows = []
-    for number, each in enumerate(found.plans):
-        why = explained[number] if number < len(explained) else None
-        price = each.price
-        row: dict[str, Any] = {
-            "config": asdict(each.config), "step_seconds": price.seconds,
-            "tokens_per_second": price.tokens_per_second, "mfu": price.mfu, "exposed_comm_seconds": price.exposed,
-            "bubble": price.bubble, "memory_bytes": each.bytes.peak, "memory": asdict(each.bytes),
-            "fits": each.bytes.peak <= capacity(cluster), "limit": why.limit if why else most(each, cluster),
-        }  # fmt: skip
-        if why:
-            row |= {"seconds": dict(why.seconds), "criterion": why.criterion, "gains": [asdict(g) for g in why.gains]}
-        rows.append(row)
-    return {
-        "cluster": cluster.name, "stack": cluster.stack, "gpus": found.plans[0].gpus, "layouts": found.layouts,
-        "priced": found.priced, "plans": rows,
+def _row(plan: Plan, layout: PricedLayout, why: Explanation | None, holds: float) -> dict[str, Any]:
+    """Of a plan, for --json. One that is not explained says what takes most of its step."""
+    price = plan.price
+    row: dict[str, Any] = {
+        "config": asdict(plan.config), "step_seconds": price.seconds, "tokens_per_second": price.tokens_per_second,
+        "mfu": price.mfu, "exposed_comm_seconds": price.exposed, "bubble": price.bubble,
+        "memory_bytes": plan.bytes.peak, "memory": asdict(plan.bytes), "fits": plan.bytes.peak <= holds,
+        "limit": why.limit if why else most(layout),
     }  # fmt: skip
+    if why:
+        row |= {"seconds": dict(why.seconds), "criterion": why.criterion, "gains": [asdict(g) for g in why.gains]}
+    return row
 
 
-def _write(plans: Sequence[Plan], cluster: Cluster, folder: Path, console: Console) -> None:
+def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Console) -> None:
     """The best plan as a config, a trace and a page, and all as a picture."""
-    best = plans[0]
+    cluster, prices, path = best.cluster, best.prices, folder / "plan.toml"
+    assert cluster is not None
+    assert prices is not None
+    files = ["plan.toml", "trace.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.toml").write_text(to_toml(best.config), encoding="utf-8")
-        write_trace(best, cluster, folder / "trace.json")
-        files = ["plan.toml", "trace.json"]
-        if write_pareto(plans, cluster, folder / "pareto.png"):
-            files.append("pareto.png")
+        path.write_text(to_toml(best.config), encoding="utf-8")
+        write_trace(best, folder / "trace.json")
+        files += ["pareto.png"] if write_pareto(plans, cluster, folder / "pareto.png") else []
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
-    prices = Prices.of(
-        cluster, DTYPES[best.config.train.dtype], mesh_of(best.config.parallel, best.config.model, best.gpus)
-    )
     words = f"Seconds of operators are predicted from the profile {cluster.name} ({cluster.stack})."
-    plan_report(best.config, best.gpus, folder / "plan.toml", folder / "report.html", (prices, words))
+    plan_report(best.config, best.mesh.world, path, folder / "report.html", (prices, words))
     console.print(f"{folder}: {', '.join([*files, 'report.html'])}", markup=False)

@@ -2,67 +2,54 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megascale_moe.engine.op import Stream
-from megascale_moe.engine.order import simulate
-from megascale_moe.pipeline.step import action_ops
+from megascale_moe.engine.order import makespan
+from megascale_moe.engine.trace import Event, Trace, write_chrome
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.search import Plan, capacity
 from megascale_moe.planner.stages import Kind
-from megascale_moe.planner.step import PricedLayout, Pricer
+from megascale_moe.planner.step import PricedLayout
 
 LAYERS = 2
 """Of a stage that are drawn operator by operator."""
 
 
-def trace(plan: Plan, cluster: Cluster) -> dict[str, Any]:
+def write_trace(layout: PricedLayout, path: Path) -> None:
     """For chrome://tracing or Perfetto: a process per pipeline rank with its actions, and a forward and a backward of
     some layers of the middle with their operators."""
-    layout = Pricer(cluster).layout(plan.config, plan.gpus)
     rows = [row for place, spans in enumerate(layout.timeline.spans) for row in _actions(place, spans)]
-    return {"traceEvents": [*rows, *_operators(layout)], "displayTimeUnit": "ms"}
+    write_chrome(path, [*rows, *_operators(layout)])
 
 
-def _actions(place: int, spans: Sequence[Any]) -> list[dict[str, Any]]:
-    named = {"ph": "M", "name": "process_name", "pid": place, "args": {"name": f"pipeline rank {place}"}}
-    return [named, *(
+def _process(number: int, name: str) -> dict[str, object]:
+    return {"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}
+
+
+def _actions(place: int, spans: Sequence[Any]) -> list[dict[str, object]]:
+    return [_process(place, f"pipeline rank {place}"), *(
         {"ph": "X", "pid": place, "tid": 0, "name": str(action), "ts": start * 1e6, "dur": (end - start) * 1e6}
         for action, start, end in spans
     )]  # fmt: skip
 
 
-def _operators(layout: PricedLayout) -> list[dict[str, Any]]:
+def _operators(layout: PricedLayout) -> list[dict[str, object]]:
     place, pid = layout.mesh.pp // 2, layout.mesh.pp
     kind = Kind.of(layout.plan.parts[place], layout.config.model)
     kind = kind._replace(experts=min(kind.experts, LAYERS), dense=min(kind.dense, LAYERS))
-    lanes = {stream: lane for lane, stream in enumerate(Stream)}
-    name = f"{kind.experts + kind.dense} layers of pipeline rank {place}"
-    rows: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}]
-    rows += [
-        {"ph": "M", "name": "thread_name", "pid": pid, "tid": lane, "args": {"name": str(stream)}}
-        for stream, lane in lanes.items()
-    ]
-    at = 0.0
-    for phase in ("F", "BW"):
-        ops = action_ops(layout.stages.lists(kind), phase)
-        spans = simulate(ops, layout.stages.seconds, layout.stages.contention)
-        rows += [
-            {"ph": "X", "pid": pid, "tid": lanes[op.stream], "name": f"{op.phase} {op.name}",
-             "ts": (at + s.start) * 1e6, "dur": (s.end - s.start) * 1e6,
-             "args": {"wire_bytes": op.cost.wire_bytes, "flops": op.cost.flops, "exposed_us": s.exposed * 1e6}}
-            for op, s in zip(ops, spans, strict=True)
-        ]  # fmt: skip
-        at += max((span.end for span in spans), default=0.0)
-    return rows
-
-
-def write_trace(plan: Plan, cluster: Cluster, path: Path) -> None:
-    """Write it."""
-    path.write_text(json.dumps(trace(plan, cluster)), encoding="utf-8")
+    at, events = 0.0, list[Event]()
+    for phase in layout.phases:
+        spans = layout.stages.spans(kind, phase)
+        events += [
+            Event(op.name, op.phase, op.stream, at + s.start, at + s.end, round(op.cost.wire_bytes), s.exposed)
+            for op, s in spans
+        ]
+        at += makespan([span for _, span in spans])
+    return [
+        _process(pid, f"{kind.experts + kind.dense} layers of pipeline rank {place}"), *Trace(events).chrome(pid)
+    ]  # fmt: skip
 
 
 def write_pareto(plans: Sequence[Plan], cluster: Cluster, path: Path) -> bool:
@@ -81,7 +68,7 @@ def write_pareto(plans: Sequence[Plan], cluster: Cluster, path: Path) -> bool:
     axes.plot(*zip(*best, strict=True), color="#1f6feb", marker="o", label="none is both smaller and faster")
     for number, (x, y) in enumerate(points, 1):
         axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.axvline(capacity(cluster) / 1e9, color="#d1242f", linestyle="--", linewidth=1, label="memory of a GPU")
+    axes.axvline(capacity(cluster) / 1e9, color="#d1242f", linestyle="--", linewidth=1, label="what a rank can hold")
     axes.set(xlabel="GB of the fullest rank", ylabel="thousand tokens per second",
              title=f"{plans[0].gpus:,} GPUs, {cluster.name}")  # fmt: skip
     axes.legend(fontsize=8)

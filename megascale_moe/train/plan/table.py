@@ -47,12 +47,10 @@ def show(
     for number, each in enumerate(explained, 1):
         name = f"plan {number}: " if len(explained) > 1 else ""
         console.print(f"{name}limited by {each.limit}", markup=False)
-        more = "; ".join(f"{gain.what} {gain.saved:+.1%}".replace("+", "saves ") for gain in each.gains[1:4])
+        more = "; ".join(f"{gain.what} saves {gain.saved:.1%}" for gain in each.gains[1:4])
         console.print(f"  {more}", markup=False)
-        verdict = "above 1, they can hide" if each.criterion > 1 else "below 1, they cannot hide whatever the order"
-        console.print(
-            f"  R = {each.criterion:.2f}, computation over communication of an expert: {verdict}", markup=False
-        )
+        verdict = "computes longer than" if each.criterion > 1 else "computes no longer than"
+        console.print(f"  R = {each.criterion:.2f}: an expert {verdict} its tokens travel", markup=False)
 
 
 def show_search(found: Found, seconds: float, console: Console) -> None:
