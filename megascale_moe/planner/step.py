@@ -137,8 +137,8 @@ class PricedLayout:
         synchronisation = max(self.synchronisation(place).seconds for place in {0, middle, self.mesh.pp - 1})
         worked = pipeline + synchronisation
         waits = self.cluster.host + worked * self.cluster.jitter * math.sqrt(2 * math.log(self.mesh.world))
-        row, part = self._few[-1][middle], self.plan.micros / self._few_micros(-1)
-        waited = part * sum(self.span(action).exposed for action in row)
+        mine = self._kinds[middle :: self.mesh.pp]
+        waited = self.plan.micros * sum(self.stages.took(kind, phase).exposed for kind in mine for phase in self.phases)
         exposed = self.synchronisation(middle).exposed + max(waited - self.woven(middle), 0.0)
         train, model = self.config.train, self.config.model
         seconds = worked + waits
@@ -174,8 +174,8 @@ class PricedLayout:
         assert self.prices is not None
         hop = self.prices.hop(self.plan.message.nbytes)
         alone = {
-            (stage, phase): self._took(kind, phase).seconds
-            for phase in self.phases for stage, kind in enumerate(self._kinds)
+            (stage, phase): seconds
+            for phase in self.phases for stage, seconds in enumerate(self._seconds(self._kinds, phase))
         }  # fmt: skip
         if not self.plan.overlap.in_pairs:
             return timeline(actions, self.mesh.pp, lambda each: alone[each.stage, each.phase], hop)
@@ -236,8 +236,7 @@ class PricedLayout:
             return 0.0
         zero_bubble = self.config.parallel.schedule == "zero_bubble"
         kinds = [kind._replace(first=False, last=False) for kind in self._kinds]
-        forward = [self._took(kind, "F").seconds for kind in kinds]
-        backward = [sum(self._took(kind, phase).seconds for phase in self.phases[1:]) for kind in kinds]
+        forward, backward = self._seconds(kinds, "F"), self._seconds(kinds, *self.phases[1:])
         back = [0.0 if zero_bubble else seconds for seconds in backward]
         pp, micros = self.mesh.pp, self.plan.micros
         return max(
@@ -255,12 +254,10 @@ class PricedLayout:
     def _few_micros(self, which: int) -> int:
         return 1 + max(action.micro for action in self._few[which][0])
 
-    def span(self, action: Action) -> Took:
-        """Of one action."""
-        return self._took(self._kinds[action.stage], action.phase)
-
-    def _took(self, kind: Kind, phase: str) -> Took:
-        return self._once((kind, phase), lambda: self.stages.took(kind, phase))
+    def _seconds(self, kinds: Sequence[Kind], *phases: str) -> list[float]:
+        """Of actions of each of some stages, few of which differ."""
+        found = {kind: sum(self.stages.took(kind, phase).seconds for phase in phases) for kind in set(kinds)}
+        return [found[kind] for kind in kinds]
 
     @cached_property
     def _kinds(self) -> list[Kind]:
