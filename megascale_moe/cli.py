@@ -179,7 +179,8 @@ def _add_bench(commands: Any) -> None:
         "what the machine can do",
         usage="megascale bench overlap|convergence CONFIG.toml [--nproc N] [--rounds N] [--seeds N] [--variants NAMES] "
         "[--out FOLDER] [--section.key=value ...] [--json]\n"
-        "       megascale bench profile [--nproc N] [--node N] [--dtype fp32|bf16] [--out FILE.toml] [--json]",
+        "       megascale bench profile [--nproc N] [--node N] [--dtype fp32|bf16] [--base NAME] [--out FILE.toml] "
+        "[--json]",
         epilog="overlap: forward and backward of the config's model, all variants interleaved. convergence: the config "
         "is trained once per wire format and seed; called again, it goes on. profile: operators and messages of the "
         "ranks at hand, as a cluster profile for the planner. Exit status: 0 fine, 1 a rank failed, 2 the input is "
@@ -196,6 +197,8 @@ def _add_bench(commands: Any) -> None:
                          help="profile: ranks of a node (default: of this machine)")
     measure.add_argument("--dtype", choices=["fp32", "bf16"],
                          help="profile: of products (default: bf16 on GPUs, fp32 on a CPU)")
+    measure.add_argument("--base", default="", metavar="NAME",
+                         help="profile: the profile that says what cannot be measured here, as the links of one GPU")
     measure.add_argument("--out", type=Path, metavar="PATH",
                          help="convergence: folder of results (default: runs/convergence); profile: the file (default: "
                          "profile.toml)")
@@ -275,7 +278,8 @@ def _profile(options: argparse.Namespace, overrides: list[str]) -> int:
     if given:
         raise ConfigError(f"bench profile measures the machine, not a config; leave out {given[0]!r}")
     nproc = options.nproc or local_rank_count(Config())
-    order = bench_profile.Order(nproc, options.node or 0, options.dtype or "", options.out or Path("profile.toml"))
+    out = options.out or Path("profile.toml")
+    order = bench_profile.Order(nproc, options.node or 0, options.dtype or "", out, options.base)
     return bench_profile.bench(order, as_json=options.json)
 
 

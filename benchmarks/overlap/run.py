@@ -70,8 +70,8 @@ def balanced_route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple
     A router that was just initialised sends some ranks twice their share, and waiting for them would be taken for
     communication.
     """
-    tokens = torch.arange(len(logits))[:, None]
-    choice = (tokens * c.top_k + torch.arange(c.top_k)) % c.experts
+    tokens = torch.arange(len(logits), device=logits.device)[:, None]
+    choice = (tokens * c.top_k + torch.arange(c.top_k, device=logits.device)) % c.experts
     probabilities = logits.softmax(-1)
     return probabilities.gather(1, choice), choice, probabilities
 

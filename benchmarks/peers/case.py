@@ -4,7 +4,7 @@ Weights are written once per run as a Mixtral checkpoint in Hugging Face naming 
 them, so all sides start from the same numbers and see the same batches: their losses have to agree.
 The sizes are those of case.json, which every side reads from the same folder.
 
-    python case.py FOLDER [--steps N] [--seed S]
+    python case.py FOLDER [--case cpu|gpu] [--steps N] [--seed S]
 """
 
 import argparse
@@ -73,6 +73,15 @@ class Case:
             "use_cache": False,
             "torch_dtype": "float32",
         }
+
+
+CASES = {
+    "cpu": Case(),
+    "gpu": Case(
+        hidden=2048, heads=16, kv_heads=4, experts=16, expert_width=1408, vocabulary=8192, sequence=2048, sequences=4
+    ),
+}
+"""What run.py measures, by the device: on a GPU four layers of about a 3-billion-parameter model's width."""
 
 
 def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -176,10 +185,11 @@ def forced_gates(probabilities: Tensor, choice: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--case", choices=CASES, default="cpu")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write(options.folder, Case(), options.steps, options.seed)
+    write(options.folder, CASES[options.case], options.steps, options.seed)
 
 
 if __name__ == "__main__":

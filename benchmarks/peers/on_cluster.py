@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, names: list[str], case: Case, links: Li
                 field.round(number, options.steps)
         finally:
             field.close()
-    found = describe(options, "fp32", RANKS, field)
+    found = describe(options, "fp32", RANKS, vars(case), field, "cpu")
     found |= {"command": " ".join(["python", "on_cluster.py", *sys.argv[1:]]), "baseline": BASELINE}
     return found | {"tokens_per_step": case.tokens, "case": vars(case), "links": links.record(case)}
 

@@ -1,7 +1,6 @@
 """A Mixtral-style decoder in plain PyTorch with a loop over its experts: what anybody would write first.
 
-Module names follow the Mixtral checkpoint, so its weights load without renaming. The lead will replace
-this file by the reference model of the package.
+Module names follow the Mixtral checkpoint, so its weights load without renaming.
 """
 
 import torch

@@ -53,6 +53,7 @@ class Job:
     rank: int
     ranks: int
     threads: int
+    device: torch.device
     together: int
     options: tuple[str, ...]
 
@@ -79,12 +80,14 @@ def read_job() -> Job:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--together", type=int, default=1)
     known, rest = parser.parse_known_args()
     dtype = torch.bfloat16 if known.dtype == "bf16" else torch.float32
     rank = int(os.environ.get("RANK", "0"))
     case = read_case(known.folder)
-    return Job(known.folder, case, dtype, rank, known.ranks, known.threads, known.together, tuple(rest))
+    device = torch.device(known.device)
+    return Job(known.folder, case, dtype, rank, known.ranks, known.threads, device, known.together, tuple(rest))
 
 
 def serve(build: Build) -> None:
@@ -109,7 +112,7 @@ def work(build: Build) -> None:
     with_peers(job)
     worker = Worker(job, build(job))
     if job.rank == 0:
-        answer(answers, {"ready": True, "versions": versions()})
+        answer(answers, {"ready": True, "versions": versions(job.device)})
     while (count := next_count(job, commands)) > 0:
         result = worker.run(count)
         if job.rank == 0:
@@ -185,13 +188,13 @@ class Worker:
     """Runs numbered steps of one rank and measures them."""
 
     def __init__(self, job: Job, step: Step) -> None:
-        self.step = step
+        self.step, self.device = step, job.device
         mine = job.sequences
         self.tokens = read_tokens(job.folder)[:, mine.start : mine.stop].contiguous()
         self.done = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        tokens = self.tokens[self.done % len(self.tokens)]
+        tokens = self.tokens[self.done % len(self.tokens)].to(self.device)
         self.done += 1
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -199,23 +202,28 @@ class Worker:
         dist.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
         losses = [self.step(*self.batch()) for _ in range(count)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         dist.barrier()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return {"wall": wall} | sum_over_ranks(cpu, losses)
+        return {"wall": wall} | sum_over_ranks(cpu, losses, self.device)
 
 
-def sum_over_ranks(cpu: float, losses: list[Tensor]) -> dict[str, object]:
-    """CPU seconds and memory summed, losses averaged over the ranks."""
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+def sum_over_ranks(cpu: float, losses: list[Tensor], device: torch.device) -> dict[str, object]:
+    """CPU seconds and memory (of a GPU what its allocator gave out at most) summed, losses averaged over the ranks."""
+    gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     numbers = torch.tensor([cpu, memory, *(loss.item() for loss in losses)], dtype=torch.float64)
     dist.all_reduce(numbers)
     cpu, memory, *sums = numbers.tolist()
     return {"cpu": cpu, "memory": memory, "losses": [loss / dist.get_world_size() for loss in sums]}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages under test that this environment has."""
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of Python and of the packages under test that this environment has, and what GPU it computes on."""
     found = {"python": platform.python_version()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
     for name in REPORTED:
         try:
             found[name] = version(name)

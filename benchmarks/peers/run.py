@@ -5,6 +5,7 @@ each side run the same number of steps while all others sleep, so that a busy mi
 hits all of them; the figures are medians over rounds. See README.md.
 
     python run.py --dtype fp32,bf16 --ranks 1,2 --rounds 8 --steps 3
+    python run.py --device cuda --dtype bf16 --ranks 1 --sides megascale,transformers-grouped_mm,transformers-compile
     python run.py --table results/*.json
 """
 
@@ -102,6 +103,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="fp32,bf16", help="fp32, bf16 or both")
     parser.add_argument("--ranks", default="1,2", help="1 (two threads), 2 (one thread each) or both")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with cuda a larger case, on one GPU")
     parser.add_argument("--sides", help="names, comma-separated; all that are not optional by default")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="training steps per side and round")
@@ -133,13 +135,15 @@ def own_folders(environment: str) -> dict[str, str]:
 
 
 def start(
-    name: str, dtype: str, ranks: int, work: Path, patience: float, hosts: Sequence[str] = (), interface: str = "lo"
+    name: str, dtype: str, ranks: int, work: Path, patience: float, hosts: Sequence[str] = (), interface: str = "lo",
+    device: str = "cpu",
 ) -> SideProcess:
     """Start one side on the checkpoint and tokens in `work`, on this host or each rank in a network namespace."""
     side, threads = SIDES[name], 2 if ranks == 1 else 1
     command = ["ip", "netns", "exec", hosts[0]] if hosts else []
     command += [str(python_of(side.environment)), str(HERE / side.script), "--folder", str(work), "--dtype", dtype]
-    command += ["--ranks", str(ranks), "--threads", str(threads), "--together", str(side.together), *side.options]
+    command += ["--ranks", str(ranks), "--threads", str(threads), "--device", device]
+    command += ["--together", str(side.together), *side.options]
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface}
     settings |= {"HOSTS": ",".join(hosts)}
     settings |= own_folders(side.environment)
@@ -215,30 +219,33 @@ def measure(options: argparse.Namespace, dtype: str, ranks: int) -> Answer:
     names = choose(options.sides, dtype, ranks)
     field = Field()
     with working_folder() as work:
-        write_case(names, work, options.seed)
+        write_case(names, work, options)
         try:
             for name in names:
                 say(f"{dtype} x {ranks}: starting {name}")
                 if (free := memory("MemAvailable")) < MEMORY_NEEDED:
                     field.refuse(name, f"only {free:.1f} GiB of memory free")
                 else:
-                    field.enter(start(name, dtype, ranks, work, options.patience), options.warmup)
+                    side = start(name, dtype, ranks, work, options.patience, device=options.device)
+                    field.enter(side, options.warmup)
             for number in range(options.rounds):
                 say(f"{dtype} x {ranks}: round {number + 1} of {options.rounds}")
                 field.round(number, options.steps)
         finally:
             field.close()
-    return describe(options, dtype, ranks, field)
+        case = json.loads((work / "case.json").read_text())
+    return describe(options, dtype, ranks, case, field, options.device)
 
 
-def write_case(names: list[str], work: Path, seed: int) -> None:
+def write_case(names: list[str], work: Path, options: argparse.Namespace) -> None:
     """Weights and tokens, written by the environment of the first side there is: the driver needs no torch."""
     pythons = [python for name in names if (python := python_of(SIDES[name].environment)).exists()]
-    command = [str(pythons[-1]), str(HERE / "case.py"), str(work), "--seed", str(seed), "--steps", str(STEPS_WRITTEN)]
+    command = [str(pythons[-1]), str(HERE / "case.py"), str(work), "--seed", str(options.seed)]
+    command += ["--steps", str(STEPS_WRITTEN), "--case", "gpu" if options.device == "cuda" else "cpu"]
     subprocess.run(command, check=True)
 
 
-def describe(options: argparse.Namespace, dtype: str, ranks: int, field: Field) -> Answer:
+def describe(options: argparse.Namespace, dtype: str, ranks: int, case: Answer, field: Field, device: str) -> Answer:
     """The raw results: what ran, where, with what, and every answer."""
     return {
         "command": " ".join(["python", "run.py", *sys.argv[1:]]),
@@ -247,7 +254,9 @@ def describe(options: argparse.Namespace, dtype: str, ranks: int, field: Field) 
         "dtype": dtype,
         "ranks": ranks,
         "threads": 2 if ranks == 1 else 1,
-        "tokens_per_step": 4096,
+        "device": device,
+        "case": case,
+        "tokens_per_step": case["sequence"] * case["sequences"],
         "rounds": options.rounds,
         "steps": options.steps,
         "versions": field.versions,
@@ -291,7 +300,8 @@ def run_cases(options: argparse.Namespace) -> int:
         for ranks in map(int, options.ranks.split(",")):
             results = measure(options, dtype, ranks)
             options.results.mkdir(parents=True, exist_ok=True)
-            (options.results / f"{dtype}-{ranks}.json").write_text(json.dumps(results, indent=1) + "\n")
+            name = f"{dtype}-{ranks}" if options.device == "cpu" else f"{options.device}-{dtype}"
+            (options.results / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
             print(plain_table(results), flush=True)
             sound = sound and not results["failures"] and all(row["agrees"] for row in summarize(results))
     return 0 if sound else 1

@@ -51,7 +51,7 @@ def train_config(case: Case, job: Job, eager: bool) -> TrainConfig:
     return TrainConfig(
         global_batch=case.sequences, dtype="bf16" if job.bf16 else "fp32", learning_rate=case.learning_rate,
         lr_schedule="constant", warmup=0, weight_decay=case.weight_decay, beta1=case.betas[0], beta2=case.betas[1],
-        adam_eps=case.eps, clip_norm=case.clip, device="cpu", compile="off" if eager else "on",
+        adam_eps=case.eps, clip_norm=case.clip, device=job.device.type, compile="off" if eager else "on",
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def build(job: Job) -> Step:
         parallel=parallel_config(options.layout, job.ranks), overlap=overlap_config(options.order, micros),
     )  # fmt: skip
     mesh = mesh_of(config.parallel, config.model, job.ranks)
-    trainer = Trainer(config, mesh, connect(mesh) if job.ranks > 1 else single(), torch.device("cpu"))
+    trainer = Trainer(config, mesh, connect(mesh) if job.ranks > 1 else single(), job.device)
     trainer.set_weights(parameters_from_huggingface(read_weights(job.folder), config.model))
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

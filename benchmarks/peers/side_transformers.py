@@ -81,7 +81,7 @@ def build(job: Job) -> Step:
     options = read_options(job)
     if job.case.balanced:
         force_experts(job.case)
-    model = load(job, options)
+    model = load(job, options).to(job.device)
     policy = bool(sharding(job, options))
     autocast = job.bf16 and not policy and options.half == "autocast"
     masters = job.bf16 and not policy and not autocast
@@ -91,7 +91,7 @@ def build(job: Job) -> Step:
     network = DistributedDataParallel(model) if job.ranks > 1 and not policy else model
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=autocast):
             logits = network(input_ids=inputs, use_cache=False).logits
         loss = next_token_loss(logits, targets)
         loss.backward()

@@ -84,13 +84,15 @@ def grid(found: list[Row], columns: dict[str, Callable[[Row], str]]) -> list[lis
 def title(results: Results) -> str:
     ranks, threads = results["ranks"], results["threads"]
     place = f"1 process, {threads} threads" if ranks == 1 else f"{ranks} ranks, {threads} thread each"
+    place = "1 GPU" if results.get("device") == "cuda" else place
     return f"{results['dtype'].upper()}, {place}"
 
 
 def origin(results: Results) -> str:
     """Where and how the figures came to be, in one line."""
     machine = results["machine"]
-    hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+    gpus = {version["gpu"] for version in results["versions"].values() if "gpu" in version}
+    hardware = ", ".join([*gpus, f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"])
     amount = f"{results['rounds']} rounds of {results['steps']} steps"
     return f"{results['date']}; {hardware}; {amount}"
 

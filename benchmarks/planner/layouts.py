@@ -176,18 +176,19 @@ class Runner:
         self.done += 1
         return over_ranks(now() - start, self.ranks), result.trace.events
 
-    def by_kind(self, events: Sequence[Event], profile: Profile) -> dict[str, list[float]]:
-        """Kind of operator -> [how many, seconds of a trace, seconds by their prices], to see what is mispriced."""
-        trainer, train = self.trainer, self.config.train
-        plan, _ = trainer.program(train.micro_batch, train.global_batch // self.mesh.dp // train.micro_batch, "train")
-        hidden = trainer.optimizer.hidden(plan.ops) if trainer.hides else [*plan.ops, *trainer.optimizer.ops]
-        prices, found = Prices.of(profile, torch.float32, self.mesh), dict[str, list[float]]()
-        for op, event in zip(hidden, events, strict=True):
-            name = " ".join(kind_of(op)[::-1]) + ("" if op.stream == Stream.COMPUTE else " *")
-            numbers = found.setdefault(name, [0, 0.0, 0.0])
-            for place, number in enumerate((1, event.end - event.start, prices.seconds(op))):
-                numbers[place] = round(numbers[place] + number, 6)
-        return found
+
+def by_kind(trainer: Trainer, events: Sequence[Event], profile: Profile) -> dict[str, list[float]]:
+    """Kind of operator -> [how many, seconds of a trace, seconds by their prices], to see what is mispriced."""
+    train, mesh = trainer.config.train, trainer.mesh
+    plan, _ = trainer.program(train.micro_batch, train.global_batch // mesh.dp // train.micro_batch, "train")
+    hidden = trainer.optimizer.hidden(plan.ops) if trainer.hides else [*plan.ops, *trainer.optimizer.ops]
+    prices, found = Prices.of(profile, trainer.dtype, mesh), dict[str, list[float]]()
+    for op, event in zip(hidden, events, strict=True):
+        name = " ".join(kind_of(op)[::-1]) + ("" if op.stream == Stream.COMPUTE else " *")
+        numbers = found.setdefault(name, [0, 0.0, 0.0])
+        for place, number in enumerate((1, event.end - event.start, prices.seconds(op))):
+            numbers[place] = round(numbers[place] + number, 6)
+    return found
 
 
 def on_rank(chosen: Sequence[Variant], ranks: int, rounds: int, profile: Profile) -> dict[str, dict[str, Any]]:
@@ -207,7 +208,7 @@ def on_rank(chosen: Sequence[Variant], ranks: int, rounds: int, profile: Profile
             name = names[(place + done) % len(names)]
             took, events = runners[name].step()
             found[name]["all"].append(took)
-            found[name]["kinds"] = runners[name].by_kind(events, profile)
+            found[name]["kinds"] = by_kind(runners[name].trainer, events, profile)
         say(f"rounds: {done + 1} of {rounds}")
     return found
 
@@ -314,6 +315,7 @@ def main() -> None:
     if options.table:
         show(json.loads(options.table.read_text(encoding="utf-8")))
         return
+    options.folder.mkdir(parents=True, exist_ok=True)
     found = measure(options)
     show(found)
     if options.write:

@@ -17,7 +17,7 @@ from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.lost import LostPeer
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, check
-from megascale_moe.engine.trace import Event, Trace, now
+from megascale_moe.engine.trace import Event, Trace
 
 Observer = Callable[[Op, dict[str, Any]], None]
 
@@ -79,30 +79,32 @@ def _releases(ops: Sequence[Op], keep: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 class _InFlight:
-    """A Pending under all the names it will fill, with the operator that started it and its trace event."""
+    """A Pending under all the names it will fill, with the operator that started it and its event in a trace."""
 
-    def __init__(self, pending: Pending, op: Op, event: Event | None) -> None:
+    def __init__(self, pending: Pending, op: Op, trace: Trace | None, event: Event | None) -> None:
         self.pending = pending
         self.op = op
+        self.trace = trace
         self.event = event
 
     def wait(self) -> Any:
+        if self.trace is not None and self.event is not None:
+            self.trace.mark(self.event, "waited")
         try:
-            return self.pending.wait()
+            result = self.pending.wait()
         except LostPeer as lost:
             lost.operator = f"{self.op.phase} {self.op.name}"
             raise
+        if self.trace is not None and self.event is not None:
+            self.trace.mark(self.event, "end")
+        return result
 
 
 def resolve(values: dict[str, Any], name: str) -> Any:
     """The value of a name; waits for it if it is still travelling."""
     value = values[name] if name else None
     if isinstance(value, _InFlight):
-        start = now()
         result = value.wait()
-        if value.event is not None:
-            value.event.end = now()
-            value.event.exposed = value.event.end - start
         alive = {name: part for name, part in _named(value.op.writes, result).items() if values.get(name) is value}
         values.update(alive)  # a name that nothing reads was dropped already and stays so
         value = values[name]
@@ -123,17 +125,13 @@ def _step(
     trace: Trace | None,
 ) -> None:
     inputs = [resolve(values, name) for name in op.reads]
-    event = None
-    if trace is not None:
-        start = now()
-        event = Event(op.name, op.phase, op.stream, start, start)
-        trace.events.append(event)
+    event = trace.begin(op) if trace is not None else None
     result = op.run(*inputs, *(weights[w] for w in op.weights), *(gradients[g] for g in op.gradients))
     if isinstance(result, Pending):
         if event is not None:
             event.wire_bytes = result.wire_bytes
-        values.update(dict.fromkeys(op.writes, _InFlight(result, op, event)))
+        values.update(dict.fromkeys(op.writes, _InFlight(result, op, trace, event)))
     else:
         values.update(_named(op.writes, result))
-        if event is not None:
-            event.end = now()
+        if trace is not None and event is not None:
+            trace.mark(event, "end")

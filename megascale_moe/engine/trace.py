@@ -3,6 +3,9 @@
 Compute operators have a start and an end. A communication has a start, and, when its first reader arrives, a wait:
 the wait is what was exposed, the rest was hidden under computation. gloo tells no completion time, so a transfer
 that nobody waited for is drawn until its reader came.
+
+On a GPU the host only queues what is to be done, so times are taken in the queue: a mark (a CUDA event) behind each
+operator, where one ends and the next begins, looked up when the step is over (`Trace.settle`).
 """
 
 from __future__ import annotations
@@ -13,12 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megascale_moe.engine.op import Phase, Stream
+import torch
+
+from megascale_moe.engine.op import Op, Phase, Stream
 
 
 @dataclass
 class Event:
-    """One operator's run; times in seconds of the monotonic clock."""
+    """One operator's run; times in seconds of the monotonic clock.
+
+    Attributes:
+        waited: since when computation stood still for it, if it did.
+    """
 
     name: str
     phase: Phase
@@ -26,14 +35,60 @@ class Event:
     start: float
     end: float
     wire_bytes: int = 0
-    exposed: float = 0.0  # seconds the computation stood still for it
+    waited: float | None = None
+
+    @property
+    def exposed(self) -> float:
+        """Seconds that computation stood still for it."""
+        return 0.0 if self.waited is None else self.end - self.waited
 
 
 @dataclass
 class Trace:
-    """Events in the order of their start."""
+    """Events in the order of their start.
+
+    Attributes:
+        device: where operators run; on a GPU times are there once `settle` was called.
+    """
 
     events: list[Event] = field(default_factory=list)
+    device: torch.device | None = None
+    _marks: list[tuple[torch.cuda.Event, list[tuple[Event, str]]]] = field(default_factory=list, repr=False)
+    _origin: float = 0.0
+
+    def begin(self, op: Op) -> Event:
+        """An event that starts now, behind whatever was begun before."""
+        event = Event(op.name, op.phase, op.stream, 0.0, 0.0)
+        self.events.append(event)
+        if self._marks:
+            self._marks[-1][1].extend(((event, "start"), (event, "end")))
+        else:
+            self.mark(event, "start", "end")
+        return event
+
+    def mark(self, event: Event, *times: str) -> None:
+        """Note the present as these times of an event."""
+        if self.device is None or self.device.type != "cuda":
+            at = now()
+            for name in times:
+                setattr(event, name, at)
+            return
+        if not self._marks:
+            self._origin = now()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        self._marks.append((mark, [(event, name) for name in times]))
+
+    def settle(self) -> None:
+        """Wait for a GPU to be done, and look up when it was where."""
+        if self._marks:
+            first, last = self._marks[0][0], self._marks[-1][0]
+            last.synchronize()
+            for mark, times in self._marks:
+                at = self._origin + first.elapsed_time(mark) / 1e3
+                for event, name in times:
+                    setattr(event, name, at)
+            self._marks.clear()
 
     @property
     def exposed(self) -> float:

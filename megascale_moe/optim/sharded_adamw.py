@@ -188,12 +188,13 @@ class ShardedAdamW:
         """
         for gradient in self.gradients.values():
             gradient.value()  # a weight nothing flowed into counts as zero
-        own = Trace()
-        norm = self.end(self._program.run(self.given(learning_rate), {}, trace=own)["norm"])
+        trace = Trace(device=self.groups[0].master.device) if trace is None else trace
+        before = len(trace.events)
+        norm = self.end(self._program.run(self.given(learning_rate), {}, trace=trace)["norm"])
+        trace.settle()
+        own = Trace(trace.events[before:])
         self.wire_bytes = sum(own.wire_bytes().values())
         self.comm_s, self.exposed_comm_s = own.communication, own.exposed
-        if trace is not None:
-            trace.events += own.events
         return norm
 
     def state(self) -> dict[str, list[Tensor]]:

@@ -9,16 +9,15 @@ simulated among the operators of one micro-batch's forward and backward of a ran
 That is what the executor does at the end of a step (its first gathers and last reductions have one micro-batch to hide
 behind, an interleaved stage as many as pass it in a row), except that a rank which waits in the bubble could hide more.
 
-A step ends with its slowest rank: of N whose times scatter by a relative standard deviation, that is about
-sqrt(2 ln N) deviations behind the mean.
+A step ends with its slowest rank (`slowest`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import NormalDist
 
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
@@ -72,6 +71,13 @@ def price(
         ConfigError: it does not fit so many ranks, or the model.
     """
     return Pricer(cluster, products, hides_synchronisation).layout(config, gpus).price
+
+
+def slowest(ranks: int) -> float:
+    """How many standard deviations the slowest of so many equal ranks is behind their mean: the expected largest of
+    normal variables (Blom's approximation, off by 4.5 % for two ranks and by 2.7 % or less for more).
+    """
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = None) -> RankBytes:
@@ -136,7 +142,7 @@ class PricedLayout:
         (pipeline, bubble), middle = self.pipeline, self.mesh.pp // 2
         synchronisation = max(self.synchronisation(place).seconds for place in {0, middle, self.mesh.pp - 1})
         worked = pipeline + synchronisation
-        waits = self.cluster.host + worked * self.cluster.jitter * math.sqrt(2 * math.log(self.mesh.world))
+        waits = self.cluster.host + worked * self.cluster.jitter * slowest(self.mesh.world)
         mine = self._kinds[middle :: self.mesh.pp]
         waited = self.plan.micros * sum(self.stages.took(kind, phase).exposed for kind in mine for phase in self.phases)
         exposed = self.synchronisation(middle).exposed + max(waited - self.woven(middle), 0.0)

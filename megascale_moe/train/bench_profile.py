@@ -3,7 +3,8 @@
 Ranks are started here, or are those of a launcher; `train.machine` measures them. The result is a TOML file that
 `planner.cluster.load` reads: peaks are the best rates that were seen, shares what operators and messages of a size
 reached of them, with machine, versions, date and command in its comments. Shares are of one dtype, the one that the
-profile is asked for; of the other it has the peak alone.
+profile is asked for; of the other it has the peak alone. What cannot be measured on these ranks, as the links of one,
+can be another profile's: the base of the one that is written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from megascale_moe.train.hardware import available_memory, cpu_model
 from megascale_moe.train.job import join, number, under_launcher
 from megascale_moe.train.machine import FORMULAS, Effort, Found, Meter
 from megascale_moe.train.progress import counted_progress
-from megascale_moe.train.shares import LinkFound, Points, rising, shares
+from megascale_moe.train.shares import Points, rising, shares
 
 PRODUCTS = tuple(map(str, (Work.PRODUCT, Work.GROUPED, Work.ATTENTION)))
 MOVING = (str(Work.ROWS), FORMULAS)
@@ -44,22 +45,29 @@ class Order:
 
     Attributes:
         nproc: ranks to start here; under a launcher there are as many as it has started. node: ranks of a node, 0: all
-            that were started on one machine. out: where the profile goes.
+            that were started on one machine. out: where the profile goes. base: the profile that says the rest.
     """
 
     nproc: int = 2
     node: int = 0
     dtype: str = ""
     out: Path = Path("profile.toml")
+    base: str = ""
     effort: Effort | None = None
 
     def mesh(self, world: int, local: int) -> Mesh:
         """Nodes of ranks.
 
         Raises:
-            ConfigError: one rank has no links, or the nodes do not divide the ranks.
+            ConfigError: one rank has no links, there is no such base, or the nodes do not divide the ranks.
         """
-        require(world > 1, "bench profile: 1 rank has no links to measure; start 2 or more with --nproc")
+        require(
+            world > 1 or bool(self.base),
+            "bench profile: 1 rank has no links to measure; start 2 or more with --nproc, or name with --base the "
+            "profile that has them",
+        )
+        if self.base:
+            load(self.base)
         node = self.node or min(local, world)
         fitting = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
         require(world % node == 0, f"bench profile: nodes of {node} do not divide the {world} ranks; use --node with "
@@ -99,7 +107,8 @@ def _rank(order: Order, mesh: Mesh, as_json: bool) -> None:
         progress = stack.enter_context(counted_progress()) if job.leads else (lambda what, done, total: None)
         found = Meter(job.axes, mesh, job.device, dtype, order.effort, progress).everything()
     if job.leads:
-        order.out.write_text(profile(found, memory_of(job.device, mesh.node), header(job.device)), encoding="utf-8")
+        text = profile(found, memory_of(job.device, mesh.node), header(job.device), order.base)
+        order.out.write_text(text, encoding="utf-8")
         load(str(order.out))  # what cannot be read must not be left for later
         print(json.dumps(document(found, order.out)) if as_json else f"profile: {order.out}", flush=True)
 
@@ -122,41 +131,49 @@ def header(device: torch.device) -> list[str]:
     ]
 
 
-def profile(found: Found, memory: float, header: Sequence[str]) -> str:
+def profile(found: Found, memory: float, header: Sequence[str], base: str = "") -> str:
     """The TOML file.
 
     Args:
-        memory: bytes of a rank. header: lines of comment.
+        memory: bytes of a rank. header: lines of comment. base: the profile that says what this one does not.
     """
     points = {kind: rising(s for s in found.samples if s.kind == kind) for kind in KINDS}
     bandwidth = max(rate for kind in MOVING for _, rate in points[kind])
     best = max(rate for kind in PRODUCTS for _, rate in points[kind])
     peaks = found.peaks | {found.dtype: max(found.peaks[found.dtype], best)}
     curves = {kind: shares(points[kind], peaks[found.dtype] if kind in PRODUCTS else bandwidth) for kind in KINDS}
-    ours = {stream: found.links.get(stream, other) for stream, other in _each_others(found.links).items()}
     lines = [f"# {line}" for line in header]
     lines += [
         f"# {found.ranks} ranks in nodes of {found.node}, all at work, threads of each: {found.threads}; shares of "
         f"{found.dtype}",
+        *([f'base = "{base}"'] if base else []),
         'stack = "megascale_moe, measured by bench profile"', "", "[gpu]", f"memory_gb = {memory / 1e9:.4g}",
-        "reserved_gb = 0", f"memory_tb_per_s = {bandwidth / 1e12:.4g}", f"overhead_us = {found.overhead * 1e6:.4g}",
-        f"contention = {found.contention:.4g}", "", "[gpu.peak_tflops]",
+        *([] if base else ["reserved_gb = 0"]), f"memory_tb_per_s = {bandwidth / 1e12:.4g}",
+        f"overhead_us = {found.overhead * 1e6:.4g}",
+        *([f"contention = {found.contention:.4g}"] if found.links else []), "", "[gpu.peak_tflops]",
         *(f"{name} = {rate / 1e12:.4g}" for name, rate in peaks.items()), "", "[gpu.share]",
-        *(f"{kind} = {_pairs(curve)}" for kind, curve in curves.items()), "", "[node]", f"ranks = {found.node}",
-        f"rings = {'true' if found.rings else 'false'}",
+        *(f"{kind} = {_pairs(curve)}" for kind, curve in curves.items()),
+        *(_of_links(found, base) if found.links else []),
+        "", "[run]", f"jitter = {found.jitter:.4g}", f"step_ms = {found.step * 1e3:.4g}",
     ]  # fmt: skip
-    for stream, link in ours.items():
-        lines += ["", f"[links.{stream}]"]
-        lines += [] if stream in found.links else ["# There is none here; the other one's figures."]
-        lines += [f"gb_per_s = {link.rate / 1e9:.4g}", f"latency_us = {link.latency * 1e6:.4g}",
-                  f"peer_us = {link.peer * 1e6:.4g}", f"share = {_pairs(link.share)}"]  # fmt: skip
-    lines += ["", "[run]", f"jitter = {found.jitter:.4g}", f"step_ms = {found.step * 1e3:.4g}"]
     return "\n".join(lines) + "\n"
 
 
-def _each_others(links: Mapping[Stream, LinkFound]) -> dict[Stream, LinkFound]:
-    some = next(iter(links.values()))
-    return {Stream.INTRA: some, Stream.INTER: some}
+def _of_links(found: Found, base: str) -> Iterator[str]:
+    yield from ("", "[node]", f"ranks = {found.node}", f"rings = {'true' if found.rings else 'false'}")
+    other = next(iter(found.links.values()))
+    for stream in (Stream.INTRA, Stream.INTER):
+        link = found.links.get(stream)
+        if link is None and base:
+            continue
+        yield from ("", f"[links.{stream}]")
+        if link is None:
+            yield "# There is none here; the other one's figures."
+            link = other
+        yield from (
+            f"gb_per_s = {link.rate / 1e9:.4g}", f"latency_us = {link.latency * 1e6:.4g}",
+            f"peer_us = {link.peer * 1e6:.4g}", f"share = {_pairs(link.share)}",
+        )  # fmt: skip
 
 
 def _pairs(points: Points) -> str:

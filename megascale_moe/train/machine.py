@@ -27,10 +27,10 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, Stream, Work
-from megascale_moe.engine.trace import now
+from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.weights import initial, placements
+from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.train.data import Batch
@@ -53,6 +53,7 @@ class Effort:
         layers: (model, sequences) of the lists that are timed. squares: sides of the products that peaks are of.
         most_bytes: of a message. message_s: seconds of one beyond which no larger one is tried.
         repeats: of a message. list_s: seconds a list is repeated for. piece_s: of computation, for what is compared.
+        step_s: about as long as a step takes; what a rank loses in shorter times than that averages out in a step.
     """
 
     layers: tuple[tuple[ModelConfig, int], ...]
@@ -62,6 +63,7 @@ class Effort:
     repeats: int = 8
     list_s: float = 2.0
     piece_s: float = 0.15
+    step_s: float = 1.0
 
     @classmethod
     def of(cls, device: torch.device) -> Effort:
@@ -189,24 +191,26 @@ class Meter:
         optimizer = ShardedAdamW(groups, plan.axes["world"], TrainConfig(dtype=self.dtype))  # type: ignore[arg-type]
         for group in groups:
             for slot in group.slots:
-                group.set(slot, initial(slot.name, slot.placement, model, 0).to(self.device))
+                group.set(slot, self._weight(slot.shape, model.init_std))
         inputs = {name: _to(value, self.device) for name, value in random_inputs(plan, 0).items()}
         lists = (plan.program(), Program(optimizer.ops, optimizer.given(0.0), ["norm"]))
-        clock = _Clock(self.device)
+        runs: list[list[float]] = []
 
         def work() -> None:
-            clock.start()
-            lists[0].run(dict(inputs), optimizer.weights, optimizer.gradients, observe=clock.observe)
+            step, update = Trace(device=self.device), Trace(device=self.device)
+            lists[0].run(dict(inputs), optimizer.weights, optimizer.gradients, step)
+            step.settle()
             for gradient in optimizer.gradients.values():
                 gradient.value()
-            clock.resume()
-            optimizer.end(float(lists[1].run(optimizer.given(1e-6), {}, observe=clock.observe)["norm"]))
+            optimizer.end(float(lists[1].run(optimizer.given(1e-6), {}, trace=update)["norm"]))
+            update.settle()
+            runs.append([*_apart(step), *_apart(update)])
 
         work()
         barrier(self.world)
-        clock.runs.clear()
+        runs.clear()
         self._mean_seconds(work, self.effort.list_s / 2, least=3)
-        return [*lists[0].ops, *lists[1].ops], [median(times) for times in zip(*clock.runs, strict=True)]
+        return [*lists[0].ops, *lists[1].ops], [median(times) for times in zip(*runs, strict=True)]
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
@@ -294,13 +298,13 @@ class Meter:
         return self._over_ranks([median(times[True]) / median(times[False])])[0]
 
     def jitter(self) -> float:
-        """Standard deviation, over ranks and times, of a piece of computation, over its mean. By quartiles: what
+        """Standard deviation, over ranks and times, of a step's worth of computation, over its mean. By quartiles: what
         disturbs a machine now and then is not how it is.
         """
         work = self._product(self.effort.squares[0], DTYPES[self.dtype])
-        count = max(int(self._over_ranks([self.effort.piece_s / self._mean_seconds(work, self.effort.piece_s)])[0]), 1)
+        count = max(int(self._over_ranks([self.effort.step_s / self._mean_seconds(work, self.effort.piece_s)])[0]), 1)
         times = []
-        for _ in range(2 * self.effort.repeats):
+        for _ in range(self.effort.repeats):
             barrier(self.world)
             begin = now()
             for _ in range(count):
@@ -337,6 +341,11 @@ class Meter:
 
     # --- clocks ------------------------------------------------------------------------------------------------------
 
+    def _weight(self, shape: tuple[int, ...], deviation: float) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, device=self.device)
+        return torch.randn(shape, device=self.device) * deviation  # drawn there: billions would take a CPU minutes
+
     def _product(self, side: int, dtype: torch.dtype) -> Callable[[], object]:
         a, b = (torch.full((side, side), 0.5, dtype=dtype, device=self.device) for _ in range(2))
         return lambda: a @ b
@@ -363,26 +372,10 @@ class Meter:
         return [float(value) / self.world for value in total]
 
 
-class _Clock:
-    """When each operator of a list has ended, with whatever it started on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.last = device, 0.0
-        self.runs: list[list[float]] = []
-
-    def start(self) -> None:
-        self.runs.append([])
-        self.resume()
-
-    def resume(self) -> None:
-        self.last = now()
-
-    def observe(self, op: Op, values: dict[str, Any]) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        at = now()
-        self.runs[-1].append(at - self.last)
-        self.last = at
+def _apart(trace: Trace) -> list[float]:
+    """Seconds from the end of each operator to that of the next: with all that starting it takes."""
+    ends = [event.end for event in trace.events]
+    return [end - begin for begin, end in zip([trace.events[0].start, *ends], ends, strict=False)]
 
 
 def _sample(op: Op, seconds: float) -> Sample | None:

@@ -54,12 +54,13 @@ def run_timed(
     observe: Observer | None = None,
 ) -> Timed:
     """Run a list once, until everything that it began has ended."""
-    trace = Trace()
+    trace = Trace(device=next(iter(weights.values())).device)
     barrier(world)
     start, cpu = now(), time.process_time()
     out = program.run(dict(values), weights, gradients, trace, observe)
     for name in list(out):
         resolve(out, name)
+    trace.settle()
     took, used = now() - start, time.process_time() - cpu
     return Timed(trace, over_ranks(took, world), over_ranks(used, world, dist.ReduceOp.SUM))
 

@@ -178,13 +178,14 @@ class Trainer:
         layers = model.layers - model.dense_layers
         totals = torch.zeros(2 + layers * model.experts, dtype=torch.float64, device=self.device)
         load = totals[2:].view(layers, model.experts)
-        trace = Trace()
+        trace = Trace(device=self.device)
         rate = learning_rate(train, self.steps + 1)
         hidden = self.hides
         if hidden:
             scales |= self.optimizer.given(rate) | self.optimizer.updated()
         out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else observe)
         if self.profiler is not None:
+            trace.settle()
             self._learn(self.profiler, trace, batches)
         for micro in range(len(batches)):
             if self.part.last:
@@ -196,6 +197,7 @@ class Trainer:
         self.steps += 1
         norm = self.optimizer.end(out["norm"]) if hidden else self.optimizer.step(rate, trace)
         self.stale = hidden
+        trace.settle()
         all_reduce_sum(totals, self.axes["world"])
         load = load.long()
         if self.buffers:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.comm.collectives import Pending
-from megascale_moe.engine import executor
+from megascale_moe.engine import trace as trace_module
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.engine.trace import Event, Trace
@@ -189,7 +189,7 @@ def test_kept_communication_is_still_travelling_until_resolved() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock is a second later."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(executor, "now", lambda: float(next(seconds)))
+    monkeypatch.setattr(trace_module, "now", lambda: float(next(seconds)))
 
 
 def traced() -> Trace:

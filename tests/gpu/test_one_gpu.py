@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, TrainConfig
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import backward
+from megascale_moe.engine.op import Op, backward
+from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.transformer import build
@@ -133,3 +135,34 @@ def test_training_learns(options: dict[str, str]) -> None:
     found = losses(DEVICE, **options)
     assert found[0] == pytest.approx(4.16, abs=0.1)  # log(64): knows nothing
     assert found[-1] < 0.9 * found[0]
+
+
+def test_a_trace_has_the_times_of_the_gpu_not_of_the_queueing_host() -> None:
+    """A product cannot take less than its FLOPs at twice any GPU's peak; queueing it takes a thousandth of that."""
+    side = 8192
+    x = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    ops = [Op(name=f"product {i}", reads=("x",), writes=(f"y{i}",), run=lambda x: x @ x) for i in range(3)]
+    trace = Trace(device=DEVICE)
+    for _ in range(2):
+        Program(ops, ["x"]).run({"x": x}, {}, trace=trace)
+    trace.settle()
+    took = [event.end - event.start for event in trace.events]
+    assert min(took) > 2 * side**3 / 5e15
+    assert all(after.start == before.end for before, after in pairwise(trace.events))
+
+
+def test_traces_of_steps_add_up() -> None:
+    """Operators follow each other in the queue: none overlaps the one before it, none is missing."""
+    model = replace(SMALL, hidden=64, ffn_hidden=32)
+    train = TrainConfig(steps=6, global_batch=2, micro_batch=2, compile="off", dtype="bf16")
+    trainer = Trainer(Config(model=model, train=train), Mesh(), single(), DEVICE)
+    trainer.initialise()
+    tokens, targets, segments = random_rows(model, rows=2).part(slice(None))
+    for _ in range(2):
+        begin = now()
+        events = trainer.step([Batch(tokens, targets, segments.boundaries)], tokens.numel()).trace.events
+        took = now() - begin
+    assert len(events) > 20
+    assert all(event.end >= event.start for event in events)
+    assert all(after.start >= before.end for before, after in pairwise(events))
+    assert sum(event.end - event.start for event in events) <= took

@@ -20,7 +20,7 @@ MODEL = ModelConfig(
     layers=1, hidden=32, heads=2, kv_heads=1, experts=4, top_k=2, ffn_hidden=32, shared_experts=1, vocab=64,
     sequence_length=32, balance_loss=0.01,
 )  # fmt: skip
-TINY = Effort(((MODEL, 1), (MODEL, 4)), squares=(32, 64), most_bytes=1 << 18, repeats=2, list_s=0.02, piece_s=0.01)
+TINY = Effort(((MODEL, 1), (MODEL, 4)), (32, 64), 1 << 18, repeats=2, list_s=0.02, piece_s=0.01, step_s=0.01)
 
 
 def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -50,10 +50,22 @@ def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytes
     assert "2 ranks in nodes of 2" in text
 
 
+def test_a_profile_of_one_rank_has_the_links_of_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "here.toml"
+    assert bench(Order(nproc=1, out=path, base="h100", effort=TINY), as_json=False) == 0
+    found, base = load(str(path)), load("h100")
+    assert (found.links, found.node, found.rings, found.contention) == (base.links, 8, True, 1)
+    assert found.peaks["fp8"] == base.peaks["fp8"]
+    assert found.peaks["fp32"] < 1e15
+    assert found.shares != base.shares
+    assert found.overhead != base.overhead
+
+
 @pytest.mark.parametrize(
     ("order", "reason"),
     [
         (Order(nproc=1), "bench profile: 1 rank has no links to measure; start 2 or more with --nproc"),
+        (Order(nproc=1, base="h1"), "cluster profile 'h1' is unknown"),
         (Order(nproc=4, node=3), "nodes of 3 do not divide the 4 ranks; use --node with one of 1, 2, 4"),
         (Order(nproc=2, out=Path("profile.txt")), "--out profile.txt: a profile is a .toml file"),
         (Order(nproc=2, out=Path("/no/such/folder/a.toml")), "cannot write to /no/such/folder"),

@@ -375,7 +375,7 @@ def op(name: str, stream: Stream = Stream.COMPUTE, **cost: float) -> Op:
 
 
 def event(name: str, stream: Stream, took: float, exposed: float = 0.0) -> Event:
-    return Event(name, Phase.F, stream, 0.0, took, 0, exposed)
+    return Event(name, Phase.F, stream, 0.0, took, 0, took - exposed if exposed else None)
 
 
 def test_a_message_that_nobody_waited_for_took_no_longer_than_its_rate() -> None:

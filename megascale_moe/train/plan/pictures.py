@@ -43,7 +43,8 @@ def _operators(layout: PricedLayout) -> list[dict[str, object]]:
     for phase in layout.phases:
         spans = layout.stages.spans(kind, phase)
         events += [
-            Event(op.name, op.phase, op.stream, at + s.start, at + s.end, round(op.cost.wire_bytes), s.exposed)
+            Event(op.name, op.phase, op.stream, at + s.start, at + s.end, round(op.cost.wire_bytes),
+                  at + s.end - s.exposed if s.exposed else None)
             for op, s in spans
         ]
         at += makespan([span for _, span in spans])

@@ -126,8 +126,8 @@ def _last_step(path: Path, steps: int) -> list[Event]:
     try:
         events = [
             Event(entry["name"][2:], Phase(entry["name"][0]), streams[entry["tid"]], entry["ts"] / 1e6,
-                  (entry["ts"] + entry["dur"]) / 1e6, int(entry["args"]["wire_bytes"]),
-                  entry["args"]["exposed_us"] / 1e6)
+                  (end := entry["ts"] + entry["dur"]) / 1e6, int(entry["args"]["wire_bytes"]),
+                  (end - waited) / 1e6 if (waited := entry["args"]["exposed_us"]) else None)
             for entry in json.loads(_read(path))["traceEvents"] if entry["ph"] == "X"
         ]  # fmt: skip
     except (ValueError, KeyError, TypeError, IndexError) as error:
