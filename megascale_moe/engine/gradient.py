@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megascale_moe.kernels.grouped import Groups, grouped_outer
+
 
 class Gradient:
     """The gradient of one weight, summed over micro-batches in the buffer's dtype (float32 in training).
@@ -48,13 +50,17 @@ class Gradient:
         else:
             total += a @ b
 
-    def add_grouped_mm(self, a: Tensor, b: Tensor, counts: list[int]) -> None:
+    def add_grouped_mm(self, a: Tensor, b: Tensor, groups: Groups) -> None:
         """Add, for each group g of consecutive rows, a[rows of g].T @ b[rows of g] to buffer[g].
 
         a [R, N], b [R, D], buffer [groups, N, D]; groups without rows get zero.
         """
+        products = grouped_outer(a, b, groups)
+        if products is not None:
+            self.add(products)
+            return
         start = 0
-        for part, count in zip(self.buffer.unbind(), counts, strict=True):
+        for part, count in zip(self.buffer.unbind(), groups.counts, strict=True):
             if count:
                 self._add_mm(part, a[start : start + count].t(), b[start : start + count])
             elif self.fresh:

@@ -1,31 +1,65 @@
-"""Matrix products of consecutive groups of rows with a weight per group."""
+"""Matrix products of consecutive groups of rows with a weight per group.
+
+On a GPU the library's kernels read the groups' sizes there. The host, which would have to wait for whatever decides
+about them, runs ahead; it learns them only where a loop over the groups has to do.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def grouped_mm(x: Tensor, weight: Tensor, counts: list[int], offsets: Tensor) -> Tensor:
-    """x [R, K] times weight [G, K, N], row group g with weight g -> [R, N].
+@dataclass(frozen=True)
+class Groups:
+    """G consecutive groups of R rows.
 
-    Args:
-        counts: rows of each group; they sum to R.
-        offsets: their running sum, int32 [G], on x's device.
+    Attributes:
+        offsets: running sum of their sizes, int32 [G], on the device of the rows; the last is R.
     """
+
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, counts: list[int], device: torch.device | None = None) -> Groups:
+        """Of known sizes."""
+        return Groups(torch.tensor(counts, device=device).cumsum(0).int())
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each group. The host waits for a GPU to know them."""
+        ends: list[int] = self.offsets.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def grouped_mm(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """x [R, K] times weight [G, K, N], row group g with weight g -> [R, N]."""
     if x.shape[0] and _library_takes(x, weight):
-        return F.grouped_mm(x, weight, offs=offsets)
+        return F.grouped_mm(x, weight, offs=groups.offsets)
     out = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
-    for group, count in enumerate(counts):
+    for group, count in enumerate(groups.counts):
         if count:
             torch.mm(x[start : start + count], weight[group], out=out[start : start + count])
         start += count
     return out
 
 
+def grouped_outer(a: Tensor, b: Tensor, groups: Groups) -> Tensor | None:
+    """a [R, N] and b [R, K] -> [G, N, K], of each group a.T @ b, zero without rows; None where a loop does better.
+
+    On a CPU the loop adds into float32 buffers, without rounding each product to BF16.
+    """
+    if a.device.type == "cpu" or not a.shape[0] or not _library_takes(a, b):
+        return None
+    return F.grouped_mm(a.t(), b, offs=groups.offsets)
+
+
 def _library_takes(x: Tensor, weight: Tensor) -> bool:
     """torch's grouped_mm wants rows that are multiples of 16 bytes, and on CUDA bfloat16."""
-    aligned = all(size * x.itemsize % 16 == 0 for size in weight.shape[1:])
+    aligned = all(size * x.itemsize % 16 == 0 for size in (x.shape[-1], weight.shape[-1]))
     return aligned and (x.device.type == "cpu" or x.dtype == torch.bfloat16)

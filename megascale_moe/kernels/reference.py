@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.kernels.attention import Spans
+from megascale_moe.kernels.grouped import Groups
 from megascale_moe.kernels.rows import RowMap
 
 
@@ -75,9 +76,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
     return torch.einsum("bhqk,bkhu->bqhu", p, v).to(q.dtype)
 
 
-def grouped_mm(x: Tensor, weight: Tensor, counts: list[int], offsets: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """x [R, K] times weight [G, K, N], row group g with weight g -> [R, N]; every row brings its own matrix."""
-    group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), torch.tensor(counts, device=x.device))
+    counts = torch.tensor(groups.counts, device=x.device)
+    group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
     return (_wide(x)[:, :, None] * _wide(weight)[group]).sum(1).to(x.dtype)
 
 
@@ -93,10 +95,9 @@ def row_map(choice: Tensor, first: int, count: int, kept: Tensor | None = None) 
     by_token = sorted(range(len(slots)), key=lambda row: slots[row] // k)
     starts = [sum(slot // k < token for slot in slots) for token in range(tokens)]
     return RowMap(
+        offsets=torch.tensor([sum(counts[: expert + 1]) for expert in range(count)], dtype=torch.int32),
         source=torch.tensor([slot // k for slot in slots], dtype=torch.long),
         slot=torch.tensor(slots, dtype=torch.long),
-        counts=counts,
-        offsets=torch.tensor([sum(counts[: expert + 1]) for expert in range(count)], dtype=torch.int32),
         by_token=torch.tensor(by_token, dtype=torch.long),
         token_start=torch.tensor(starts, dtype=torch.long),
     )
@@ -107,8 +108,9 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[index]
 
 
-def sum_rows(rows: Tensor, by_token: Tensor, token_start: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, of: RowMap) -> Tensor:
     """Sum of each token's routed rows: rows [R, D] -> [T, D]; tokens without a row get zero."""
+    by_token, token_start = of.by_token, of.token_start
     ends = [*token_start.tolist()[1:], len(by_token)]
     sums = [_wide(rows)[by_token[a:b]].sum(0) for a, b in zip(token_start.tolist(), ends, strict=len(token_start) > 0)]
     return torch.stack(sums).to(rows.dtype) if sums else rows[:0]

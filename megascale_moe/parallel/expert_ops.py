@@ -97,7 +97,7 @@ def scatter(
         return take_rows(x, of(rows).source)
 
     def backward(d: Tensor, rows: Any) -> Tensor:
-        return sum_rows(d, of(rows).by_token, of(rows).token_start)
+        return sum_rows(d, of(rows))
 
     return moved(name, rows, x, y, forward, backward, c, layout, part)
 
@@ -109,7 +109,7 @@ def gather(
     """Sum of each token's routed rows; the dual of `scatter`."""
 
     def forward(x: Tensor, rows: Any) -> Tensor:
-        return sum_rows(x, of(rows).by_token, of(rows).token_start)
+        return sum_rows(x, of(rows))
 
     def backward(d: Tensor, rows: Any) -> Tensor:
         return take_rows(d, of(rows).source)
@@ -156,15 +156,13 @@ def _grouped_linear(
     )  # fmt: skip
 
     def forward(x: Tensor, rows: Any, w: Tensor) -> Tensor:
-        m = expert_rows(rows)
-        return grouped_mm(x, w.transpose(1, 2), m.counts, m.offsets)
+        return grouped_mm(x, w.transpose(1, 2), expert_rows(rows))
 
     def input_gradient(dy: Tensor, rows: Any, w: Tensor) -> Tensor:
-        m = expert_rows(rows)
-        return grouped_mm(dy, w, m.counts, m.offsets)
+        return grouped_mm(dy, w, expert_rows(rows))
 
     def weight_gradient(x: Tensor, dy: Tensor, rows: Any, sink: Gradient) -> None:
-        sink.add_grouped_mm(dy, x, expert_rows(rows).counts)
+        sink.add_grouped_mm(dy, x, expert_rows(rows))
 
     return Op(
         name=name, reads=(x, rows), writes=(y,), weights=(weight,), run=forward, cost=cost,

@@ -272,7 +272,7 @@ def _gather_pieces(p: str, pieces: Sequence[Piece], c: ModelConfig, layout: Layo
     def run(*values: Any) -> Tensor:
         parts, maps = values[:count], values[count:]
         by_piece = torch.cat(parts).split(sizes(maps))
-        return sum_rows(torch.cat([by_piece[place] for place in order]), maps[0].by_token, maps[0].token_start)
+        return sum_rows(torch.cat([by_piece[place] for place in order]), maps[0])
 
     def run_backward(d: Tensor, *maps: Any) -> tuple[Tensor, ...]:
         rows = take_rows(d, maps[0].source)

@@ -11,6 +11,7 @@ Nothing here looks at a layout: a layout's time is predicted from these, never f
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,20 +70,21 @@ class Effort:
     def of(cls, device: torch.device) -> Effort:
         """What takes one to three minutes."""
         if device.type == "cuda":
-            layers = [(_layer(hidden, length, experts), rows) for hidden in (1024, 4096)
+            layers = [(_layer(hidden, length, experts, 16 * hidden // experts), rows) for hidden in (1024, 4096)
                       for length, rows in ((1024, 1), (4096, 1), (4096, 4)) for experts in (8, 32)]  # fmt: skip
-            return cls(tuple(layers), (2048, 4096, 8192), 1 << 28)
-        layers = [(_layer(hidden, length, experts), rows) for hidden, experts in ((128, 16), (256, 8), (512, 4))
+            return cls(tuple(layers), (2048, 4096, 8192), 1 << 28, step_s=0.3)
+        layers = [(_layer(hidden, length, experts, 2 * hidden), rows)
+                  for hidden, experts in ((128, 16), (256, 8), (512, 4))
                   for length, rows in ((64, 1), (64, 4), (256, 1), (256, 4), (1024, 1))]  # fmt: skip
         return cls(tuple(layers), (512, 1024), 1 << 22)
 
 
-def _layer(hidden: int, length: int, experts: int) -> ModelConfig:
+def _layer(hidden: int, length: int, experts: int, ffn_hidden: int) -> ModelConfig:
     """One layer with all kinds of operators, in proportions in use."""
     head = 128 if hidden >= 1024 else 32
     return ModelConfig(
         layers=1, hidden=hidden, heads=hidden // head, kv_heads=max(hidden // head // 4, 1), experts=experts, top_k=2,
-        ffn_hidden=2 * hidden, shared_experts=1, vocab=256, sequence_length=length, balance_loss=0.01,
+        ffn_hidden=ffn_hidden, shared_experts=1, vocab=256, sequence_length=length, balance_loss=0.01,
     )  # fmt: skip
 
 
@@ -175,6 +177,9 @@ class Meter:
         for done, (model, rows) in enumerate(self.effort.layers):
             self.progress("operators", done, len(self.effort.layers))
             ops, seconds = self._timed_layer(model, rows)
+            gc.collect()  # weights of one layer may take a fifth of a GPU, and lists refer to themselves
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             for op, took in zip(ops, self._over_ranks(seconds), strict=True):
                 sample = _sample(op, took - overhead)
                 if sample is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.kernels.grouped import Groups
 
 
 def stale(*shape: int, dtype: torch.dtype = torch.float32) -> Gradient:
@@ -73,16 +74,16 @@ def test_grouped_products(counts: list[int], dtype: torch.dtype) -> None:
     parts = zip(a.float().split(counts), b.float().split(counts), strict=True)
     wanted = torch.stack([x.t() @ y for x, y in parts])
     gradient = stale(3, 2, 4)
-    gradient.add_grouped_mm(a, b, counts)
+    gradient.add_grouped_mm(a, b, Groups.of(counts))
     assert torch.equal(gradient.value(), wanted)
-    gradient.add_grouped_mm(a, b, counts)
+    gradient.add_grouped_mm(a, b, Groups.of(counts))
     assert torch.equal(gradient.value(), 2 * wanted)
     other = torch.ones(4, 2, dtype=dtype), torch.ones(4, 4, dtype=dtype)
-    gradient.add_grouped_mm(*other, [0, 4, 0])
+    gradient.add_grouped_mm(*other, Groups.of([0, 4, 0]))
     assert torch.equal(gradient.value()[0], 2 * wanted[0])
     assert torch.equal(gradient.value()[1], 2 * wanted[1] + 4)
 
 
 def test_counts_must_match_the_groups() -> None:
     with pytest.raises(ValueError, match="zip"):
-        stale(3, 2, 4).add_grouped_mm(torch.ones(2, 2), torch.ones(2, 4), [1, 1])
+        stale(3, 2, 4).add_grouped_mm(torch.ones(2, 2), torch.ones(2, 4), Groups.of([1, 1]))

@@ -16,7 +16,7 @@ from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.attention import Spans, causal_attention_backward, causal_attention_forward
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.kernels.cross_entropy import linear_cross_entropy
-from megascale_moe.kernels.grouped import grouped_mm
+from megascale_moe.kernels.grouped import Groups, grouped_mm
 from megascale_moe.kernels.narrow import Float8
 from megascale_moe.kernels.norm import rms_norm, rms_norm_backward
 from megascale_moe.kernels.rows import row_map, sum_rows, take_rows
@@ -54,25 +54,25 @@ def test_bf16_grouped_mm_takes_the_library_and_equals_its_twin(
     x = randn(sum(counts), 64, dtype=torch.bfloat16)
     weight = randn(3, *((48, 64) if transposed else (64, 48)), dtype=torch.bfloat16)
     weight = weight.transpose(1, 2) if transposed else weight
-    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
-    out = grouped_mm(x, weight, counts, offsets)
+    groups = Groups.of(counts, DEVICE)
+    out = grouped_mm(x, weight, groups)
     assert len(calls) == (sum(counts) > 0)
-    assert_near(out, reference.grouped_mm(x, weight, counts, offsets), BF16)
+    assert_near(out, reference.grouped_mm(x, weight, groups), BF16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_sizes_take_the_loop(dtype: torch.dtype) -> None:
     x, weight = randn(26, 5, dtype=dtype), randn(3, 5, 7, dtype=dtype)
-    offsets = torch.tensor([3, 3, 26], dtype=torch.int32, device=DEVICE)
-    wanted = reference.grouped_mm(x, weight, [3, 0, 23], offsets)
-    assert_near(grouped_mm(x, weight, [3, 0, 23], offsets), wanted, FP32 if dtype == torch.float32 else BF16)
+    groups = Groups.of([3, 0, 23], DEVICE)
+    wanted = reference.grouped_mm(x, weight, groups)
+    assert_near(grouped_mm(x, weight, groups), wanted, FP32 if dtype == torch.float32 else BF16)
 
 
 def test_grouped_weight_gradient_in_float32() -> None:
     a, b = randn(20, 16, dtype=torch.bfloat16), randn(20, 8, dtype=torch.bfloat16)
     gradient = Gradient(torch.full((3, 16, 8), float("nan"), device=DEVICE))
     for _ in range(2):
-        gradient.add_grouped_mm(a, b, [7, 0, 13])
+        gradient.add_grouped_mm(a, b, Groups.of([7, 0, 13], DEVICE))
     wanted = [2 * (x.float().t() @ y.float()) for x, y in zip(a.split([7, 0, 13]), b.split([7, 0, 13]), strict=True)]
     assert_near(gradient.value(), torch.stack(wanted), BF16)  # each product is rounded to BF16 once
 
@@ -93,18 +93,20 @@ def test_attention(heads: tuple[int, int], spans: Spans, window: int, dtype: tor
         assert_near(value, gradient.to(dtype), 2 * ATTENTION[dtype], terms=1.0)
 
 
+@pytest.mark.parametrize(("first", "experts"), [(1, 3), (0, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows(dtype: torch.dtype) -> None:
+def test_rows(dtype: torch.dtype, first: int, experts: int) -> None:
     choice = torch.rand(50, 6).topk(2, dim=-1).indices
-    m, host = row_map(choice.to(DEVICE), 1, 3), row_map(choice, 1, 3)
+    m, host = row_map(choice.to(DEVICE), first, experts, of=6), row_map(choice, first, experts, of=6)
     assert m.counts == host.counts
+    assert m.per_token == host.per_token == (2 if experts == 6 else 0)
     for name in ("source", "slot", "offsets", "by_token", "token_start"):
         assert torch.equal(getattr(m, name).cpu(), getattr(host, name)), name
     x = randn(50, 16, dtype=dtype)
     rows = take_rows(x, m.source)
     assert torch.equal(rows, x[m.source])
-    wanted = reference.sum_rows(rows.cpu(), host.by_token, host.token_start)
-    assert_near(sum_rows(rows, m.by_token, m.token_start).cpu(), wanted, FP32 if dtype == torch.float32 else BF16)
+    wanted = reference.sum_rows(rows.cpu(), host)
+    assert_near(sum_rows(rows, m).cpu(), wanted, FP32 if dtype == torch.float32 else BF16)
 
 
 def test_cross_entropy() -> None:

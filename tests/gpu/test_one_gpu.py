@@ -17,19 +17,16 @@ from torch import Tensor
 from megascale_moe.comm.axis import single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, TrainConfig
-from megascale_moe.engine.executor import Program, resolve
-from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Op, backward
+from megascale_moe.engine.executor import Program
+from megascale_moe.engine.op import Op
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
-from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.transformer import build
-from megascale_moe.parallel.layout import Layout
-from megascale_moe.parallel.model import INPUTS, auxiliary_names, local_inputs, model_ops
 from megascale_moe.parallel.moe_block import MoEBlock
 from megascale_moe.train.data import Batch
 from megascale_moe.train.trainer import Trainer
-from tests.parallel.layouts import SCALE, Result, Rows, compare, local_weights, random_rows, reference, relative
+from megascale_moe.train.verify.batch import Rows
+from tests.parallel.layouts import Result, compare, random_rows, reference, relative, run_model
 from tests.parallel.test_layouts import SMALL, VARIANTS
 
 DEVICE = torch.device("cuda")
@@ -49,33 +46,14 @@ def switch_restored() -> Iterator[None]:
 
 def run(config: ModelConfig, batch: Rows, dtype: torch.dtype) -> Result:
     """The whole batch through the list on the GPU; gradients in float32."""
-    rows, length = batch.tokens.shape
-    layout = Layout(rows, length, single(), dtype)
-    ops = model_ops(config, layout)
-    program = Program([*ops, *backward(ops)], INPUTS, ["loss", *auxiliary_names(config)])
-    weights = {
-        name: value.to(DEVICE, torch.float32 if name.endswith("bias") else dtype)
-        for name, value in local_weights(build(config), 1, 0).items()
-    }
-    sinks = {
-        name: Gradient(torch.empty_like(value, dtype=torch.float32))
-        for name, value in weights.items()
-        if not name.endswith("bias")
-    }
-    tokens, targets, segments = batch.part(slice(None))
-    rope = rotary_table(config, segments.positions().to(DEVICE))
-    values: dict[str, Any] = local_inputs(tokens.to(DEVICE), targets.to(DEVICE), layout, rope, segments)
-    values |= {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE, device=DEVICE)}
-    out = program.run(values, weights, sinks)
-    auxiliary = sum(float(resolve(out, name)) for name in auxiliary_names(config))
-    return Result(float(out["loss"]), auxiliary, {name: sink.value().cpu() for name, sink in sinks.items()})
+    return run_model(build(config), batch, Mesh(), "all_to_all", device=DEVICE, dtype=dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gpu_equals_the_plain_model_on_the_cpu(variant: str) -> None:
     config = VARIANTS[variant]
     batch = random_rows(config, rows=4)
-    loss, gradient, name = compare([run(config, batch, torch.float32)], reference(config, batch), 1)
+    loss, gradient, name = compare([run(config, batch, torch.float32)], reference(config, batch))
     assert loss < TOLERANCE
     assert gradient < TOLERANCE, name
 

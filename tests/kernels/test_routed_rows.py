@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.kernels import reference
-from megascale_moe.kernels.grouped import grouped_mm
+from megascale_moe.kernels.grouped import Groups, grouped_mm
 from megascale_moe.kernels.rows import row_map, sum_rows, take_rows
 from tests.kernels.compare import FP32, NEAR, assert_near, gradients, leaves
 
@@ -28,6 +28,7 @@ def test_row_map_equals_its_twin(tokens: int, k: int, first: int, count: int, dr
     choice = random_choice(tokens, k, 6)
     kept = torch.rand(tokens, k) < 0.6 if dropping else None
     found, wanted = row_map(choice, first, count, kept), reference.row_map(choice, first, count, kept)
+    assert found.counts == wanted.counts
     for field in fields(found):
         value, other = getattr(found, field.name), getattr(wanted, field.name)
         if isinstance(value, Tensor):
@@ -55,25 +56,25 @@ def test_taking_and_summing_rows_equal_their_twins_and_are_dual(
     rows = take_rows(x, m.source)
     assert torch.equal(rows, reference.take_rows(x, m.source))
     slope = torch.randn(rows.shape).to(dtype)
-    sums = sum_rows(slope, m.by_token, m.token_start)
+    sums = sum_rows(slope, m)
     # Up to six BF16 rows: five additions, each rounded by up to 2^-8 of a sum no larger than the largest.
     tolerance = FP32 if dtype == torch.float32 else 3 * NEAR[dtype]
-    assert_near(sums, reference.sum_rows(slope, m.by_token, m.token_start), tolerance)
+    assert_near(sums, reference.sum_rows(slope, m), tolerance)
     inputs = leaves(x)
     (wanted,) = gradients([reference.take_rows(inputs[0], m.source)], [slope], inputs)
     assert_near(sums, wanted.to(dtype), tolerance)
     inputs = leaves(slope)
     again = torch.randn(sums.shape).to(dtype)
     if inputs[0].numel():
-        (wanted,) = gradients([reference.sum_rows(inputs[0], m.by_token, m.token_start)], [again], inputs)
+        (wanted,) = gradients([reference.sum_rows(inputs[0], m)], [again], inputs)
         assert torch.equal(take_rows(again, m.source), wanted.to(dtype))
 
 
 def test_tokens_without_rows_get_zero() -> None:
     m = row_map(torch.tensor([[5], [0], [5], [5]]), 0, 2)
-    assert sum_rows(torch.ones(1, 3), m.by_token, m.token_start).tolist() == [[0.0] * 3, [1.0] * 3, *[[0.0] * 3] * 2]
+    assert sum_rows(torch.ones(1, 3), m).tolist() == [[0.0] * 3, [1.0] * 3, *[[0.0] * 3] * 2]
     m = row_map(torch.tensor([[5], [5]]), 0, 2)
-    assert sum_rows(torch.ones(0, 3), m.by_token, m.token_start).tolist() == [[0.0] * 3] * 2
+    assert sum_rows(torch.ones(0, 3), m).tolist() == [[0.0] * 3] * 2
 
 
 COUNTS = [[0, 0, 0], [1, 0, 0], [0, 5, 0], [3, 0, 40], [17, 2, 9]]
@@ -89,15 +90,15 @@ def test_grouped_mm_equals_its_twin(
     x = torch.randn(sum(counts), sizes[0]).to(dtype)
     weight = torch.randn(3, *(sizes[::-1] if transposed else sizes)).to(dtype)
     weight = weight.transpose(1, 2) if transposed else weight  # as the experts' forward hands it over
-    offsets = torch.tensor(counts).cumsum(0).int()
-    out = grouped_mm(x, weight, counts, offsets)
-    assert_near(out, reference.grouped_mm(x, weight, counts, offsets), NEAR[dtype])  # BF16 products add up in float32
+    groups = Groups.of(counts)
+    out = grouped_mm(x, weight, groups)
+    assert_near(out, reference.grouped_mm(x, weight, groups), NEAR[dtype])  # BF16 products add up in float32
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_input_gradient_is_the_product_with_the_transposed_weights(counts: list[int]) -> None:
     x, weight, slope = torch.randn(sum(counts), 8), torch.randn(3, 8, 16), torch.randn(sum(counts), 16)
-    offsets = torch.tensor(counts).cumsum(0).int()
+    groups = Groups.of(counts)
     inputs = leaves(x, weight)
-    (wanted, _) = gradients([reference.grouped_mm(inputs[0], inputs[1], counts, offsets)], [slope], inputs)
-    assert_near(grouped_mm(slope, weight.transpose(1, 2), counts, offsets), wanted, FP32)
+    (wanted, _) = gradients([reference.grouped_mm(inputs[0], inputs[1], groups)], [slope], inputs)
+    assert_near(grouped_mm(slope, weight.transpose(1, 2), groups), wanted, FP32)

@@ -27,6 +27,7 @@ from megascale_moe.train.verify.batch import Rows
 from megascale_moe.train.verify.batch import random_rows as random_rows  # for the tests that import it from here
 
 SCALE = 0.01
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -64,33 +65,37 @@ def run_rank(
 
 
 def run_model(
-    model: Transformer, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, **strategies: str
-) -> Result:
-    """One rank's share through the list, in micro-batches of `micro` rows; gradients summed over the right axes."""
+    model: Transformer, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0,
+    device: torch.device = CPU, dtype: torch.dtype = torch.float32, **strategies: str,
+) -> Result:  # fmt: skip
+    """One rank's share through the list, in micro-batches of `micro` rows; gradients (float32, on the CPU) summed over
+    the right axes.
+    """
     config = model.config
     axes = connect(mesh) if mesh.world > 1 else single()
     place = dist.get_rank() // mesh.node if mesh.world > 1 else 0
     share = len(batch.tokens) // mesh.dp
     micro = micro or share
-    layout = Layout(micro, config.sequence_length, axes, dispatch=dispatch, **strategies)
+    layout = Layout(micro, config.sequence_length, axes, dtype, dispatch=dispatch, **strategies)
     ops = model_ops(config, layout)
     names = [*auxiliary_names(config), *load_names(config)]
     program = Program([*ops, *backward(ops)], INPUTS, ["loss", *names])
     placed = placements(config, layout, Part.whole(config))
-    weights = {name: placed[name].take(value.detach()) for name, value in model.named_parameters()}
-    sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items()}
-    weights |= dict(model.named_buffers())
+    weights = {name: placed[name].take(value.detach()).to(device, dtype) for name, value in model.named_parameters()}
+    sinks = {name: Gradient(torch.empty_like(value, dtype=torch.float32)) for name, value in weights.items()}
+    weights |= {name: value.to(device) for name, value in model.named_buffers()}
+    scales = {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE, device=device)}
     result, trace = Result(0.0, 0.0, {}, placements=placed), Trace()
     for first in range(place * share, (place + 1) * share, micro):
         tokens, targets, segments = batch.part(slice(first, first + micro))
-        values = local_inputs(tokens, targets, layout, segments, config)
-        out = program.run(values | {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}, weights, sinks, trace)
+        values = local_inputs(tokens.to(device), targets.to(device), layout, segments, config)
+        out = program.run(values | scales, weights, sinks, trace)
         result.loss += float(out["loss"])
         result.auxiliary += sum(float(resolve(out, name)) for name in auxiliary_names(config))
         for name in load_names(config):
-            result.load[name] = result.load.get(name, torch.zeros(config.experts)) + out[name]
+            result.load[name] = result.load.get(name, torch.zeros(config.experts)) + out[name].cpu()
     for name, sink in sinks.items():
-        result.gradients[name] = sink.value()
+        result.gradients[name] = sink.value().cpu()
         for axis in placed[name].replicas:
             if axis and axes[axis].size > 1:
                 dist.all_reduce(result.gradients[name], group=axes[axis].group)

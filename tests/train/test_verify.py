@@ -24,6 +24,7 @@ from megascale_moe.comm.axis import Axis, connect
 from megascale_moe.comm.collectives import Pending, tag_of
 from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.kernels.grouped import Groups
 from megascale_moe.optim import sync
 from megascale_moe.optim.narrow_sums import FORMS
 from megascale_moe.parallel import collective, split_experts
@@ -292,8 +293,8 @@ def test_a_wrong_weight_gradient(verify: Callable[..., Verdict], monkeypatch: py
     """Every tensor is right then: what operators of phase W make goes into buffers."""
     right = Gradient.add_grouped_mm
 
-    def doubled(self: Gradient, a: Tensor, b: Tensor, counts: list[int]) -> None:
-        right(self, 2 * a if dist.is_initialized() and dist.get_rank() == 1 else a, b, counts)
+    def doubled(self: Gradient, a: Tensor, b: Tensor, groups: Groups) -> None:
+        right(self, 2 * a if dist.is_initialized() and dist.get_rank() == 1 else a, b, groups)
 
     monkeypatch.setattr(Gradient, "add_grouped_mm", doubled)
     verdict = verify("mixtral-8x7b", "--nproc", "2", "--only", "--json")
