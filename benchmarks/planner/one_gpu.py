@@ -79,10 +79,10 @@ class Variant:
 
 FULL, PAPER = OverlapConfig(remat="full"), OverlapConfig(order="paper")
 VARIANTS = [
-    Variant("Mixtral-8x7B, 2 layers, micro-batch 1", MIXTRAL, 1),
-    Variant("Mixtral-8x7B, 2 layers, micro-batch 2", MIXTRAL, 2),
-    Variant("Mixtral-8x7B, 2 layers, micro-batch 2, full remat", MIXTRAL, 2, overlap=FULL),
-    Variant("Mixtral-8x7B, 2 layers, 4 micro-batches of 1", MIXTRAL, 1, 4),
+    Variant("small, 8 layers of 1,024, micro-batch 1", SMALL, 1),
+    Variant("small, 8 layers of 1,024, micro-batch 8", SMALL, 8),
+    Variant("small, 8 layers of 1,024, micro-batch 32", SMALL, 32),
+    Variant("small, 8 layers of 1,024, 8 micro-batches of 4", SMALL, 4, 32),
     Variant("Qwen3-30B-A3B, 4 layers, micro-batch 1", QWEN, 1),
     Variant("Qwen3-30B-A3B, 4 layers, micro-batch 2", QWEN, 2),
     Variant("Qwen3-30B-A3B, 4 layers, micro-batch 2, full remat", QWEN, 2, overlap=FULL),
@@ -91,10 +91,10 @@ VARIANTS = [
     Variant("DeepSeek-V2-Lite, 4 layers, micro-batch 1", DEEPSEEK, 1),
     Variant("DeepSeek-V2-Lite, 4 layers, micro-batch 2", DEEPSEEK, 2),
     Variant("DeepSeek-V2-Lite, 4 layers, micro-batch 4, full remat", DEEPSEEK, 4, overlap=FULL),
-    Variant("small, 8 layers of 1,024, micro-batch 1", SMALL, 1),
-    Variant("small, 8 layers of 1,024, micro-batch 8", SMALL, 8),
-    Variant("small, 8 layers of 1,024, micro-batch 32", SMALL, 32),
-    Variant("small, 8 layers of 1,024, 8 micro-batches of 4", SMALL, 4, 32),
+    Variant("Mixtral-8x7B, 2 layers, micro-batch 1", MIXTRAL, 1),
+    Variant("Mixtral-8x7B, 2 layers, micro-batch 2", MIXTRAL, 2),
+    Variant("Mixtral-8x7B, 2 layers, micro-batch 2, full remat", MIXTRAL, 2, overlap=FULL),
+    Variant("Mixtral-8x7B, 2 layers, 4 micro-batches of 1", MIXTRAL, 1, 4),
 ]
 
 
@@ -146,6 +146,7 @@ def _peak(device: torch.device) -> int:
 
 def run(options: argparse.Namespace, chosen: Sequence[Variant], device: torch.device) -> dict[str, Any]:
     """The profile, then every variant; one that fails is named, the others go on."""
+    begin = now()
     path: Path = options.profile or options.folder / f"profile-{options.base}.toml"
     if options.profile is None:
         found = Meter(single(), mesh_of(ParallelConfig(dp=1), SMALL, 1), device, "bf16",
@@ -157,6 +158,9 @@ def run(options: argparse.Namespace, chosen: Sequence[Variant], device: torch.de
     experts.route = balanced_route  # type: ignore[assignment]
     rows, failures = [], {}
     for variant in chosen:
+        if now() - begin > options.limit:
+            failures[variant.name] = "no time left"
+            continue
         try:
             rows.append(measured(variant, options.rounds, device, cluster))
             row = rows[-1]
@@ -196,6 +200,7 @@ def main() -> None:
     parser.add_argument("--base", default="h100", help="shipped profile of the hardware")
     parser.add_argument("--profile", type=Path, help="use this one, do not measure")
     parser.add_argument("--rounds", type=int, default=8, help="measured steps of each variant")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no more variants are begun")
     parser.add_argument("--only", default="", help="variants with this in their names")
     parser.add_argument("--folder", type=Path, default=HERE, help="of the profile and the results")
     parser.add_argument("--write", action="store_true", help="write results")

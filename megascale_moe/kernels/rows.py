@@ -92,7 +92,7 @@ def _whole_row_map(choice: Tensor, experts: int) -> RowMap:
     """Rows for all experts: as many as there are assignments, so that the host need not wait to learn how many."""
     T, k = choice.shape
     expert = choice.flatten()
-    slot = expert.argsort(stable=True)
+    slot = expert.short().argsort(stable=True)  # a GPU sorts by bits: 35 us for 82 with all 64 of them
     each = torch.arange(T * k, device=choice.device)
     row_of_slot = torch.empty_like(slot).scatter_(0, slot, each)
     return RowMap(

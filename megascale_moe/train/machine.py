@@ -72,7 +72,7 @@ class Effort:
         if device.type == "cuda":
             layers = [(_layer(hidden, length, experts, 16 * hidden // experts), rows) for hidden in (1024, 4096)
                       for length, rows in ((1024, 1), (4096, 1), (4096, 4)) for experts in (8, 32)]  # fmt: skip
-            return cls(tuple(layers), (2048, 4096, 8192), 1 << 28, step_s=0.3)
+            return cls(tuple(layers), (2048, 4096, 8192), 1 << 28, list_s=1.0, step_s=0.3)
         layers = [(_layer(hidden, length, experts, 2 * hidden), rows)
                   for hidden, experts in ((128, 16), (256, 8), (512, 4))
                   for length, rows in ((64, 1), (64, 4), (256, 1), (256, 4), (1024, 1))]  # fmt: skip

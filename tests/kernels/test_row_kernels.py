@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from megascale_moe.kernels import blocks, reference
-from megascale_moe.kernels.activation import swiglu, swiglu_backward
+from megascale_moe.kernels.activation import _backward, swiglu, swiglu_backward
 from megascale_moe.kernels.blocks import Fusion, Rowwise
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
@@ -202,3 +203,17 @@ def test_blocks_cover_all_rows_once_and_add_the_sums(small_blocks: None) -> None
     assert seen == [3] * 100
     assert torch.equal(doubled, 2 * x)
     assert torch.equal(total, x.sum(0))  # whole numbers below 2^24: exact
+
+
+def test_a_width_has_one_fused_kernel_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs; here the kernel is the formula itself, counted."""
+    counter = CompileCounter()
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda formula, **options: compiled(formula, backend=counter, **options))
+    kernel = Rowwise(_backward)
+    for kernels, width in ((1, 16), (2, 8), (3, 12)):
+        for rows in (7, 9, 300):
+            x, gradient, gate = torch.randn(rows, 2 * width), torch.randn(rows, width), torch.rand(rows)
+            found, wanted = kernel.fused_by_width(gradient, x, gate), _backward(gradient, x, gate)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+            assert counter.frame_count == kernels
