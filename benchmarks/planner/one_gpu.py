@@ -156,6 +156,7 @@ def run(options: argparse.Namespace, chosen: Sequence[Variant], device: torch.de
         say(f"profile: {path}")
     cluster = load(str(path))
     experts.route = balanced_route  # type: ignore[assignment]
+    gc.collect()  # lists refer to themselves, with all their weights
     rows, failures = [], {}
     for variant in chosen:
         if now() - begin > options.limit:

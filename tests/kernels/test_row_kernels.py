@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from megascale_moe.engine.memory import Meter
 from megascale_moe.kernels import blocks, reference
 from megascale_moe.kernels.activation import _backward, swiglu, swiglu_backward
 from megascale_moe.kernels.blocks import Fusion, Rowwise
@@ -217,3 +218,21 @@ def test_a_width_has_one_fused_kernel_for_any_number_of_rows(monkeypatch: pytest
             found, wanted = kernel.fused_by_width(gradient, x, gate), _backward(gradient, x, gate)
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
             assert counter.frame_count == kernels
+
+
+def test_counting_memory_leaves_formulas_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler skips for good what it meets under a mode; the planner counts memory in a process that trains."""
+    counter = CompileCounter()
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda formula, **options: compiled(formula, backend=counter, **options))
+    monkeypatch.setattr(Fusion, "enabled", True)
+
+    def formula(x: Tensor) -> tuple[Tensor]:
+        return (x.exp() * 2,)
+
+    kernel, x = Rowwise(formula), torch.randn(8, 4)
+    with Meter():
+        assert kernel(x.to("meta"))[0].shape == (8, 4)
+    assert counter.frame_count == 0
+    assert torch.equal(kernel(x)[0], x.exp() * 2)
+    assert counter.frame_count == 1
