@@ -195,6 +195,17 @@ def show(found: dict[str, Any]) -> None:
         print(f"- {name}: {reason}")
 
 
+def show_kinds(rows: Sequence[dict[str, Any]]) -> None:
+    """Print where the seconds of all variants together went, by kind of operator, beside their prices."""
+    total: dict[str, list[float]] = {}
+    for row in rows:
+        for name, numbers in row["kinds"].items():
+            total[name] = [a + b for a, b in zip(total.get(name, [0.0] * 3), numbers, strict=True)]
+    print("\n| operators | how many | measured ms | predicted ms | error |\n|---|---|---|---|---|")
+    for name, (count, took, said) in sorted(total.items(), key=lambda item: -item[1][1]):
+        print(f"| {name} | {count:.0f} | {took * 1e3:.2f} | {said * 1e3:.2f} | {said / took - 1:+.0%} |")
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,7 +219,9 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FILE", help="print results and do nothing else")
     options = parser.parse_args()
     if options.table:
-        show(json.loads(options.table.read_text(encoding="utf-8")))
+        found = json.loads(options.table.read_text(encoding="utf-8"))
+        show(found)
+        show_kinds([row for row in found["rows"] if options.only in row["variant"]])
         return
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     found = run(options, [variant for variant in VARIANTS if options.only in variant.name], device)
