@@ -14,7 +14,7 @@ train: $(INSTALLED)
 	$(VENV)/bin/megascale train configs/quickstart.toml --resume
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

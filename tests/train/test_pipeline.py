@@ -20,7 +20,8 @@ import torch
 from megascale_moe.config import Config, ModelConfig
 from tests.train.short_runs import MODEL, TRAIN, Story, alone, config_of, same_on_every_rank, state_of, stories
 
-STEPS = 30
+STEPS = 30  # of one case of each schedule, and where losses must have fallen
+FEWER = 10  # of the others: a bit that differs does so in the first steps
 SHORT = 3
 # Sums of up to a few hundred float32 terms in another order: some 2^-24 of a loss near 4, so 1e-6, and training makes
 # it grow: 2e-6 measured after three steps. A gradient that is lost, doubled or of the wrong micro-batch shows as 1e-3.
@@ -69,7 +70,8 @@ CASES = [("interleaved", 1), ("zero_bubble", 1)] + [
 @pytest.mark.parametrize(("schedule", "pp"), CASES)
 def test_bit_equal_to_the_unpartitioned_model(schedule: str, pp: int, micros: int) -> None:
     config = one_rank_a_stage(pp, schedule, micros)
-    ours, wanted = stories(config, STEPS), reference(alone(config), STEPS)
+    steps = STEPS if (pp, micros) == (2, 4) else FEWER
+    ours, wanted = stories(config, steps), reference(alone(config), steps)
     assert_bit_equal(ours, wanted)
     # Sums over stages, in float64 but of float32 numbers in another order; the norm in float32 over rows of a shard.
     assert ours[0].auxiliary == pytest.approx(wanted.auxiliary, rel=1e-12)
