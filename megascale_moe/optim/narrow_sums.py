@@ -53,7 +53,8 @@ def exchange_bf16(x: Tensor, axis: Axis, tag: int) -> Pending:
     else:
         count, halves = len(x), x.view(torch.bfloat16)
         send, room = halves[:count], halves[count:]
-        for start in range(0, count, CAST):  # element i moves from byte 4i to 2i: nothing still to be read is hit
+        end = 1 if x.is_meta else count  # without storage a block takes what all take, one after the other
+        for start in range(0, end, CAST):  # element i moves from byte 4i to 2i: nothing still to be read is hit
             send[start : start + CAST] = x[start : start + CAST].to(torch.bfloat16)
     return exchange(send.chunk(axis.size), room.chunk(axis.size), axis, tag).then(list)
 

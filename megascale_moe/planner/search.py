@@ -39,6 +39,8 @@ LARGEST = 32
 """The largest cluster that is tried for a model that does not fit, over what its weights alone would fill."""
 
 Progress = Callable[[str, int, int], None]
+Map = Callable[[Callable[[Any, Any], Any], Iterable[Any], Iterable[Any]], Iterable[Any]]
+"""As the built-in, with two arguments."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,10 @@ def search(
     )
     count = min(workers or os.cpu_count() or 1, len(groups))
     shares = [[layout for group in groups[first::count] for layout in group] for first in range(count)]
-    results = _parallel(space, cluster, shares, top, lambda done: progress("layouts", done, total))
-    plans = sorted((plan for plans, _ in results for plan in plans), key=lambda plan: plan.price.seconds)
-    found = tuple(itertools.islice(_whole(plans, cluster), max(top, SHOWN)))
+    found, priced = _parallel(space, cluster, shares, top, lambda done: progress("layouts", done, total))
     if not found:
         raise ConfigError(_nothing_fits(space, cluster))
-    return Found(found, total, sum(priced for _, priced in results))
+    return Found(found, total, priced)
 
 
 def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
@@ -149,10 +149,12 @@ class _Shared:
 
 def _parallel(
     space: Space, cluster: Cluster, shares: Sequence[Sequence[Layout]], top: int, progress: Callable[[int], None]
-) -> list[tuple[list[Plan], int]]:  # fmt: skip
-    shared = _Shared(len(shares), top)
+) -> tuple[tuple[Plan, ...], int]:  # fmt: skip
+    """The best that fit, and how many layouts were priced."""
+    shared, shown = _Shared(len(shares), top), max(top, SHOWN)
     if len(shares) == 1:
-        return [_best(space, cluster, shares[0], 0, shared)]
+        plans, priced = _best(space, cluster, shares[0], 0, shared)
+        return _fitting(plans, cluster, shown, map), priced
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(shares), context, initializer=_join, initargs=(shared,)) as pool:
         jobs = [pool.submit(_best, space, cluster, share, worker) for worker, share in enumerate(shares)]
@@ -160,7 +162,9 @@ def _parallel(
         while waiting:
             _, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             progress(shared.done.value)
-    return [job.result() for job in jobs]
+        results = [job.result() for job in jobs]
+        plans = [plan for plans, _ in results for plan in plans]
+        return _fitting(plans, cluster, shown, pool.map), sum(priced for _, priced in results)
 
 
 _JOINED: list[_Shared] = []
@@ -274,13 +278,20 @@ def _plan(layout: PricedLayout, *, update: bool = True) -> Plan:
     return Plan(config, mesh.world, layout.price, places[fullest], fullest)
 
 
-def _whole(plans: Sequence[Plan], cluster: Cluster) -> Iterable[Plan]:
-    """Those that fit with the end of their step, too."""
-    pricer = Pricer(cluster)
-    for plan in plans:
-        whole = _plan(pricer.layout(plan.config, plan.gpus))
-        if whole.bytes.peak <= capacity(cluster):
-            yield whole
+def _fitting(plans: Iterable[Plan], cluster: Cluster, wanted: int, each: Map) -> tuple[Plan, ...]:
+    """The fastest of those that fit with the end of their step, too; several are looked at at once by `each`."""
+    left, found = sorted(plans, key=lambda plan: plan.price.seconds), list[Plan]()
+    while left and len(found) < wanted:
+        count = wanted - len(found)
+        whole = each(_whole, left[:count], itertools.repeat(cluster))
+        found += [plan for plan in whole if plan.bytes.peak <= capacity(cluster)]
+        del left[:count]
+    return tuple(found)
+
+
+def _whole(plan: Plan, cluster: Cluster) -> Plan:
+    """With the end of its step in its bytes."""
+    return _plan(Pricer(cluster).layout(plan.config, plan.gpus))
 
 
 # --- what does not fit -----------------------------------------------------------------------------------------------
