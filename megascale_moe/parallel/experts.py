@@ -180,7 +180,7 @@ def _balance(p: str, c: ModelConfig, layout: Layout) -> Op:
 
 
 def _plan(p: str, c: ModelConfig, layout: Layout) -> Op:
-    """Row maps from the routing; the only operator whose result the host waits for."""
+    """Row maps from the routing; the only operator whose result the host waits for, where rows travel."""
     group, ep = layout.group, layout.ep
     local = c.experts // ep.size
 
