@@ -22,6 +22,7 @@ later. It may name another as its `base` and say only what differs.
     gb_per_s = 450
     latency_us = 20                  # of a collective; and peer_us for each further rank it talks to
     share = [[65536, 0.1], ...]      # of gb_per_s, by the bytes of one message
+    beside_us = 5                    # optional: a collective ends so much later if its ranks compute meanwhile
     [run]                            # optional, and each of it
     jitter = 0.01                    # standard deviation of a rank's step, as a part of it
     imbalance = 1.0                  # rows of the busiest rank's experts, as a multiple of the mean
@@ -37,6 +38,7 @@ import tomllib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -44,6 +46,7 @@ from typing import Any
 
 from megascale_moe.config import ConfigError, require
 from megascale_moe.engine.op import Stream, Work
+from megascale_moe.engine.order import Interference
 
 NAMES = ("a100", "b200", "gb200", "h100", "h20", "h200", "h800")
 """Profiles of hardware that come with the package; those in `stacks` are of hardware with one software stack."""
@@ -52,7 +55,7 @@ LINK = ("gb_per_s", "latency_us", "peer_us")
 RUN = {"jitter": 0.0, "imbalance": 1.0, "dispatch": 1.0, "step_ms": 0.0}
 LEAST = {
     "reserved_gb": 0, "overhead_us": 0, "latency_us": 0, "peer_us": 0, "jitter": 0, "step_ms": 0, "imbalance": 1,
-    "contention": 1, "fragmentation": 0,
+    "contention": 1, "fragmentation": 0, "beside_us": 0,
 }  # fmt: skip
 """Of numbers that need not be positive, or must be more."""
 
@@ -80,12 +83,14 @@ class Link:
     Attributes:
         rate: bytes per second. latency: seconds of a collective, whatever it sends. peer: seconds more for each rank
             beyond the first that it talks to. share: of the rate, by the bytes of one message.
+            beside: seconds by which a collective ends later if its ranks compute meanwhile.
     """
 
     rate: float
     latency: float
     peer: float
     share: Curve
+    beside: float = 0.0
 
     def seconds(self, sent: float, peers: int) -> float:
         """For a rank that sends so many bytes to all its peers together."""
@@ -132,6 +137,12 @@ class Cluster:
     narrow: float = 1.0
     host: float = 0.0
     formulas: Curve | None = None
+
+    @cached_property
+    def interference(self) -> Interference:
+        """Of computation and communication."""
+        late = {stream: link.beside for stream, link in self.links.items() if link.beside}
+        return Interference(self.contention, late)
 
 
 def load(name: str) -> Cluster:
@@ -230,7 +241,7 @@ class _Reader:
         return found  # type: ignore[no-any-return]
 
     def number(self, *path: str, default: float | None = None) -> float:
-        if default is not None and path[-1] not in (self.section(path[0]) if path[0] in self.raw else {}):
+        if default is not None and path[-1] not in (self.section(*path[:-1]) if path[0] in self.raw else {}):
             return default
         found = self.value(*path)
         fits = type(found) in (int, float) and math.isfinite(found)
@@ -256,4 +267,5 @@ class _Reader:
 
     def link(self, name: str) -> Link:
         rate, latency, peer = (self.number("links", name, key) for key in LINK)
-        return Link(1e9 * rate, 1e-6 * latency, 1e-6 * peer, self.curve("links", name, "share"))
+        beside = self.number("links", name, "beside_us", default=0.0)
+        return Link(1e9 * rate, 1e-6 * latency, 1e-6 * peer, self.curve("links", name, "share"), 1e-6 * beside)

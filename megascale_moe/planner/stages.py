@@ -20,7 +20,7 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op, Stream, grad
-from megascale_moe.engine.order import Span, best_order, makespan, simulate
+from megascale_moe.engine.order import NONE, Interference, Span, best_order, makespan, simulate
 from megascale_moe.parallel.model import buffers_of
 from megascale_moe.parallel.stages import Part
 from megascale_moe.pipeline.program import StepPlan
@@ -94,9 +94,9 @@ def along(kind: Kind, measure: Callable[[Kind], Numbers]) -> Numbers:
     return type(found)(*total)  # type: ignore[arg-type]
 
 
-def simulated(ops: Sequence[Op], seconds: Seconds, contention: float) -> Took:
+def simulated(ops: Sequence[Op], seconds: Seconds, interference: Interference) -> Took:
     """A list by the executor's rules."""
-    spans = simulate(ops, seconds, contention)
+    spans = simulate(ops, seconds, interference)
     return Took(makespan(spans), sum(span.exposed for span in spans))
 
 
@@ -129,13 +129,13 @@ class Stages:
 
     Attributes:
         plan: that of any rank of any pipeline that has this layout; its profile's prices decide. prices: of a cluster,
-            where there is one: its operators are put on the links that they use there. contention: see `simulate`.
+            where there is one: its operators are put on the links that they use there. interference: see `simulate`.
     """
 
     plan: StepPlan
     train: TrainConfig
     prices: Prices | None = None
-    contention: float = 1.0
+    interference: Interference = NONE
     _once: Once = field(default_factory=Once)
 
     def lists(self, kind: Kind) -> Stage:
@@ -153,10 +153,10 @@ class Stages:
     def spans(self, kind: Kind, phase: str) -> list[tuple[Op, Span]]:
         """When each operator of an action runs; not for deep parts."""
         ops = action_ops(self.lists(kind), phase)
-        return list(zip(ops, simulate(ops, self.seconds, self.contention), strict=True))
+        return list(zip(ops, simulate(ops, self.seconds, self.interference), strict=True))
 
     def _simulated(self, ops: Sequence[Op]) -> Took:
-        return simulated(ops, self.seconds, self.contention)
+        return simulated(ops, self.seconds, self.interference)
 
     def took(self, kind: Kind, phase: str) -> Took:
         """An action of a pipeline: F, B, W or BW of one micro-batch."""

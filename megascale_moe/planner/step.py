@@ -22,6 +22,7 @@ from statistics import NormalDist
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op
+from megascale_moe.engine.order import NONE
 from megascale_moe.model.counts import counts
 from megascale_moe.parallel.stages import Part, parts_of_rank, together
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
@@ -112,7 +113,7 @@ class Pricer:
         plan = plan_of(config, mesh, 0, Profile(prices) if prices else None)
         key = inner(config, mesh.node, mesh.ep, mesh.etp, micro_batch(config, mesh))
         if key not in self._stages:
-            self._stages[key] = Stages(plan, key.train, prices, cluster.contention if cluster else 1.0)
+            self._stages[key] = Stages(plan, key.train, prices, cluster.interference if cluster else NONE)
         hides = config.overlap.hides_synchronisation if self.hides is None else self.hides
         return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices, hides)
 
@@ -292,7 +293,7 @@ class PricedLayout:
             return prices.seconds(op) * (passes if id(op) in own else 1)
 
         hidden = [op if id(op) in own else prices.placed(op) for op in optimizer.hidden(ops)]
-        with_it, without = (simulated(each, seconds, self.stages.contention) for each in (hidden, ops))
+        with_it, without = (simulated(each, seconds, self.stages.interference) for each in (hidden, ops))
         return Took(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))
 
     @property
@@ -308,4 +309,4 @@ class PricedLayout:
     def _simulated(self, ops: Sequence[Op]) -> Took:
         """With the prices of this layout: those of its stages do not know its data parallelism."""
         assert self.prices is not None
-        return simulated([self.prices.placed(op) for op in ops], self.prices.seconds, self.stages.contention)
+        return simulated([self.prices.placed(op) for op in ops], self.prices.seconds, self.stages.interference)

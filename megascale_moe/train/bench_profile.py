@@ -172,7 +172,7 @@ def _of_links(found: Found, base: str) -> Iterator[str]:
             link = other
         yield from (
             f"gb_per_s = {link.rate / 1e9:.4g}", f"latency_us = {link.latency * 1e6:.4g}",
-            f"peer_us = {link.peer * 1e6:.4g}", f"share = {_pairs(link.share)}",
+            f"peer_us = {link.peer * 1e6:.4g}", f"beside_us = {link.beside * 1e6:.4g}", f"share = {_pairs(link.share)}",
         )  # fmt: skip
 
 

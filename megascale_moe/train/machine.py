@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -44,6 +44,10 @@ FORMULAS = "formulas"
 QUARTILES = 1.349
 """Standard deviations of a normal distribution between its quartiles."""
 Progress = Callable[[str, int, int], None]
+
+
+LATE = (3, 6)
+"""Messages that are sent beside computation: so many times the latency of the shortest."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Meter:
             self.progress(f"messages over {axis.name}", size, self.effort.most_bytes)
             took = fmean(self._message(form, size, axis) for form in (_exchange, _gather, _reduce))
             messages.append((float(size), took))
-        return link_of(messages, axis.size - 1, peer)
+        return replace(link_of(messages, axis.size - 1, peer), beside=self._late(axis, messages))
 
     def _message(self, form: Callable[[Tensor, Axis], Pending], size: int, axis: Axis) -> float:
         """Seconds of a collective that sends so many bytes to each peer."""
@@ -279,6 +283,35 @@ class Meter:
         axes = {Stream.INTRA: self.axes["node"], Stream.INTER: self.axes["tensor_data"]}
         ratios = [self._slowed(axes[stream], 2 * self.effort.piece_s * link.rate) for stream, link in links.items()]
         return max(fmean(ratios), 1.0) if ratios else 1.0
+
+    def _late(self, axis: Axis, messages: Sequence[tuple[float, float]]) -> float:
+        """Seconds that messages take longer beside computation which ends before them; the mean over some of a few
+        times the latency, of which steps have most."""
+        late = []
+        for times in LATE:
+            size, _ = next((each for each in messages if each[1] >= times * messages[0][1]), messages[-1])
+            late += [self._later(axis, size, part) for part in (0.4, 0.8)]
+        return max(fmean(late), 0.0)
+
+    def _later(self, axis: Axis, size: float, part: float) -> float:
+        """A message of so many bytes to each peer, beside computation that takes a part of its time."""
+        dtype = DTYPES[self.dtype]
+        x = torch.ones(int(size) // dtype.itemsize * axis.size, dtype=dtype, device=self.device)
+        work = self._product(256, torch.float32)
+        takes = self._behind_work(lambda: _exchange(x, axis), 2)
+        count = max(round(self._over_ranks([part * takes / self._mean_seconds(work, self.effort.piece_s)])[0]), 1)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(2 * self.effort.repeats):
+            for beside in (False, True):
+                barrier(self.world)
+                begin = now()
+                pending = _exchange(x, axis)
+                for _ in range(count if beside else 0):
+                    work()
+                pending.wait()
+                self._synchronize()
+                times[beside].append(now() - begin)
+        return self._over_ranks([median(times[True]) - median(times[False])])[0]
 
     def _slowed(self, axis: Axis, sent: float) -> float:
         """By a message of so many bytes."""

@@ -82,12 +82,13 @@ def shares(points: Points, peak: float) -> Points:
 
 @dataclass(frozen=True)
 class LinkFound:
-    """A link as a profile has it: bytes/s, seconds, seconds, (bytes of a message, share of the rate)."""
+    """A link as a profile has it: bytes/s, seconds, seconds, (bytes of a message, share of the rate), seconds."""
 
     rate: float
     latency: float
     peer: float
     share: Points
+    beside: float = 0.0
 
 
 def link_of(messages: Sequence[tuple[float, float]], peers: int, peer: float) -> LinkFound:

@@ -17,7 +17,7 @@ from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.executor import resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, Phase, Stream, check
-from megascale_moe.engine.order import dependencies, makespan, paper_order, scheduled_order, simulate
+from megascale_moe.engine.order import best_order, dependencies, makespan, paper_order, scheduled_order, simulate
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.transformer import build
 from megascale_moe.parallel.model import local_inputs
@@ -198,6 +198,14 @@ def test_scheduler_fills_a_wait_with_what_nobody_waits_for() -> None:
     order = scheduled_order(ops, seconds)
     assert [op.name for op in order] == ["b", "send", "w", "next"]
     assert makespan(simulate(order, seconds)) == 6 < makespan(simulate(ops, seconds)) == 10
+
+
+def test_of_equal_orders_the_schedulers_is_taken() -> None:
+    """Not the one whose sum rounds to a little less."""
+    ops = [took(op("short", "", "a"), 0.1), took(op("middle", "", "b"), 0.3), took(op("long", "", "c"), 1.0)]
+    order = best_order(ops, seconds)
+    assert [each.name for each in order] == ["long", "middle", "short"]
+    assert makespan(simulate(order, seconds)) > makespan(simulate(ops, seconds))
 
 
 def test_weight_gradients_are_done_before_the_next_layer_computes() -> None:

@@ -13,7 +13,7 @@ from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import AXES, Mesh, mesh_of
 from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.op import Cost, Op, Stream, Work, product
-from megascale_moe.engine.order import makespan, simulate
+from megascale_moe.engine.order import Interference, makespan, simulate
 from megascale_moe.model.counts import attention_flops_per_token, counts
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.weights import placements
@@ -104,8 +104,30 @@ def test_computation_beside_a_communication_takes_longer() -> None:
     ]
     took = {"send": 1.0, "work": 2.0, "use": 1.0}
     assert makespan(simulate(beside, lambda each: took[each.name])) == 3
-    assert makespan(simulate(beside, lambda each: took[each.name], 2.0)) == 3.5
-    assert makespan(simulate(beside, lambda each: took[each.name] if each.name != "send" else 9.0, 2.0)) == 10
+    assert makespan(simulate(beside, lambda each: took[each.name], Interference(2.0))) == 3.5
+    took["send"] = 9.0
+    assert makespan(simulate(beside, lambda each: took[each.name], Interference(2.0))) == 10
+
+
+def test_a_communication_beside_computation_ends_later() -> None:
+    """By a quarter of a second; what stands behind it on its link begins later, what is waited for at once does not."""
+    send, second = (
+        Op(name=name, reads=(), writes=(f"{name} done",), run=lambda: None, stream=Stream.INTRA) for name in "ab"
+    )
+    work = Op(name="work", reads=(), writes=("done",), run=lambda: None)
+    use = Op(name="use", reads=("a done", "b done"), writes=(), run=lambda *_: None)
+    took = {"a": 1.0, "b": 1.0, "work": 0.5, "use": 1.0}
+    late = Interference(late={Stream.INTRA: 0.25})
+
+    def ends(*ops: Op) -> list[float]:
+        return [span.end for span in simulate(ops, lambda each: took[each.name], late)]
+
+    assert ends(send, second, work, use) == [1.25, 2.25, 0.5, 3.25]  # "b" is under way when nothing is computed
+    took["work"] = 1.5
+    assert ends(send, second, work, use) == [1.25, 2.5, 1.5, 3.5]
+    assert ends(work, send, second, use) == [1.5, 2.5, 3.5, 4.5]
+    late = Interference(late={Stream.INTER: 0.25})
+    assert ends(send, second, work, use) == [1.0, 2.0, 1.5, 3.0]
 
 
 def test_what_computes_element_by_element_may_have_a_share_of_its_own() -> None:
