@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -299,6 +300,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def again(found: dict[str, Any], beside: float) -> dict[str, Any]:
+    """Results with the predictions of today's code from their profile.
+
+    Args:
+        beside: microseconds of links whose profile does not say it (`planner.cluster.Link`).
+    """
+    lines = found["profile"].splitlines()
+    if "beside_us" not in found["profile"]:
+        lines = [f"{line}\nbeside_us = {beside:g}" if line.startswith("peer_us") else line for line in lines]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.toml"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        profile = load(str(path))
+    known = {row["variant"]: row for row in found["rows"]}
+    chosen = [each for each in variants(found["ranks"], found["links"]["node"]) if each.name in known]
+    rows = [row(variant, known[variant.name], found["ranks"], profile) for variant in chosen]
+    return found | {"rows": rows, "summary": summary(rows)}
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -311,9 +331,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=HERE, help="of the profile and the results")
     parser.add_argument("--write", action="store_true", help="write results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print results and do nothing else")
+    parser.add_argument("--again", action="store_true", help="with --table: predict again from the results' profile")
+    parser.add_argument("--beside", type=float, default=0.0, metavar="US", help="with --again, of profiles without it")
     options = parser.parse_args()
     if options.table:
-        show(json.loads(options.table.read_text(encoding="utf-8")))
+        found = json.loads(options.table.read_text(encoding="utf-8"))
+        show(again(found, options.beside) if options.again else found)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     found = measure(options)
