@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace, names: list[str], case: Case, links: Li
             field.close()
     found = describe(options, "fp32", RANKS, vars(case), field, "cpu")
     found |= {"command": " ".join(["python", "on_cluster.py", *sys.argv[1:]]), "baseline": BASELINE}
-    return found | {"tokens_per_step": case.tokens, "case": vars(case), "links": links.record(case)}
+    return found | {"links": links.record(case)}
 
 
 def enter_all(field: Field, names: list[str], made: Cluster, options: argparse.Namespace, work: Path) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -37,7 +37,8 @@ from megascale_moe.parallel import experts  # noqa: E402
 from megascale_moe.planner.cluster import Cluster, load  # noqa: E402
 from megascale_moe.planner.step import memory, price  # noqa: E402
 from megascale_moe.train.bench_profile import header, memory_of, profile  # noqa: E402
-from megascale_moe.train.machine import Meter  # noqa: E402
+from megascale_moe.train.hardware import peak_memory  # noqa: E402
+from megascale_moe.train.machine import Meter, random_weights  # noqa: E402
 from megascale_moe.train.timed import spread  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
@@ -98,50 +99,31 @@ VARIANTS = [
 ]
 
 
-def filled(trainer: Trainer, device: torch.device) -> None:
-    """Random weights drawn on the GPU; the run's own would be drawn on the CPU, for minutes."""
-    for group in trainer.optimizer.groups:
-        for slot in group.slots:
-            ones = len(slot.shape) == 1
-            value = torch.ones(slot.shape, device=device) if ones else torch.randn(slot.shape, device=device)
-            group.set(slot, value if ones else value * trainer.model.init_std)
-            del value
-
-
 def measured(variant: Variant, rounds: int, device: torch.device, cluster: Cluster) -> dict[str, Any]:
     """A row of the results."""
     config = variant.config
     mesh = mesh_of(config.parallel, config.model, 1)
     trainer = Trainer(config, mesh, single(), device)
-    filled(trainer, device)
+    random_weights(trainer.optimizer.groups, trainer.model.init_std)
     times: list[float] = []
     mine, events = batches(config, 0, 0), []
     for done in range(WARM + rounds):
-        if done == WARM:
-            _reset_peak(device)
+        if done == WARM and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         begin = now()
         events = trainer.step(mine, config.train.global_batch * config.model.sequence_length).trace.events
         if done >= WARM:
             times.append(now() - begin)
-    held = _peak(device)
+    held = peak_memory(device)
     said, bytes_said = price(config, cluster, 1), memory(config, 1, cluster=cluster).peak
     took = median(times)
     tokens = config.train.global_batch * config.model.sequence_length
     return {
         "variant": variant.name, "median": took, "spread": spread(times), "unit": "s", "all": times,
         "predicted": said.seconds, "error": said.seconds / took - 1, "tokens_per_s": tokens / took,
-        "bytes": held, "predicted_bytes": bytes_said, "bytes_error": bytes_said / held - 1 if held else None,
+        "bytes": held, "predicted_bytes": bytes_said, "bytes_error": bytes_said / held - 1,
         "kinds": by_kind(trainer, events, cluster),
     }  # fmt: skip
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def run(options: argparse.Namespace, chosen: Sequence[Variant], device: torch.device) -> dict[str, Any]:
@@ -188,9 +170,8 @@ def say(text: str) -> None:
 def show(found: dict[str, Any]) -> None:
     """Print the table, memory too."""
     print(f"{table(found['rows'])}\n\n{sentence(found['summary'])}")
-    errors = [abs(row["bytes_error"]) for row in found["rows"] if row["bytes_error"] is not None]
-    if errors:
-        print(f"memory: mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}")
+    errors = [abs(row["bytes_error"]) for row in found["rows"]]
+    print(f"memory: mean error {fmean(errors):.1%}, worst {max(errors):.1%}")
     for name, reason in found["failures"].items():
         print(f"- {name}: {reason}")
 

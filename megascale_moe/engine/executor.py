@@ -20,6 +20,7 @@ from megascale_moe.engine.op import Op, check
 from megascale_moe.engine.trace import Event, Trace
 
 Observer = Callable[[Op, dict[str, Any]], None]
+Traced = tuple[Trace, Event]
 
 
 class Program:
@@ -81,23 +82,26 @@ def _releases(ops: Sequence[Op], keep: Iterable[str]) -> list[tuple[str, ...]]:
 class _InFlight:
     """A Pending under all the names it will fill, with the operator that started it and its event in a trace."""
 
-    def __init__(self, pending: Pending, op: Op, trace: Trace | None, event: Event | None) -> None:
+    def __init__(self, pending: Pending, op: Op, traced: Traced | None) -> None:
         self.pending = pending
         self.op = op
-        self.trace = trace
-        self.event = event
+        self.traced = traced
 
     def wait(self) -> Any:
-        if self.trace is not None and self.event is not None:
-            self.trace.mark(self.event, "waited")
+        _mark(self.traced, "waited")
         try:
             result = self.pending.wait()
         except LostPeer as lost:
             lost.operator = f"{self.op.phase} {self.op.name}"
             raise
-        if self.trace is not None and self.event is not None:
-            self.trace.mark(self.event, "end")
+        _mark(self.traced, "end")
         return result
+
+
+def _mark(traced: Traced | None, time: str) -> None:
+    if traced is not None:
+        trace, event = traced
+        trace.mark(event, time)
 
 
 def resolve(values: dict[str, Any], name: str) -> Any:
@@ -125,13 +129,12 @@ def _step(
     trace: Trace | None,
 ) -> None:
     inputs = [resolve(values, name) for name in op.reads]
-    event = trace.begin(op) if trace is not None else None
+    traced = (trace, trace.begin(op)) if trace is not None else None
     result = op.run(*inputs, *(weights[w] for w in op.weights), *(gradients[g] for g in op.gradients))
     if isinstance(result, Pending):
-        if event is not None:
-            event.wire_bytes = result.wire_bytes
-        values.update(dict.fromkeys(op.writes, _InFlight(result, op, trace, event)))
+        if traced is not None:
+            traced[1].wire_bytes = result.wire_bytes
+        values.update(dict.fromkeys(op.writes, _InFlight(result, op, traced)))
     else:
         values.update(_named(op.writes, result))
-        if trace is not None and event is not None:
-            trace.mark(event, "end")
+        _mark(traced, "end")

@@ -63,10 +63,10 @@ class Interference:
     late: Mapping[Stream, float] = field(default_factory=dict)
 
 
-NONE = Interference()
+UNDISTURBED = Interference()
 
 
-def simulate(ops: Sequence[Op], seconds: Seconds, interference: Interference = NONE) -> list[Span]:
+def simulate(ops: Sequence[Op], seconds: Seconds, interference: Interference = UNDISTURBED) -> list[Span]:
     """When each operator of a list runs, by the executor's rules.
 
     Computation and the launch of communications follow the list; each link does one communication at a time.
@@ -113,16 +113,14 @@ def _delayed(
     left, behind = list[int](), dict.fromkeys(Stream, 0.0)
     for place in flying:
         stream, span = ops[place].stream, spans[place]
-        shifted = Span(span.start + behind[stream], span.end + behind[stream], span.exposed)
-        if shifted.start >= end:
+        begins, ends = span.start + behind[stream], span.end + behind[stream]
+        if begins >= end:
             left.append(place)
-        elif shifted.end > start and end > start:
+        elif ends > start and end > start:
             behind[stream] += late.get(stream, 0.0)
-            shifted = Span(shifted.start, shifted.end + late.get(stream, 0.0), span.exposed)
-        spans[place] = shifted
-    for stream, seconds in behind.items():
-        if seconds:
-            free[stream] += seconds
+        spans[place] = Span(begins, span.end + behind[stream], span.exposed)
+    for stream in free:
+        free[stream] += behind[stream]
     return left
 
 

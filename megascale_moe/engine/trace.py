@@ -53,8 +53,8 @@ class Trace:
 
     events: list[Event] = field(default_factory=list)
     device: torch.device | None = None
-    _marks: list[tuple[torch.cuda.Event, list[tuple[Event, str]]]] = field(default_factory=list, repr=False)
-    _origin: float = 0.0
+    _marks: list[tuple[torch.cuda.Event, list[tuple[Event, str]]]] = field(default_factory=list, init=False, repr=False)
+    _origin: float = field(default=0.0, init=False, repr=False)
 
     def begin(self, op: Op) -> Event:
         """An event that starts now, behind whatever was begun before."""

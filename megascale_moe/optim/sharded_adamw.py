@@ -121,8 +121,6 @@ class ShardedAdamW:
 
     Attributes:
         weights: name -> weight in the compute dtype. gradients: name -> `Gradient` in float32.
-        wire_bytes, comm_s, exposed_comm_s: of the last step: bytes this rank sent, seconds with communication under
-            way (each operator counted on its own), and seconds the computation waited for it.
     """
 
     def __init__(self, groups: list[FlatWeights], world: Axis, config: TrainConfig, chunk: int = CHUNK) -> None:
@@ -137,7 +135,6 @@ class ShardedAdamW:
         self.exp_avg_sq = [torch.zeros_like(master) for master in masters]
         self.counts = [torch.zeros((), device=master.device) for master in masters]  # updates done
         self._chunk = chunk
-        self.wire_bytes, self.comm_s, self.exposed_comm_s = 0, 0.0, 0.0
 
     @cached_property
     def ops(self) -> list[Op]:
@@ -181,21 +178,14 @@ class ShardedAdamW:
         """Update the weights from the summed gradients.
 
         Args:
-            trace: gets the operators' events after those it has.
+            trace: gets the operators' events after those it has; whoever brings it settles it.
 
         Returns:
             The global gradient norm before clipping; NaN on meta tensors.
         """
         for gradient in self.gradients.values():
             gradient.value()  # a weight nothing flowed into counts as zero
-        trace = Trace(device=self.groups[0].master.device) if trace is None else trace
-        before = len(trace.events)
-        norm = self.end(self._program.run(self.given(learning_rate), {}, trace=trace)["norm"])
-        trace.settle()
-        own = Trace(trace.events[before:])
-        self.wire_bytes = sum(own.wire_bytes().values())
-        self.comm_s, self.exposed_comm_s = own.communication, own.exposed
-        return norm
+        return self.end(self._program.run(self.given(learning_rate), {}, trace=trace)["norm"])
 
     def state(self) -> dict[str, list[Tensor]]:
         """Optimizer tensors by name, one per group, shaped like its master shard; whoever resumes fills them."""

@@ -20,7 +20,7 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op, Stream, grad
-from megascale_moe.engine.order import NONE, Interference, Span, best_order, makespan, simulate
+from megascale_moe.engine.order import UNDISTURBED, Interference, Span, best_order, makespan, simulate
 from megascale_moe.parallel.model import buffers_of
 from megascale_moe.parallel.stages import Part
 from megascale_moe.pipeline.program import StepPlan
@@ -135,7 +135,7 @@ class Stages:
     plan: StepPlan
     train: TrainConfig
     prices: Prices | None = None
-    interference: Interference = NONE
+    interference: Interference = UNDISTURBED
     _once: Once = field(default_factory=Once)
 
     def lists(self, kind: Kind) -> Stage:

@@ -22,7 +22,7 @@ from statistics import NormalDist
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op
-from megascale_moe.engine.order import NONE
+from megascale_moe.engine.order import UNDISTURBED
 from megascale_moe.model.counts import counts
 from megascale_moe.parallel.stages import Part, parts_of_rank, together
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
@@ -113,7 +113,7 @@ class Pricer:
         plan = plan_of(config, mesh, 0, Profile(prices) if prices else None)
         key = inner(config, mesh.node, mesh.ep, mesh.etp, micro_batch(config, mesh))
         if key not in self._stages:
-            self._stages[key] = Stages(plan, key.train, prices, cluster.interference if cluster else NONE)
+            self._stages[key] = Stages(plan, key.train, prices, cluster.interference if cluster else UNDISTURBED)
         hides = config.overlap.hides_synchronisation if self.hides is None else self.hides
         return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices, hides)
 

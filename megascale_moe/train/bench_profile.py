@@ -144,7 +144,7 @@ def profile(found: Found, memory: float, header: Sequence[str], base: str = "") 
     curves = {kind: shares(points[kind], peaks[found.dtype] if kind in PRODUCTS else bandwidth) for kind in KINDS}
     lines = [f"# {line}" for line in header]
     lines += [
-        f"# {found.ranks} ranks in nodes of {found.node}, all at work, threads of each: {found.threads}; shares of "
+        f"# ranks: {found.ranks}, in nodes of {found.node}, all at work, threads of each: {found.threads}; shares of "
         f"{found.dtype}",
         *([f'base = "{base}"'] if base else []),
         'stack = "megascale_moe, measured by bench profile"', "", "[gpu]", f"memory_gb = {memory / 1e9:.4g}",

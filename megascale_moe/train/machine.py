@@ -30,6 +30,7 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, Stream, Work
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
+from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.batches import DTYPES
@@ -43,11 +44,9 @@ FORMULAS = "formulas"
 """The kind of operators that work element by element and declare FLOPs, beside those that only move rows."""
 QUARTILES = 1.349
 """Standard deviations of a normal distribution between its quartiles."""
-Progress = Callable[[str, int, int], None]
-
-
 LATE = (3, 6)
 """Messages that are sent beside computation: so many times the latency of the shortest."""
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,7 @@ class Meter:
         weights = placements(model, plan.layout, plan.part)
         groups = flat_groups(weights, plan.axes, dtype, self.device)
         optimizer = ShardedAdamW(groups, plan.axes["world"], TrainConfig(dtype=self.dtype))  # type: ignore[arg-type]
-        for group in groups:
-            for slot in group.slots:
-                group.set(slot, self._weight(slot.shape, model.init_std))
+        random_weights(groups, model.init_std)
         inputs = {name: _to(value, self.device) for name, value in random_inputs(plan, 0).items()}
         lists = (plan.program(), Program(optimizer.ops, optimizer.given(0.0), ["norm"]))
         runs: list[list[float]] = []
@@ -243,9 +240,13 @@ class Meter:
 
     def _message(self, form: Callable[[Tensor, Axis], Pending], size: int, axis: Axis) -> float:
         """Seconds of a collective that sends so many bytes to each peer."""
-        dtype = DTYPES[self.dtype]
-        x = torch.ones(size // dtype.itemsize * axis.size, dtype=dtype, device=self.device)
+        x = self._payload(size, axis)
         return self._behind_work(lambda: form(x, axis))
+
+    def _payload(self, size: float, axis: Axis) -> Tensor:
+        """What sends so many bytes to each peer."""
+        dtype = DTYPES[self.dtype]
+        return torch.ones(max(int(size) // dtype.itemsize, 1) * axis.size, dtype=dtype, device=self.device)
 
     def _peer(self) -> float:
         """Seconds that a small exchange takes for each peer beyond the first; over all ranks, at most 8 peers."""
@@ -295,52 +296,50 @@ class Meter:
 
     def _later(self, axis: Axis, size: float, part: float) -> float:
         """A message of so many bytes to each peer, beside computation that takes a part of its time."""
-        dtype = DTYPES[self.dtype]
-        x = torch.ones(int(size) // dtype.itemsize * axis.size, dtype=dtype, device=self.device)
+        x = self._payload(size, axis)
         work = self._product(256, torch.float32)
-        takes = self._behind_work(lambda: _exchange(x, axis), 2)
-        count = max(round(self._over_ranks([part * takes / self._mean_seconds(work, self.effort.piece_s)])[0]), 1)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(2 * self.effort.repeats):
-            for beside in (False, True):
-                barrier(self.world)
-                begin = now()
-                pending = _exchange(x, axis)
-                for _ in range(count if beside else 0):
-                    work()
-                pending.wait()
-                self._synchronize()
-                times[beside].append(now() - begin)
-        return self._over_ranks([median(times[True]) - median(times[False])])[0]
+        count = self._calls(work, part * self._behind_work(lambda: _exchange(x, axis), 2))
+
+        def sent(calls: int) -> float:
+            begin = now()
+            pending = _exchange(x, axis)
+            for _ in range(calls):
+                work()
+            pending.wait()
+            self._synchronize()
+            return now() - begin
+
+        alone, beside = self._rounds(2 * self.effort.repeats, lambda: sent(0), lambda: sent(count))
+        return self._over_ranks([beside - alone])[0]
 
     def _slowed(self, axis: Axis, sent: float) -> float:
         """By a message of so many bytes."""
-        dtype = DTYPES[self.dtype]
-        elements = int(sent / dtype.itemsize / (axis.size - 1)) + 1
-        x = torch.ones(elements * axis.size, dtype=dtype, device=self.device)
-        travels = self._behind_work(lambda: _exchange(x, axis), 2)
-        work = self._product(self.effort.squares[0], dtype)
-        pieces = self._over_ranks([0.7 * travels / self._mean_seconds(work, self.effort.piece_s)])[0]
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(self.effort.repeats):
-            for beside in (False, True):
-                barrier(self.world)
-                pending = _exchange(x, axis) if beside else None
-                begin = now()
-                for _ in range(max(round(pieces), 1)):
-                    work()
-                self._synchronize()
-                times[beside].append(now() - begin)
-                if pending is not None:
-                    pending.wait()
-        return self._over_ranks([median(times[True]) / median(times[False])])[0]
+        x = self._payload(sent / (axis.size - 1), axis)
+        work = self._product(self.effort.squares[0], DTYPES[self.dtype])
+        count = self._calls(work, 0.7 * self._behind_work(lambda: _exchange(x, axis), 2))
+
+        def computed() -> float:
+            begin = now()
+            for _ in range(count):
+                work()
+            self._synchronize()
+            return now() - begin
+
+        def computed_beside() -> float:
+            pending = _exchange(x, axis)
+            took = computed()
+            pending.wait()
+            return took
+
+        alone, beside = self._rounds(self.effort.repeats, computed, computed_beside)
+        return self._over_ranks([beside / alone])[0]
 
     def jitter(self) -> float:
         """Standard deviation, over ranks and times, of a step's worth of computation, over its mean. By quartiles: what
         disturbs a machine now and then is not how it is.
         """
         work = self._product(self.effort.squares[0], DTYPES[self.dtype])
-        count = max(int(self._over_ranks([self.effort.step_s / self._mean_seconds(work, self.effort.piece_s)])[0]), 1)
+        count = self._calls(work, self.effort.step_s)
         times = []
         for _ in range(self.effort.repeats):
             barrier(self.world)
@@ -379,10 +378,18 @@ class Meter:
 
     # --- clocks ------------------------------------------------------------------------------------------------------
 
-    def _weight(self, shape: tuple[int, ...], deviation: float) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, device=self.device)
-        return torch.randn(shape, device=self.device) * deviation  # drawn there: billions would take a CPU minutes
+    def _rounds(self, count: int, *works: Callable[[], float]) -> list[float]:
+        """The median of what each returns, seconds; all of them once in every round, behind a barrier."""
+        found: list[list[float]] = [[] for _ in works]
+        for _ in range(count):
+            for times, work in zip(found, works, strict=True):
+                barrier(self.world)
+                times.append(work())
+        return [median(times) for times in found]
+
+    def _calls(self, work: Callable[[], object], seconds: float) -> int:
+        """How often to call it for so many seconds, the same on all ranks."""
+        return max(round(self._over_ranks([seconds / self._mean_seconds(work, self.effort.piece_s)])[0]), 1)
 
     def _product(self, side: int, dtype: torch.dtype) -> Callable[[], object]:
         a, b = (torch.full((side, side), 0.5, dtype=dtype, device=self.device) for _ in range(2))
@@ -408,6 +415,14 @@ class Meter:
         if self.world > 1:
             dist.all_reduce(total)
         return [float(value) / self.world for value in total]
+
+
+def random_weights(groups: Iterable[FlatWeights], deviation: float) -> None:
+    """Fill weights where they lie, vectors with ones: a CPU would draw the billions of a GPU's for minutes."""
+    for group in groups:
+        for slot in group.slots:
+            value = torch.ones(slot.shape, device=group.master.device)
+            group.set(slot, value if value.dim() == 1 else value.normal_(0.0, deviation))
 
 
 def _apart(trace: Trace) -> list[float]:

@@ -47,7 +47,7 @@ def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytes
     assert cluster.links[Stream.INTER] == link  # there is one machine
     text = path.read_text(encoding="utf-8")
     assert torch.__version__ in text
-    assert "2 ranks in nodes of 2" in text
+    assert "ranks: 2, in nodes of 2" in text
 
 
 def test_a_profile_of_one_rank_has_the_links_of_its_base(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = sorted(path.stem for path in (Path(__file__).parents[1] / "gpu").glob("test_*.py"))
+MODULES = sorted(path.stem for path in (Path(__file__).parent / "gpu").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES)
