@@ -108,7 +108,7 @@ def measured(variant: Variant, rounds: int, device: torch.device, cluster: Clust
     times: list[float] = []
     mine, events = batches(config, 0, 0), []
     for done in range(WARM + rounds):
-        if done == WARM and device.type == "cuda":
+        if done == WARM:
             torch.cuda.reset_peak_memory_stats(device)
         begin = now()
         events = trainer.step(mine, config.train.global_batch * config.model.sequence_length).trace.events
@@ -204,7 +204,9 @@ def main() -> None:
         show(found)
         show_kinds([row for row in found["rows"] if options.only in row["variant"]])
         return
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit("one_gpu.py: no GPU is visible")
+    device = torch.device("cuda", 0)
     found = run(options, [variant for variant in VARIANTS if options.only in variant.name], device)
     show(found)
     if options.write:
