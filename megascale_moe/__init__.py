@@ -1,11 +1,11 @@
 """MegaScale-MoE: training of Mixture-of-Experts models with communication hidden, compressed, or avoided.
 
-Reading order: engine/op.py (the one idea), model/transformer.py (what is computed), parallel/experts.py and
-parallel/attention.py (where communication goes), engine/executor.py (how it runs), train/trainer.py (a step).
+Reading order: engine/op.py (the one idea), model/transformer.py (what is computed), strategies/experts.py and
+strategies/attention.py (where communication goes), engine/executor.py (how it runs), train/trainer.py (a step).
 """
 
 from megascale_moe.config import Config, ConfigError, ModelConfig
-from megascale_moe.parallel.moe_block import MoEBlock
+from megascale_moe.strategies.moe_block import MoEBlock
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ConfigError", "MoEBlock", "ModelConfig"]

@@ -21,22 +21,25 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from rich.console import Console
 
+from megascale_moe.bench import convergence as bench_convergence
+from megascale_moe.bench import overlap as bench_overlap
+from megascale_moe.bench import profile as bench_profile
+from megascale_moe.checkpoint import SaveError
 from megascale_moe.comm.local_ranks import GRACE, fork_ranks
 from megascale_moe.comm.lost import LostPeer
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.planner.cluster import NAMES
 from megascale_moe.presets import PRESETS
-from megascale_moe.train import bench_convergence, bench_overlap, bench_profile, doctor
-from megascale_moe.train.checkpoint import SaveError
-from megascale_moe.train.dryrun import dry_run
-from megascale_moe.train.dryrun_table import show
+from megascale_moe.tools import doctor
+from megascale_moe.tools.dryrun.step import dry_run
+from megascale_moe.tools.dryrun.table import show
+from megascale_moe.tools.plan import command as plan_command
+from megascale_moe.tools.report.command import outdated, report
+from megascale_moe.tools.verify.command import verify
 from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
-from megascale_moe.train.plan import command as plan_command
 from megascale_moe.train.progress import counted_progress
-from megascale_moe.train.report.command import outdated, report
-from megascale_moe.train.verify.command import verify
 
 OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=.*)?", re.DOTALL)
 

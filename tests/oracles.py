@@ -16,8 +16,8 @@ import transformers
 from torch import Tensor, nn
 
 from megascale_moe.config import ModelConfig
+from megascale_moe.huggingface.conversion import config_from_huggingface, parameters_from_huggingface
 from megascale_moe.model.transformer import Transformer
-from megascale_moe.train.huggingface import config_from_huggingface, parameters_from_huggingface
 
 COMMON_SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from megascale_moe.train.checkpoint import writer
+from megascale_moe.checkpoint import writer
 from megascale_moe.train.loop import Loop
-from tests.train.runs import TIMEOUT, Command, Place, ended, make_place, start, wait_until
+from tests.runs import TIMEOUT, Command, Place, ended, make_place, start, wait_until
 
 
 @pytest.fixture(autouse=True)

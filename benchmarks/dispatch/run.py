@@ -3,7 +3,7 @@
     python benchmarks/dispatch/run.py [--ranks 2] [--tokens 1024] [--hidden 1024]
 
 Forks gloo ranks on this machine and moves the messages of one MoE layer with balanced routing. The crossing point and
-the ratio of time per byte are what `megascale_moe.parallel.layout.cheaper_dispatch` rests on. Writes results-N.json
+the ratio of time per byte are what `megascale_moe.strategies.layout.cheaper_dispatch` rests on. Writes results-N.json
 beside this file with --write.
 """
 

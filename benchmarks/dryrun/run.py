@@ -20,7 +20,7 @@ import torch
 
 from megascale_moe.config import load
 from megascale_moe.presets import PRESETS
-from megascale_moe.train.dryrun import dry_run
+from megascale_moe.tools.dryrun.step import dry_run
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "internal-352b.toml"

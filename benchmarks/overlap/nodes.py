@@ -33,14 +33,14 @@ from benchmarks.cluster.cluster import Cluster, Shape, cluster  # noqa: E402
 from benchmarks.cluster.iso import NODES, balance, gemm_rates, ratio  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
+from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm.axis import connect  # noqa: E402
 from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig  # noqa: E402
+from megascale_moe.data import Batch  # noqa: E402
 from megascale_moe.engine.trace import now  # noqa: E402
-from megascale_moe.parallel import experts  # noqa: E402
-from megascale_moe.train.data import Batch  # noqa: E402
+from megascale_moe.strategies import experts  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
-from megascale_moe.train.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
 RANKS, NODE, H_FFN = 4, 2, 14336

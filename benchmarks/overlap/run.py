@@ -28,10 +28,10 @@ from torch import Tensor  # noqa: E402
 from benchmarks.cluster.cluster import Shape, cluster  # noqa: E402
 from benchmarks.cluster.iso import NODES, balance, gemm_rates, ratio  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
+from megascale_moe.bench.overlap import Variant, bench_overlap, document, variants  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
-from megascale_moe.parallel import experts  # noqa: E402
-from megascale_moe.train.bench_overlap import Variant, bench_overlap, document, variants  # noqa: E402
+from megascale_moe.strategies import experts  # noqa: E402
 from megascale_moe.train.hardware import available_cores  # noqa: E402
 
 Chosen = Callable[[ParallelConfig], Sequence[Variant]]

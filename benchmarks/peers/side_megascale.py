@@ -20,9 +20,9 @@ from gloo import use_gloo_collectives
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
-from megascale_moe.parallel import experts
-from megascale_moe.train.data import Batch
-from megascale_moe.train.huggingface import parameters_from_huggingface
+from megascale_moe.data import Batch
+from megascale_moe.huggingface.conversion import parameters_from_huggingface
+from megascale_moe.strategies import experts
 from megascale_moe.train.trainer import Trainer
 from protocol import Job, Step, serve
 

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from megascale_moe.comm.axis import Axis, connect
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ParallelConfig, TrainConfig
+from megascale_moe.data import Batch
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, Phase, Stream, grad
 from megascale_moe.engine.trace import Event, Trace
@@ -41,7 +42,6 @@ from megascale_moe.pipeline.schedule import Action, schedule
 from megascale_moe.pipeline.step import Message, Stage, of_micro, step_ops
 from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
-from megascale_moe.train.data import Batch
 from megascale_moe.train.hardware import cpu_model
 from megascale_moe.train.trainer import Trainer
 

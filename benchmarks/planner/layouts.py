@@ -34,6 +34,10 @@ from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.nodes import batches  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from benchmarks.planner import cores  # noqa: E402
+from megascale_moe.bench import overlap as bench_overlap  # noqa: E402
+from megascale_moe.bench.machine import Found, Meter  # noqa: E402
+from megascale_moe.bench.profile import header, memory_of, profile  # noqa: E402
+from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm.axis import Axes, connect  # noqa: E402
 from megascale_moe.comm.mesh import Mesh, mesh_of  # noqa: E402
 from megascale_moe.config import (  # noqa: E402
@@ -47,16 +51,12 @@ from megascale_moe.config import (  # noqa: E402
 from megascale_moe.engine.cost import kind_of  # noqa: E402
 from megascale_moe.engine.op import Stream  # noqa: E402
 from megascale_moe.engine.trace import Event, now  # noqa: E402
-from megascale_moe.parallel import experts  # noqa: E402
 from megascale_moe.planner.cluster import Cluster as Profile  # noqa: E402
 from megascale_moe.planner.cluster import load  # noqa: E402
 from megascale_moe.planner.price import Prices  # noqa: E402
 from megascale_moe.planner.step import price  # noqa: E402
-from megascale_moe.train import bench_overlap  # noqa: E402
-from megascale_moe.train.bench_profile import header, memory_of, profile  # noqa: E402
-from megascale_moe.train.machine import Found, Meter  # noqa: E402
+from megascale_moe.strategies import experts  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
-from megascale_moe.train.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
 CPU = torch.device("cpu")

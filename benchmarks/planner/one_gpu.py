@@ -29,17 +29,17 @@ import torch  # noqa: E402
 from benchmarks.overlap.nodes import batches  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from benchmarks.planner.layouts import by_kind, sentence, summary, table  # noqa: E402
+from megascale_moe.bench.machine import Meter, random_weights  # noqa: E402
+from megascale_moe.bench.profile import header, memory_of, profile  # noqa: E402
+from megascale_moe.bench.timed import spread  # noqa: E402
 from megascale_moe.comm.axis import single  # noqa: E402
 from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.engine.trace import now  # noqa: E402
-from megascale_moe.parallel import experts  # noqa: E402
 from megascale_moe.planner.cluster import Cluster, load  # noqa: E402
 from megascale_moe.planner.step import memory, price  # noqa: E402
-from megascale_moe.train.bench_profile import header, memory_of, profile  # noqa: E402
+from megascale_moe.strategies import experts  # noqa: E402
 from megascale_moe.train.hardware import peak_memory  # noqa: E402
-from megascale_moe.train.machine import Meter, random_weights  # noqa: E402
-from megascale_moe.train.timed import spread  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
 WARM = 3

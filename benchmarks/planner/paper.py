@@ -20,8 +20,8 @@ from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelCon
 from megascale_moe.model.counts import counts
 from megascale_moe.planner.cluster import Cluster, load
 from megascale_moe.planner.step import StepPrice, memory, price
-from megascale_moe.planner.validate import Result, Validation, validate
 from megascale_moe.presets import PRESETS
+from megascale_moe.tools.validation.validate import Result, Validation, validate
 from megascale_moe.train.progress import counted_progress
 
 HERE = Path(__file__).parent

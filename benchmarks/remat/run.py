@@ -36,6 +36,7 @@ from benchmarks.cluster.cluster import Shape, cluster  # noqa: E402
 from benchmarks.cluster.iso import NODES, balance, gemm_rates  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
+from megascale_moe.bench.timed import Timed, over_ranks, random_inputs, run_timed, spread  # noqa: E402
 from megascale_moe.comm.axis import connect, single  # noqa: E402
 from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig  # noqa: E402
@@ -45,12 +46,11 @@ from megascale_moe.engine.memory import Meter, tensors_in  # noqa: E402
 from megascale_moe.engine.op import Op, Phase, Stream  # noqa: E402
 from megascale_moe.engine.remat import kept_names  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
-from megascale_moe.parallel import experts  # noqa: E402
-from megascale_moe.parallel.weights import initial, placements  # noqa: E402
 from megascale_moe.pipeline.program import Profile, StepPlan  # noqa: E402
+from megascale_moe.strategies import experts  # noqa: E402
+from megascale_moe.strategies.weights import initial, placements  # noqa: E402
 from megascale_moe.testing import run_ranks  # noqa: E402
 from megascale_moe.train.profiling import Profiler  # noqa: E402
-from megascale_moe.train.timed import Timed, over_ranks, random_inputs, run_timed, spread  # noqa: E402
 
 MODEL = ModelConfig(
     layers=4, hidden=512, heads=8, kv_heads=4, experts=8, top_k=2, ffn_hidden=1792, vocab=256, sequence_length=1024,

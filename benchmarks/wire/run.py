@@ -30,6 +30,8 @@ from benchmarks.cluster.iso import NODES, balance, gemm_rates  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.nodes import DATA, H_FFN, MODEL, NODE, RANKS  # noqa: E402
 from benchmarks.overlap.run import CASES, measure  # noqa: E402
+from megascale_moe.bench.overlap import Variant  # noqa: E402
+from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm import collectives  # noqa: E402
 from megascale_moe.comm.axis import connect  # noqa: E402
 from megascale_moe.comm.mesh import mesh_of  # noqa: E402
@@ -39,10 +41,8 @@ from megascale_moe.engine.trace import Trace, now  # noqa: E402
 from megascale_moe.optim import narrow_sums  # noqa: E402
 from megascale_moe.optim.sharded_adamw import flat_groups, gather_all  # noqa: E402
 from megascale_moe.optim.sync import given, reduce, shard_of, updated  # noqa: E402
-from megascale_moe.parallel.weights import placements  # noqa: E402
 from megascale_moe.pipeline.program import StepPlan  # noqa: E402
-from megascale_moe.train.bench_overlap import Variant  # noqa: E402
-from megascale_moe.train.timed import over_ranks, spread  # noqa: E402
+from megascale_moe.strategies.weights import placements  # noqa: E402
 
 FORMATS = ("fp32", "bf16", "fp8")
 SCHEDULED = OverlapConfig(order="scheduled")

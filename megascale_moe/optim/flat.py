@@ -18,7 +18,7 @@ from torch import Tensor
 from megascale_moe.comm.axis import Axis
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.kernels.narrow import BLOCK, Float8, Format
-from megascale_moe.parallel.placement import Box, Placement
+from megascale_moe.strategies.placement import Box, Placement
 
 ALIGNMENT = 16  # elements: views start on a cache line
 

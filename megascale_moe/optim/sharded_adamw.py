@@ -40,7 +40,7 @@ from megascale_moe.optim.sync import (
     updated,
     updated_of,
 )
-from megascale_moe.parallel.placement import Placement
+from megascale_moe.strategies.placement import Placement
 
 NAMES = {
     ("node", "tensor_data"): "replicated",

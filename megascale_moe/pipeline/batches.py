@@ -6,8 +6,8 @@ import torch
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, require
-from megascale_moe.parallel.stages import stage_parts
 from megascale_moe.pipeline.schedule import require_legal
+from megascale_moe.strategies.stages import stage_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What `train.dtype` names."""

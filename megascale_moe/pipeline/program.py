@@ -19,12 +19,12 @@ from megascale_moe.engine.op import Op, backward, grad
 from megascale_moe.engine.order import best_order, paper_order
 from megascale_moe.engine.remat import rematerialize
 from megascale_moe.engine.wire import chooser, compress
-from megascale_moe.parallel.kept import Keeps, keeps_all, keeps_inputs, keeps_paper, keeps_within
-from megascale_moe.parallel.layout import Layout
-from megascale_moe.parallel.model import INPUTS, Head, auxiliary_names, gradient_bytes, load_names, part_ops
-from megascale_moe.parallel.stages import Part, parts_of_rank, stage_parts, together
 from megascale_moe.pipeline.schedule import Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
+from megascale_moe.strategies.kept import Keeps, keeps_all, keeps_inputs, keeps_paper, keeps_within
+from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.model import INPUTS, Head, auxiliary_names, gradient_bytes, load_names, part_ops
+from megascale_moe.strategies.stages import Part, parts_of_rank, stage_parts, together
 
 
 @dataclass(frozen=True)

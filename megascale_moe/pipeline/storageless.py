@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.model import local_inputs
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import of_micro
+from megascale_moe.strategies.model import local_inputs
 
 META = torch.device("meta")
 

@@ -9,11 +9,11 @@ from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, TrainConfig
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.stages import Part
-from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.batches import DTYPES, micro_batch
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.storageless import META
+from megascale_moe.strategies.stages import Part
+from megascale_moe.strategies.weights import placements
 
 
 def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = None) -> StepPlan:

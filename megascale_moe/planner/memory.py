@@ -17,13 +17,13 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import grad
 from megascale_moe.optim.sharded_adamw import ShardedAdamW
-from megascale_moe.parallel.model import buffers_of
-from megascale_moe.parallel.stages import Part, parts_of_rank, together
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
 from megascale_moe.planner.stages import Kind, StageBytes, Stages, along
+from megascale_moe.strategies.model import buffers_of
+from megascale_moe.strategies.stages import Part, parts_of_rank, together
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.op import Op, Stream, grad
 from megascale_moe.engine.order import UNDISTURBED, Interference, Span, best_order, makespan, simulate
-from megascale_moe.parallel.model import buffers_of
-from megascale_moe.parallel.stages import Part
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import Stage, action_ops, of_micro
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
 from megascale_moe.planner.price import Prices
+from megascale_moe.strategies.model import buffers_of
+from megascale_moe.strategies.stages import Part
 
 FEW = 2
 """Layers of a kind of which a list is built at most."""

@@ -24,7 +24,6 @@ from megascale_moe.config import Config
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.order import UNDISTURBED
 from megascale_moe.model.counts import counts
-from megascale_moe.parallel.stages import Part, parts_of_rank, together
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import Profile, StepPlan
@@ -34,6 +33,7 @@ from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
 from megascale_moe.planner.stages import Kind, Once, Stages, Took, along, inner, simulated
+from megascale_moe.strategies.stages import Part, parts_of_rank, together
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,11 @@ from typing import Any
 
 import torch
 
+from megascale_moe.checkpoint import Checkpoint, latest, save
 from megascale_moe.comm.local_ranks import on_all_processors
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require, to_toml
-from megascale_moe.engine.executor import Observer
-from megascale_moe.engine.trace import Event, Trace, now
-from megascale_moe.model.counts import counts
-from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
-from megascale_moe.train.checkpoint import Checkpoint, latest, save
-from megascale_moe.train.data import (
+from megascale_moe.data import (
     Corpus,
     Loader,
     Split,
@@ -33,13 +29,17 @@ from megascale_moe.train.data import (
     prepare,
     split_corpus,
 )
+from megascale_moe.engine.executor import Observer
+from megascale_moe.engine.trace import Event, Trace, now
+from megascale_moe.model.counts import counts
+from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.train.hardware import peak_flops, peak_memory
 from megascale_moe.train.job import Job
 from megascale_moe.train.metrics import FILE, MetricsWriter, StepMetrics, read_metrics
 from megascale_moe.train.progress import preparation_progress
-from megascale_moe.train.report import record
-from megascale_moe.train.report.watch import Watch
 from megascale_moe.train.sample import generate
+from megascale_moe.train.timeline import record
+from megascale_moe.train.timeline.watch import Watch
 from megascale_moe.train.trainer import StepResult, Trainer
 
 RECENT = 3

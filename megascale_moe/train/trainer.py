@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megascale_moe.checkpoint import Checkpoint, Piece
 from megascale_moe.comm.axis import Axes
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, WireConfig
+from megascale_moe.data import Batch
 from megascale_moe.engine.executor import Observer, Program, resolve
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.allocator import keep_freed_memory
@@ -27,7 +29,10 @@ from megascale_moe.model.segments import Segments
 from megascale_moe.optim.flat import FlatWeights, Slot
 from megascale_moe.optim.schedule import learning_rate
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.model import (
+from megascale_moe.pipeline.batches import DTYPES
+from megascale_moe.pipeline.program import Profile, StepPlan
+from megascale_moe.pipeline.step import SHARED, of_micro
+from megascale_moe.strategies.model import (
     Head,
     auxiliary_names,
     buffer_shapes,
@@ -36,12 +41,7 @@ from megascale_moe.parallel.model import (
     local_inputs,
     moe_layers,
 )
-from megascale_moe.parallel.weights import initial, placements
-from megascale_moe.pipeline.batches import DTYPES
-from megascale_moe.pipeline.program import Profile, StepPlan
-from megascale_moe.pipeline.step import SHARED, of_micro
-from megascale_moe.train.checkpoint import Checkpoint, Piece
-from megascale_moe.train.data import Batch
+from megascale_moe.strategies.weights import initial, placements
 from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
 
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from megascale_moe.comm.axis import single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, TrainConfig
+from megascale_moe.data import Batch
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.model.transformer import build
-from megascale_moe.parallel.moe_block import MoEBlock
-from megascale_moe.train.data import Batch
+from megascale_moe.strategies.moe_block import MoEBlock
+from megascale_moe.tools.verify.batch import Rows
 from megascale_moe.train.trainer import Trainer
-from megascale_moe.train.verify.batch import Rows
-from tests.parallel.layouts import Result, compare, random_rows, reference, relative, run_model
-from tests.parallel.test_layouts import SMALL, VARIANTS
+from tests.strategies.layouts import Result, compare, random_rows, reference, relative, run_model
+from tests.strategies.test_layouts import SMALL, VARIANTS
 
 DEVICE = torch.device("cuda")
 

@@ -9,7 +9,7 @@ import torch
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.parallel.placement import Placement, columns, everything, rows
+from megascale_moe.strategies.placement import Placement, columns, everything, rows
 
 REPLICAS = ("node", "tensor_data")
 PLACES = {

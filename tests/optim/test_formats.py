@@ -21,7 +21,7 @@ from megascale_moe.optim.flat import FlatWeights, Formats
 from megascale_moe.optim.narrow_sums import CAST, FORMS
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
 from megascale_moe.optim.sync import CHUNK, arrived, gather_job, given, pipelined, reduce, shard_of, updated
-from megascale_moe.parallel.placement import everything
+from megascale_moe.strategies.placement import everything
 from megascale_moe.testing import run_ranks
 from tests.optim.test_sharded_adamw import CONFIG
 from tests.optim.test_sync import gather_ops

@@ -17,7 +17,7 @@ from megascale_moe.config import TrainConfig
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.trace import Trace
 from megascale_moe.optim.sharded_adamw import NORM_BYTES, ShardedAdamW, flat_groups
-from megascale_moe.parallel.placement import Placement, columns, everything, rows, share
+from megascale_moe.strategies.placement import Placement, columns, everything, rows, share
 from megascale_moe.testing import run_ranks
 
 # Odd sizes, so that shards cut through weights and padding is needed; experts are stacked. The last two are cut over

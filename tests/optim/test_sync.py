@@ -16,7 +16,7 @@ from megascale_moe.engine.trace import Trace
 from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.optim.sharded_adamw import NORM_BYTES, ShardedAdamW, flat_groups
 from megascale_moe.optim.sync import CHUNK, gather, given, reduce, shard_of, updated_of
-from megascale_moe.parallel.placement import everything, rows
+from megascale_moe.strategies.placement import everything, rows
 from megascale_moe.testing import run_ranks
 
 REPLICAS = ("node", "tensor_data")

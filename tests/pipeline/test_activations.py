@@ -19,13 +19,13 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.engine.remat import kept_names
 from megascale_moe.model.segments import Segments
-from megascale_moe.parallel.model import local_inputs
-from megascale_moe.parallel.stages import Part
-from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import SHARED as SHARED_NAMES
 from megascale_moe.pipeline.step import of_micro
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.model import local_inputs
+from megascale_moe.strategies.stages import Part
+from megascale_moe.strategies.weights import placements
 from megascale_moe.train.profiling import Profiler
 
 N = 8

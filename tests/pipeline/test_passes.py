@@ -20,14 +20,14 @@ from megascale_moe.engine.op import Op, Phase, Stream, check
 from megascale_moe.engine.order import best_order, dependencies, makespan, paper_order, scheduled_order, simulate
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.transformer import build
-from megascale_moe.parallel.model import local_inputs
-from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import of_micro
+from megascale_moe.strategies.model import local_inputs
+from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.profiling import Profiler
-from tests.parallel.layouts import SCALE, Result, Rows, compare, random_rows, wanted_of
-from tests.parallel.test_layouts import SMALL, TOLERANCE, VARIANTS
+from tests.strategies.layouts import SCALE, Result, Rows, compare, random_rows, wanted_of
+from tests.strategies.test_layouts import SMALL, TOLERANCE, VARIANTS
 
 MICROS = 2
 

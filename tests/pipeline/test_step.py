@@ -22,13 +22,13 @@ from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Op, Phase, Stream, backward, grad
 from megascale_moe.engine.order import dependencies
-from megascale_moe.parallel.layout import Layout
-from megascale_moe.parallel.model import INPUTS, gradient_bytes, model_ops
 from megascale_moe.pipeline import step
 from megascale_moe.pipeline.checker import peak_in_flight
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action, Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
+from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.model import INPUTS, gradient_bytes, model_ops
 
 Case = tuple[str, int, int, int]  # name, pp, micros, virtual stages
 CASES: list[Case] = [

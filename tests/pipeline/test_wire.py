@@ -27,8 +27,8 @@ from megascale_moe.engine.wire import FORMATS, chooser, compress, in_format
 from megascale_moe.kernels.narrow import BFloat16, Float8
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.testing import run_ranks
-from tests.parallel.layouts import compare, wanted_of
 from tests.pipeline.test_passes import MICROS, PARALLEL, SHARED, run_plan
+from tests.strategies.layouts import compare, wanted_of
 
 DENSE = replace(SHARED, top_k=SHARED.experts)
 BOUNDS = {"bf16": (1e-6, 2e-2), "fp8": (1e-4, 0.25)}

@@ -16,13 +16,13 @@ from megascale_moe.engine.op import Cost, Op, Stream, Work, product
 from megascale_moe.engine.order import Interference, makespan, simulate
 from megascale_moe.model.counts import attention_flops_per_token, counts
 from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
-from megascale_moe.parallel.weights import placements
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.planner.cluster import Cluster, Curve, load
 from megascale_moe.planner.price import Peers, Prices
 from megascale_moe.planner.stages import Kind
 from megascale_moe.planner.step import Pricer, StepPrice, price, slowest
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.weights import placements
 
 H800 = load("h800")
 H800_PRICES = Prices.of(H800, torch.bfloat16, Mesh(pp=2, node=4, ep=4))

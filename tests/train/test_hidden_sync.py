@@ -12,12 +12,12 @@ import torch.distributed as dist
 from megascale_moe.comm.axis import axes_of, connect
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, OverlapConfig, ParallelConfig, TrainConfig, WireConfig
+from megascale_moe.data import Batch
 from megascale_moe.engine.op import Op, check
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.testing import run_ranks
-from megascale_moe.train.data import Batch
 from megascale_moe.train.trainer import Trainer
-from tests.parallel.test_layouts import SMALL
+from tests.strategies.test_layouts import SMALL
 
 MODEL = replace(SMALL, layers=4, shared_experts=1)
 STEPS = 5  # three of which measure

@@ -26,7 +26,7 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.trainer import Trainer
-from tests.train.runs import Place
+from tests.runs import Place
 
 TIMEOUT = 3.0  # seconds; whole steps take tenths here
 OVERLAP = (

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megascale_moe.checkpoint import Checkpoint, Piece, SaveError, save
+from megascale_moe.checkpoint.boxes import Box, flat_range
+from megascale_moe.checkpoint.manifest import MANIFEST, Manifest, StoredTensor
 from megascale_moe.config import Config, ConfigError
 from megascale_moe.model.counts import parameter_shapes
-from megascale_moe.parallel.model import buffer_shapes
+from megascale_moe.strategies.model import buffer_shapes
 from megascale_moe.testing import run_ranks
-from megascale_moe.train.checkpoint import Checkpoint, Piece, SaveError, save
-from megascale_moe.train.checkpoint.boxes import Box, flat_range
-from megascale_moe.train.checkpoint.manifest import MANIFEST, Manifest, StoredTensor
 from megascale_moe.train.trainer import Trainer
 from tests.train.short_runs import MODEL, TRAIN, Story, config_of, mesh_for, train_steps, trainer_of
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from megascale_moe.train.checkpoint import writer
+from megascale_moe.checkpoint import writer
 from megascale_moe.train.loop import Loop
-from tests.train.runs import Finished, Place, wait_until
+from tests.runs import Finished, Place, wait_until
 
 STEPS = 12
 EVERY = 3

@@ -19,7 +19,7 @@ from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import Trainer
-from tests.train.runs import Finished, Place
+from tests.runs import Finished, Place
 
 # Two sums in another order differ by a few 2^-24 of a loss near 5 (1e-6 measured over 50 steps); a wrong gradient shows
 # as 1e-2 after a few steps.
@@ -60,7 +60,7 @@ def alone(shared: Place) -> dict[str, Finished]:
 
 
 # Every layout with both ways to route and, where experts are apart, both dispatch forms; one step of every combination
-# is compared in tests/parallel.
+# is compared in tests/strategies.
 @pytest.mark.parametrize(
     ("node", "dp", "ep", "dispatch", "routing"),
     [

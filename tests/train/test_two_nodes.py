@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import TIMEOUT, Place
+from tests.runs import TIMEOUT, Place
 
 STEPS = "--train.steps=10"
 LAYOUT = ("--parallel.dp=2", "--parallel.node=2", "--parallel.ep=4")  # experts over both nodes

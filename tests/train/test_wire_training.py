@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megascale_moe.bench.convergence import VARIANTS, layer_of, rows
 from megascale_moe.cli import main
 from megascale_moe.config import OverlapConfig, WireConfig
 from megascale_moe.testing import run_ranks
-from megascale_moe.train.bench_convergence import VARIANTS, layer_of, rows
-from tests.train.runs import Place
+from tests.runs import Place
 from tests.train.test_hidden_sync import LAYOUTS, config_of, trained
 
 WIRES = {

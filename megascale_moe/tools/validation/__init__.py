@@ -1,0 +1,1 @@
+"""`megascale plan --validate`: predicted step times beside published ones, row by row."""

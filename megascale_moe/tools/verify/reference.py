@@ -1,0 +1,216 @@
+"""What every layout is compared with: the plain model under autograd, and the list of one rank with all its tensors.
+
+The plain modules share no operator, no backward formula and no communication with the lists, so they judge; the
+one-rank list, judged by them first, then tells where in a list a difference begins.
+
+A router decides by comparing numbers. Two scores that agree to a few bits may be ordered differently where sums are
+taken in another order, and one token at another expert is a large difference with nothing wrong. So weights are drawn
+again until no decision of the reference depends on the last bits (`decided`): choices and capacity must survive noise
+ten times as large as rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascale_moe.comm.axis import single
+from megascale_moe.config import ModelConfig, ParallelConfig
+from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.op import Op
+from megascale_moe.model.router import route, within_capacity
+from megascale_moe.model.transformer import Transformer, build
+from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.pipeline.step import SHARED, of_micro
+from megascale_moe.strategies.model import local_inputs, moe_layers
+from megascale_moe.tools.verify.batch import Rows, random_rows
+
+NOISE = 2e-5
+"""On router logits of size one: FP32 rounding of the sums before them comes to about 1e-6."""
+
+SEEDS = 40
+
+
+class Recorder:
+    """An observer of `Program.run` that keeps every tensor, and which operator wrote it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def __call__(self, op: Op, alive: dict[str, Any]) -> None:
+        """Those that still travel are kept when their first reader has them."""
+        for name in (*op.reads, *op.writes):
+            value = alive.get(name)
+            if isinstance(value, Tensor) and name not in self.values:
+                self.values[name] = value
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Results of a model on the whole global batch.
+
+    Attributes:
+        loss, auxiliary: sums over tokens. output: last hidden state [tokens, hidden], behind the final norm.
+        gradients: of loss / targets + auxiliary / tokens, by parameter.
+        values: every tensor of the one-rank list. parts: (tensor, operator) -> what the operator added to the tensor's
+            gradient.
+        list_error: the largest relative error of the one-rank list against the plain model.
+        decided: no choice of a router depends on rounding.
+    """
+
+    model: ModelConfig
+    batch: Rows
+    seed: int
+    weights: dict[str, Tensor]
+    loss: float
+    auxiliary: float
+    output: Tensor
+    gradients: dict[str, Tensor]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    list_error: float = 0.0
+    decided: bool = True
+
+    @property
+    def scales(self) -> dict[str, Any]:
+        """What makes means of sums, as a training step reads it."""
+        return {
+            "loss_scale": 1.0 / self.batch.target_count,
+            "auxiliary_scale": torch.tensor(1.0 / self.batch.tokens.numel()),
+        }
+
+
+def reference(model: ModelConfig, rows: int, seed: int = 0) -> Reference:
+    """The first of `SEEDS` seeds from `seed` on whose routing is decided, or the last."""
+    for attempt in range(seed, seed + SEEDS):
+        plain = _plain(model, random_rows(model, rows, attempt + 1), attempt)
+        found = _with_list(plain)
+        if found.decided:
+            return found
+    return found
+
+
+def drawn(model: ModelConfig, seed: int) -> Transformer:
+    """The model with random weights everywhere: also in norms and biases, which training starts equal."""
+    built = build(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.empty(parameter.shape).uniform_(0.5, 1.5, generator=generator))
+        for buffer in built.buffers():
+            buffer.copy_(torch.empty(buffer.shape).uniform_(-0.2, 0.2, generator=generator))
+    return built
+
+
+def _plain(model: ModelConfig, batch: Rows, seed: int) -> Reference:
+    built = drawn(model, seed)
+    part = batch.part(slice(None))
+    loss, auxiliary = built.losses(*part)
+    (loss / batch.target_count + auxiliary / batch.tokens.numel()).backward()
+    with torch.no_grad():
+        output, _ = built.hidden(part[0].flatten(), part[2])
+    weights = {name: value.detach() for name, value in built.state_dict().items()}
+    named = dict(built.named_parameters())
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    return Reference(model, batch, seed, weights, float(loss.detach()), float(auxiliary.detach()), output, gradients)
+
+
+def _with_list(plain: Reference) -> Reference:
+    model, weights, (tokens, targets, segments) = plain.model, plain.weights, plain.batch.part(slice(None))
+    plan = StepPlan(model, ParallelConfig(), single(), torch.float32, len(tokens))
+    inputs = local_inputs(tokens, targets, plan.layout, segments, model)
+    given = {of_micro(name, 0): value for name, value in inputs.items()} | dict.fromkeys(SHARED) | plain.scales
+    sinks = {name: Gradient(torch.empty_like(value)) for name, value in plain.gradients.items()}
+    recorder = Recorder()
+    plan.program().run(given, weights, sinks, observe=recorder)
+    values = {name.partition("/")[2]: value for name, value in recorder.values.items()}
+    errors = [relative(values["final"], plain.output), abs(float(values["loss"]) - plain.loss) / abs(plain.loss)]
+    errors += gradient_errors({name: sink.value() for name, sink in sinks.items()}, plain.gradients).values()
+    values |= _derived(model, values, weights, targets)
+    return Reference(
+        model, plain.batch, plain.seed, weights, plain.loss, plain.auxiliary, plain.output, plain.gradients, values,
+        _parts(plan.ops, values), max(errors), _decided(model, values, weights, len(tokens)),
+    )  # fmt: skip
+
+
+def _derived(
+    model: ModelConfig, values: dict[str, Tensor], weights: dict[str, Tensor], targets: Tensor
+) -> dict[str, Tensor]:
+    """Tensors that one rank never makes: logits, and what is gathered of their softmax [T, 2]; losses by token [T]."""
+    logits = values["final"] @ weights["embedding.weight" if model.tied_embeddings else "head.weight"].t()
+    wanted = targets.flatten()
+    chosen = logits.gather(1, wanted.clamp(min=0)[:, None]).squeeze(1) * (wanted >= 0)
+    normalizer = torch.stack((logits.logsumexp(-1), chosen), dim=-1)
+    return {
+        "head_logits": logits, "head_normalizer": normalizer,
+        "losses": (normalizer[:, 0] - normalizer[:, 1]) * (wanted >= 0),
+    }  # fmt: skip
+
+
+def _parts(ops: list[Op], values: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    found: dict[tuple[str, str], Tensor] = {}
+    for op in ops:
+        for name in (name.partition("/")[2] for name in op.writes):
+            if name.startswith("d:") and not is_sum(op):
+                key = name.partition("#")[0].removeprefix("d:"), op.name
+                found[key] = found[key] + values[name] if key in found else values[name]
+    return found
+
+
+def is_sum(op: Op) -> bool:
+    """Whether an operator only adds up the gradients of several readers."""
+    return op.name.startswith("sum d:")
+
+
+def _decided(model: ModelConfig, values: dict[str, Tensor], weights: dict[str, Tensor], rows: int) -> bool:
+    """Whether choices and drops are the same with a little noise on all logits."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in moe_layers(model):
+        p = f"layers.{layer}."
+        logits = values[f"{p}ln2_out"] @ weights[f"{p}ffn.router.weight"].t()
+        wanted = _routed(logits, weights.get(f"{p}ffn.router.bias"), model, rows)
+        for _ in range(3):
+            noise = torch.empty_like(logits).uniform_(-NOISE, NOISE, generator=generator)
+            found = _routed(logits + noise, weights.get(f"{p}ffn.router.bias"), model, rows)
+            if not torch.equal(found, wanted):
+                return False
+    return True
+
+
+def _routed(logits: Tensor, bias: Tensor | None, model: ModelConfig, rows: int) -> Tensor:
+    """Which tokens an expert works on, bool [T, E]."""
+    gate, choice, _ = route(logits, bias, model)
+    taken = within_capacity(choice, gate, rows, model) if model.capacity_factor else torch.ones_like(choice).bool()
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, choice, taken)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+FLOOR = 1e-3
+"""A gradient far below the others is measured against this share of their size: where it is zero but for rounding (the
+router of a top-1 model whose weights are normalised), its own size means nothing."""
+
+
+def relative(value: Tensor, wanted: Tensor, least: float = 1e-12) -> float:
+    """Norm of the difference over the norm of what is wanted (at least `least`); infinite where it is not a number."""
+    if value.shape != wanted.shape:
+        return float("inf")
+    error = float((value - wanted).norm()) / max(float(wanted.norm()), least)
+    return error if error == error else float("inf")
+
+
+def gradient_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of every gradient."""
+    return {name: relative(found[name], value, floor) for (name, value), floor in zip(
+        wanted.items(), floors(wanted), strict=True)}  # fmt: skip
+
+
+def floors(wanted: dict[str, Tensor]) -> list[float]:
+    """The norm each gradient counts with at least."""
+    elements = sum(value.numel() for value in wanted.values())
+    size = float(torch.stack([value.norm() for value in wanted.values()]).norm()) / elements**0.5
+    return [FLOOR * size * value.numel() ** 0.5 for value in wanted.values()]
