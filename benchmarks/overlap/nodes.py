@@ -39,7 +39,7 @@ from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.data import Batch  # noqa: E402
 from megascale_moe.engine.trace import now  # noqa: E402
-from megascale_moe.strategies import experts  # noqa: E402
+from megascale_moe.strategies import routing  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
@@ -117,7 +117,7 @@ def on_rank(
     where: Cluster, variants: Sequence[Variant], sequences: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Seconds of every round and bytes between nodes of one step, by variant; the same on every rank but for bytes."""
-    experts.route = balanced_route  # type: ignore[assignment]
+    routing.route = balanced_route  # type: ignore[assignment]
     made: dict[Any, Any] = {}
     runners = {variant.name: Runner(variant, sequences, made) for variant in variants}
     sent = {}

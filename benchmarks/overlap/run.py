@@ -31,7 +31,7 @@ from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from megascale_moe.bench.overlap import Variant, bench_overlap, document, variants  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
-from megascale_moe.strategies import experts  # noqa: E402
+from megascale_moe.strategies import routing  # noqa: E402
 from megascale_moe.train.hardware import available_cores  # noqa: E402
 
 Chosen = Callable[[ParallelConfig], Sequence[Variant]]
@@ -78,7 +78,7 @@ def balanced_route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple
 
 def on_rank(config: Config, rounds: int, chosen: Chosen) -> list[dict[str, Any]]:
     """The rows, the same on every rank."""
-    experts.route = balanced_route  # type: ignore[assignment]
+    routing.route = balanced_route  # type: ignore[assignment]
     keep_freed_memory()
     lead = dist.get_rank() == 0
 

@@ -22,7 +22,7 @@ from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.data import Batch
 from megascale_moe.huggingface.conversion import parameters_from_huggingface
-from megascale_moe.strategies import experts
+from megascale_moe.strategies import routing
 from megascale_moe.train.trainer import Trainer
 from protocol import Job, Step, serve
 
@@ -77,7 +77,7 @@ def force_experts(case: Case) -> None:
         probabilities, choice = logits.softmax(-1), forced_experts(len(logits), case)
         return forced_gates(probabilities, choice), choice, probabilities
 
-    experts.route = route  # type: ignore[assignment]
+    routing.route = route  # type: ignore[assignment]
 
 
 def build(job: Job) -> Step:

@@ -35,7 +35,8 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ParallelConfig, TrainConfig
 from megascale_moe.data import Batch
 from megascale_moe.engine.executor import Program
-from megascale_moe.engine.op import Op, Phase, Stream, grad
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.engine.trace import Event, Trace
 from megascale_moe.pipeline.checker import bubble, timeline
 from megascale_moe.pipeline.schedule import Action, schedule

@@ -55,7 +55,7 @@ from megascale_moe.planner.cluster import Cluster as Profile  # noqa: E402
 from megascale_moe.planner.cluster import load  # noqa: E402
 from megascale_moe.planner.price import Prices  # noqa: E402
 from megascale_moe.planner.step import price  # noqa: E402
-from megascale_moe.strategies import experts  # noqa: E402
+from megascale_moe.strategies import routing  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
@@ -194,7 +194,7 @@ def by_kind(trainer: Trainer, events: Sequence[Event], profile: Profile) -> dict
 
 def on_rank(chosen: Sequence[Variant], ranks: int, rounds: int, profile: Profile) -> dict[str, dict[str, Any]]:
     """Seconds of every round by variant, and where the last one's went; seconds are the same on every rank."""
-    experts.route = balanced_route  # type: ignore[assignment]
+    routing.route = balanced_route  # type: ignore[assignment]
     made: dict[Any, Any] = {}
     runners = {variant.name: Runner(variant, ranks, made) for variant in chosen}
     cores.take(dist.get_rank())

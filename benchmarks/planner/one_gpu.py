@@ -38,7 +38,7 @@ from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelCon
 from megascale_moe.engine.trace import now  # noqa: E402
 from megascale_moe.planner.cluster import Cluster, load  # noqa: E402
 from megascale_moe.planner.step import memory, price  # noqa: E402
-from megascale_moe.strategies import experts  # noqa: E402
+from megascale_moe.strategies import routing  # noqa: E402
 from megascale_moe.train.hardware import peak_memory  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace, chosen: Sequence[Variant], device: torch.de
         path.write_text(text, encoding="utf-8")
         say(f"profile: {path}")
     cluster = load(str(path))
-    experts.route = balanced_route  # type: ignore[assignment]
+    routing.route = balanced_route  # type: ignore[assignment]
     gc.collect()  # lists refer to themselves, with all their weights
     rows, failures = [], {}
     for variant in chosen:

@@ -43,11 +43,12 @@ from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig  # n
 from megascale_moe.engine.executor import Observer, Program, resolve  # noqa: E402
 from megascale_moe.engine.gradient import Gradient  # noqa: E402
 from megascale_moe.engine.memory import Meter, tensors_in  # noqa: E402
+from megascale_moe.engine.names import parse  # noqa: E402
 from megascale_moe.engine.op import Op, Phase, Stream  # noqa: E402
 from megascale_moe.engine.remat import kept_names  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
 from megascale_moe.pipeline.program import Profile, StepPlan  # noqa: E402
-from megascale_moe.strategies import experts  # noqa: E402
+from megascale_moe.strategies import routing  # noqa: E402
 from megascale_moe.strategies.weights import initial, placements  # noqa: E402
 from megascale_moe.testing import run_ranks  # noqa: E402
 from megascale_moe.train.profiling import Profiler  # noqa: E402
@@ -139,7 +140,7 @@ class Variant:
 
 
 def _of_first_forward(op: Op) -> bool:
-    return op.phase == Phase.F and any(name.startswith("0/layers.") for name in op.writes)
+    return op.phase == Phase.F and any(parse(name).micro == 0 and parse(name).layer is not None for name in op.writes)
 
 
 def kept_bytes(plan: StepPlan) -> int:
@@ -184,7 +185,7 @@ class Bench:
 
 def on_rank(world: int, orders: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """The rows, the same on every rank but for bytes, which are this rank's."""
-    experts.route = balanced_route  # type: ignore[assignment]
+    routing.route = balanced_route  # type: ignore[assignment]
     keep_freed_memory()
     torch.set_num_threads(1)
     bench = Bench(world)

@@ -1,38 +1,32 @@
 """How long operators take: from rates, or as measured.
 
-Operators of all layers and micro-batches that have one name are one kind; a piece of one ("fc13@2") takes its share by
-what it declares. Measuring is walking a trace of a serial run, where every communication is waited for at once.
+Operators of all layers and micro-batches that do the same are one kind; a piece of one takes its share by what it
+declares. Measuring is walking a trace of a serial run, where every communication is waited for at once.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
+from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.engine.trace import Event
 
 Seconds = Callable[[Op], float]
-Kind = tuple[str, str]  # name without layer and piece, phase
+Kind = tuple[str, str]  # what the operator does, whichever layer and piece; phase
 
-LAYER = re.compile(r"\blayers\.\d+\.")
 OVERHEAD = 5e-6
 """Seconds to start an operator from the host, where nothing better is known."""
 
 
 def kind_of(op: Op) -> Kind:
-    """What an operator is, whichever layer and piece; made again, a tensor takes as long as in forward."""
+    """Return what an operator does, whichever layer and piece; recomputation takes as long as the forward."""
     phase = Phase.F if op.phase == Phase.R else op.phase
-    return stem(op.name).split("@")[0], str(phase)
-
-
-def stem(name: str) -> str:
-    """A name without its layer, wherever it stands in it."""
-    return LAYER.sub("", name)
+    return parse(op.name).tensor, str(phase)
 
 
 class Priced(Protocol):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from megascale_moe.comm.traffic import Traffic
+from megascale_moe.engine.names import is_grad, prefixed, term
+from megascale_moe.engine.value import bytes_of
 
 
 class Stream(StrEnum):
@@ -68,10 +70,10 @@ class Cost:
 
 
 def product(m: float, n: float, k: float, memory_bytes: float, count: int = 1) -> Cost:
-    """Of matrix products [m, k] @ [k, n]: which of the three is summed over changes neither FLOPs nor size.
+    """Return the cost of matrix products [m, k] @ [k, n]; which of the three is summed over changes nothing.
 
     Args:
-        memory_bytes: of all of them.
+        memory_bytes: what all of them read and write.
     """
     return Cost(2.0 * count * m * n * k, memory_bytes, work=Work.PRODUCT, size=3 / (1 / m + 1 / n + 1 / k))
 
@@ -84,7 +86,9 @@ class Op:
     none, or a `Pending` that finishes with one of these. Reads named "" arrive as None. `gradients` are weights
     whose gradient the operator adds to; it receives their `Gradient`. Operators never change what they read.
 
-    `backward` are the operators of its own backward. `redo` are ways to make some of its results again from others,
+    What `writes` names is declared where it is a `Value`: the operators of layers declare all their results.
+
+    `backward` are the operators of its own backward. `redo` are ways to recompute some of its results from others,
     cheaper than the operator itself. `traffic` says what a communication exchanges, where it may be written otherwise.
     """
 
@@ -101,14 +105,17 @@ class Op:
     redo: tuple[Op, ...] = ()
     traffic: Traffic | None = None
 
+    def renamed(self, reads: tuple[str, ...], writes: tuple[str, ...]) -> Op:
+        """Return the same operator on other values; a fifth of the time of `dataclasses.replace`, which lists of whole
+        steps are made with.
+        """
+        new = object.__new__(Op)
+        new.__dict__.update(self.__dict__, reads=reads, writes=writes)
+        return new
+
 
 class ProgramError(RuntimeError):
     """A list of operators contradicts itself; a defect of the program, not of the user's input."""
-
-
-def grad(name: str) -> str:
-    """The name of a tensor's gradient."""
-    return f"d:{name}"
 
 
 def check(ops: Iterable[Op], given: Iterable[str]) -> None:
@@ -128,31 +135,41 @@ def check(ops: Iterable[Op], given: Iterable[str]) -> None:
             known.add(name)
 
 
-def backward(
-    ops: Sequence[Op], seeds: Iterable[str] = (), size: Callable[[str], float] = lambda name: 0.0
-) -> list[Op]:
-    """The backward list of a forward list.
+def backward(ops: Sequence[Op], seeds: Iterable[str] = ()) -> list[Op]:
+    """Return the backward list of a forward list.
 
     Gradients that nothing produces are pruned: an operator none of whose gradients exist disappears, others read
     None in their place. A tensor used by several operators gets its gradients summed by an explicit operator.
 
     Args:
-        seeds: gradients that are given from outside, as "d:name".
-        size: bytes of a gradient by its name, for what summing several costs; 0 of what is too small to count.
+        seeds: names of gradients that are given from outside.
     """
     known = set(seeds)
     kept: list[Op] = []
     for op in (b for forward in reversed(ops) for b in forward.backward):
-        wanted = [name for name in op.reads if name.startswith("d:")]
+        wanted = [name for name in op.reads if is_grad(name)]
         if wanted and not any(name in known for name in wanted):
             continue
-        reads = tuple("" if name.startswith("d:") and name not in known else name for name in op.reads)
-        kept.append(op if reads == op.reads else replace(op, reads=reads))
+        reads = tuple("" if is_grad(name) and name not in known else name for name in op.reads)
+        kept.append(op if reads == op.reads else op.renamed(reads, op.writes))
         known.update(op.writes)
-    return _sum_shared(kept, size)
+    return _sum_shared(kept)
 
 
-def _sum_shared(ops: list[Op], size: Callable[[str], float]) -> list[Op]:
+def hang_backward(ops: Sequence[Op], order: Sequence[Op]) -> list[Op]:
+    """Return `ops` with the backward operators of all of them in another order than the reverse one.
+
+    Where a communication and its neighbours are cut by peer, backward too has to send first and to begin with the
+    rank's own piece, so the backward operators all hang on the last operator.
+
+    Args:
+        order: the same operators, in the order in which their backward runs.
+    """
+    everything = tuple(b for op in order for b in op.backward)
+    return [*(replace(op, backward=()) for op in ops[:-1]), replace(ops[-1], backward=everything)]
+
+
+def _sum_shared(ops: list[Op]) -> list[Op]:
     total = Counter(name for op in ops for name in op.writes)
     seen: Counter[str] = Counter()
     out: list[Op] = []
@@ -160,17 +177,22 @@ def _sum_shared(ops: list[Op], size: Callable[[str], float]) -> list[Op]:
         writes, complete = [], []
         for name in op.writes:
             seen[name] += 1
-            writes.append(f"{name}#{seen[name]}" if total[name] > 1 else name)
+            writes.append(term(name, seen[name]) if total[name] > 1 else name)
             if seen[name] == total[name] > 1:
-                complete.append(_sum_op(name, total[name], size(name)))
-        out += [replace(op, writes=tuple(writes)) if tuple(writes) != op.writes else op, *complete]
+                complete.append(_sum_op(name, total[name]))
+        out += [op.renamed(op.reads, tuple(writes)) if tuple(writes) != op.writes else op, *complete]
     return out
 
 
-def _sum_op(name: str, count: int, size: float) -> Op:
-    reads = tuple(f"{name}#{i + 1}" for i in range(count))
-    cost = Cost(memory_bytes=3 * (count - 1) * size)  # each addition reads two and writes one
-    return Op(name=f"sum {name}", reads=reads, writes=(name,), run=_add_all, phase=Phase.B, cost=cost)
+def _sum_op(name: str, count: int) -> Op:
+    reads = tuple(term(name, index + 1) for index in range(count))
+    cost = Cost(memory_bytes=3 * (count - 1) * bytes_of(name))  # each addition reads two and writes one
+    return Op(name=prefixed("sum", name), reads=reads, writes=(name,), run=_add_all, phase=Phase.B, cost=cost)
+
+
+def is_sum(op: Op) -> bool:
+    """Return whether an operator sums the terms of a gradient that several operators add to."""
+    return op.run is _add_all
 
 
 def _add_all(*parts: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megascale_moe.engine.cost import LAYER, Seconds
+from megascale_moe.engine.cost import Seconds
+from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Phase, Stream
 
 ROUNDING = 1e-9
@@ -194,15 +195,15 @@ def scheduled_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
 def _bound(ops: Sequence[Op], before: list[set[int]]) -> None:
     """Let what a layer's backward computes wait for the weight gradients of the layer above it."""
     weights: set[int] = set()
-    above: dict[str, set[int]] = {}
+    above: dict[int, set[int]] = {}
     for place, op in enumerate(ops):
-        layer = LAYER.search(op.name)
+        layer = parse(op.name).layer
         if layer is not None and op.phase == Phase.W:
             weights.add(place)
         elif layer is not None and op.phase == Phase.B and op.stream == Stream.COMPUTE:
-            if layer[0] not in above:
-                above[layer[0]], weights = weights, set()
-            before[place] |= above[layer[0]]
+            if layer not in above:
+                above[layer], weights = weights, set()
+            before[place] |= above[layer]
 
 
 def best_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:

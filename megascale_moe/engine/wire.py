@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.traffic import Traffic
-from megascale_moe.engine.cost import LAYER, Seconds
+from megascale_moe.engine.cost import Seconds
+from megascale_moe.engine.names import parse, prefixed
 from megascale_moe.engine.op import Cost, Op, Phase, Stream
+from megascale_moe.engine.value import Keep, Value
 from megascale_moe.kernels.narrow import BFloat16, Float8, Format
 
 Choose = Callable[[Op], Format | None]
@@ -43,7 +46,7 @@ def chooser(wire: str, seconds: Seconds) -> Choose:
     """
 
     def choose(op: Op) -> Format | None:
-        if wire == "fp32" or op.traffic is None or not LAYER.search(op.name):
+        if wire == "fp32" or op.traffic is None or parse(op.name).layer is None:
             return None
         form = FORMATS["fp8" if wire == "auto" else wire][op.phase == Phase.B]
         if share(op, form) >= 1 or (wire == "auto" and not worthwhile(op, form, seconds)):
@@ -94,12 +97,13 @@ def in_format(op: Op, form: Format) -> tuple[Op, Op, Op]:
     """A communication as encode, move and decode."""
     traffic = op.traffic
     assert traffic is not None
-    coded, arrived = f"coded {op.writes[0]}", f"arrived {op.writes[0]}"
-    plan = tuple(op.reads[place] for place in traffic.plan)
-    elements = op.cost.wire_bytes / traffic.dtype.itemsize
+    elements, written = op.cost.wire_bytes / traffic.dtype.itemsize, op.writes[0]
     sent = op.cost.wire_bytes * share(op, form)
+    message = partial(Value, shape=(sent,), dtype=torch.uint8, keep=Keep.NONE)
+    coded, arrived = message(prefixed("coded", written)), message(prefixed("arrived", written))
+    plan = tuple(op.reads[place] for place in traffic.plan)
     encode = replace(
-        op, name=f"encode {op.name}", writes=(coded,), run=lambda *reads: _encode(traffic, form, reads),
+        op, name=prefixed("encode", op.name), writes=(coded,), run=lambda *reads: _encode(traffic, form, reads),
         stream=Stream.COMPUTE, cost=Cost(3 * elements, op.cost.wire_bytes + sent), backward=(), traffic=None,
     )
     move = replace(
@@ -107,8 +111,8 @@ def in_format(op: Op, form: Format) -> tuple[Op, Op, Op]:
         cost=replace(op.cost, wire_bytes=sent), backward=(), traffic=None,
     )
     decode = replace(
-        op, name=f"decode {op.name}", reads=(arrived, *plan), stream=Stream.COMPUTE, cost=encode.cost, backward=(),
-        run=lambda arrived, *plan: _decode(traffic, form, arrived, plan), traffic=None,
+        op, name=prefixed("decode", op.name), reads=(arrived, *plan), stream=Stream.COMPUTE, cost=encode.cost,
+        run=lambda arrived, *plan: _decode(traffic, form, arrived, plan), backward=(), traffic=None,
     )
     return encode, move, decode
 

@@ -10,7 +10,9 @@ splits better over them and is used, as on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -39,29 +41,130 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
     length = q.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None
-    if 0 < window < length:
-        index = torch.arange(length, device=q.device)
-        distance = index[:, None] - index
-        mask = (distance >= 0) & (distance < window)
+    mask = _visible(length, window, q.device) if 0 < window < length else None
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
 
 
-@dataclass
-class Graph:
-    """What torch's own backward needs: the local graph of one call."""
+class _Entrance(torch.autograd.Function):
+    """Where a local graph begins: unlike a leaf, the node does not hold the tensor."""
 
-    leaves: tuple[Tensor, Tensor, Tensor]
-    out: Tensor
+    @staticmethod
+    def forward(ctx: object, token: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[None, None]:
+        return None, None  # gradients are taken in front of it
+
+
+@lru_cache(maxsize=8)  # one for all layers: torch saves it for the backward of each
+def _visible(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys a query may see, bool [length, length]."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index
+    return (distance >= 0) & (distance < window)
+
+
+@dataclass
+class _Part:
+    """A saved tensor that is a part of q, k, v or the result: which one, and how it lies in it."""
+
+    which: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Graph:
+    """The local graph of torch's own backward, without the tensors that are at hand when it runs.
+
+    torch's kernel saves q, k, v, its result and a few statistics. All but the statistics are values of the list of
+    operators, which decides whether they are kept or recomputed; so the graph keeps no memory of theirs, and is handed
+    them for the backward.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._tensors: tuple[Tensor, ...] = (q, k, v)
+        token = torch.empty(0, requires_grad=True)
+        with torch.enable_grad():
+            self.inputs: list[Tensor] = [_Entrance.apply(token, x) for x in (q, k, v)]  # type: ignore[no-untyped-call]
+        self._entrances = [torch.autograd.graph.get_gradient_edge(x) for x in self.inputs]
+        self._exits: list[torch.autograd.graph.GradientEdge] = []
+        self._boxes: list[list[Tensor | _Part]] = []
+
+    def attend(self, spans: Spans, scale: float, window: int) -> Tensor:
+        """Run torch's kernel on the inputs, document by document, and return the result [rows, s, H, u]."""
+        parts = [(slice(row, row + 1), slice(a, b)) for row, a, b in spans]
+        if not parts:
+            result, boxes = self._attend((slice(None), slice(None)), scale, window)
+            out = result.detach()
+            self._find_result(boxes, result, out, out)
+            return out
+        q, _, v = self._tensors
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        for part in parts:
+            result, boxes = self._attend(part, scale, window)
+            out[part] = result.detach()
+            self._find_result(boxes, result, out[part], out)
+        return out
+
+    def _attend(self, part: tuple[slice, ...], scale: float, window: int) -> tuple[Tensor, list[list[Tensor | _Part]]]:
+        first = len(self._boxes)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack), torch.enable_grad():
+            q, k, v = (x[part] for x in self.inputs)
+            result = _attend(q, k, v, scale, window)
+        self._exits.append(torch.autograd.graph.get_gradient_edge(result))
+        return result, self._boxes[first:]
+
+    def _find_result(self, boxes: list[list[Tensor | _Part]], result: Tensor, place: Tensor, out: Tensor) -> None:
+        """What was saved of a result lies in `out` as well now, at `place`."""
+        for box in boxes:
+            saved = box[0]
+            if isinstance(saved, Tensor) and saved.untyped_storage()._cdata == result.untyped_storage()._cdata:
+                view = place.transpose(1, 2)
+                if saved.shape == view.shape and saved.stride()[1:] == view.stride()[1:]:
+                    offset = int(view.storage_offset() - out.storage_offset())
+                    box[0] = _Part(3, tuple(view.shape), view.stride(), offset)
+
+    def close(self) -> None:
+        """Let go of the inputs."""
+        self._tensors = ()
+        self.inputs.clear()
+
+    def gradients(self, tensors: tuple[Tensor, ...], slopes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k and v from those of the results, part by part.
+
+        Args:
+            tensors: q, k, v and the result of the forward.
+        """
+        self._tensors = tensors
+        return torch.autograd.grad(self._exits, self._entrances, slopes)  # type: ignore[arg-type]
+
+    def _pack(self, saved: Tensor) -> list[Tensor | _Part]:
+        box: list[Tensor | _Part] = [saved]
+        for which, x in enumerate(self._tensors):
+            if saved.untyped_storage()._cdata == x.untyped_storage()._cdata and saved.dtype == x.dtype:
+                offset = int(saved.storage_offset() - x.storage_offset())
+                box = [_Part(which, tuple(saved.shape), saved.stride(), offset)]
+                break
+        self._boxes.append(box)
+        return box
+
+    def _unpack(self, box: list[Tensor | _Part]) -> Tensor:
+        saved = box[0]
+        if isinstance(saved, Tensor):
+            return saved
+        x = self._tensors[saved.which]
+        return x.as_strided(saved.size, saved.stride, x.storage_offset() + saved.offset)
 
 
 def causal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
 ) -> tuple[Tensor, Graph | None]:
-    """`causal_attention`, and what its backward needs beside q, k, v.
+    """Return `causal_attention`, and what its backward needs beside q, k, v and that.
 
     Without storage (meta tensors) neither way makes scores, as no fused kernel does; torch's own meta form would.
     """
@@ -72,20 +175,23 @@ def causal_attention_forward(
         for part in _parts(q, spans):
             out[part] = _documents_forward(q[part], k[part], v[part], scale, window)
         return out, None
-    if q.device.type == "cpu" and torch.get_num_threads() == 1:
+    # torch has no fused kernel on a CPU for values of another width than keys: its graph would hold all scores.
+    if q.device.type == "cpu" and (torch.get_num_threads() == 1 or q.shape[3] != v.shape[3]):
         return causal_attention(q, k, v, spans, scale, window), None
-    leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
-    with torch.enable_grad():
-        out = causal_attention(*leaves, spans, scale, window)
-    return out.detach(), Graph(leaves, out)
+    graph = Graph(q, k, v)
+    out = graph.attend(spans, scale, window)
+    graph.close()
+    return out, graph
 
 
 def causal_attention_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, graph: Graph | None, spans: Spans, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of the output [rows, s, H, u]."""
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, graph: Graph | None, spans: Spans, scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v from that of the output [rows, s, H, u]; `out` is the output itself."""
     if graph is not None:
-        return torch.autograd.grad(graph.out, graph.leaves, gradient)  # type: ignore[return-value]
+        slopes = [gradient[row : row + 1, a:b] for row, a, b in spans] or [gradient]
+        return graph.gradients((q, k, v, out), slopes)  # type: ignore[return-value]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.is_meta:
         return dq, dk, dv

@@ -111,7 +111,7 @@ def _balanced_row_map(choice: Tensor, experts: int, of: int) -> RowMap:
     per_expert = T * k // of
     index = choice.new_empty(per_expert * experts)
     offsets = choice.new_empty(experts, dtype=torch.int32)
-    return RowMap(offsets, index, index, index, choice.new_empty(T))
+    return RowMap(offsets, index, torch.empty_like(index), torch.empty_like(index), choice.new_empty(T))
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ Trainer, `verify` and `dryrun` call it with the same arguments, so what is check
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -15,16 +17,39 @@ from megascale_moe.comm.axis import Axes
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.executor import Program
-from megascale_moe.engine.op import Op, backward, grad
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import Op, backward
 from megascale_moe.engine.order import best_order, paper_order
-from megascale_moe.engine.remat import rematerialize
+from megascale_moe.engine.remat import Keeps, keeps_within, policy, rematerialize
 from megascale_moe.engine.wire import chooser, compress
 from megascale_moe.pipeline.schedule import Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
-from megascale_moe.strategies.kept import Keeps, keeps_all, keeps_inputs, keeps_paper, keeps_within
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.model import INPUTS, Head, auxiliary_names, gradient_bytes, load_names, part_ops
+from megascale_moe.strategies.model import INPUTS, Head, auxiliary_names, load_names, part_ops
 from megascale_moe.strategies.stages import Part, parts_of_rank, stage_parts, together
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
+
+def collecting_nothing(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """Return the function with Python's garbage collector paused.
+
+    A list is tens of thousands of objects, all of which stay. On the way there a full collection looks at every object
+    of torch, too, a tenth of a second for nothing, several times.
+    """
+
+    @wraps(make)
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return make(*args, **kwargs)
+        finally:
+            if enabled:
+                gc.enable()
+
+    return made
 
 
 @dataclass(frozen=True)
@@ -32,11 +57,10 @@ class Profile:
     """What is known of a rank's operators when a plan is made.
 
     Attributes:
-        cost: how long they take. sizes: bytes of the tensors of the forward lists. pieces: what `split = "auto"` is.
+        cost: how long they take. pieces: what `split = "auto"` is.
     """
 
     cost: Priced = field(default_factory=Rates)
-    sizes: Mapping[str, int] = field(default_factory=dict)
     pieces: int = 1
 
 
@@ -99,16 +123,14 @@ class StepPlan:
         mine = parts_of_rank(self.parts, self.parallel.pp, self.axes["pp"].index)
         return {stage: self.stage(part) for stage, part in mine.items()}
 
+    @collecting_nothing
     def stage(self, part: Part) -> Stage:
         """The lists of some layers, where this rank stands in its stage."""
         forward = part_ops(self.model, self.layout, part, self.head)
         reads = "" if part.first else f"hidden_{part.layers[0]}"
         writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"
         choose = chooser(self.wire.activations, self.profile.cost.seconds)
-        back = backward(
-            forward, [grad(writes)] if writes else [], lambda name: gradient_bytes(name, self.model, self.layout)
-        )
-        back = compress(back, choose)
+        back = compress(backward(forward, [grad(writes)] if writes else []), choose)
         forward = compress(forward, choose)
         if self.head != "train":
             return Stage(forward, (), reads, writes)
@@ -119,8 +141,8 @@ class StepPlan:
     def _keeps(self, forward: list[Op], back: list[Op], given: list[str]) -> Keeps:
         o = self.overlap
         if o.remat == "budget":
-            return keeps_within(o.activation_bytes, forward, back, given, self.profile.sizes, self.profile.cost.seconds)
-        return {"none": keeps_all, "paper": keeps_paper, "full": keeps_inputs}[o.remat]
+            return keeps_within(o.activation_bytes, forward, back, given, self.profile.cost.seconds)
+        return policy(o.remat)
 
     def _ordered(self, ops: list[Op]) -> list[Op]:
         if self.overlap.order == "paper":
@@ -135,6 +157,7 @@ class StepPlan:
         return Message((self.layout.tokens, self.model.hidden), self.dtype, self.device)
 
     @cached_property
+    @collecting_nothing
     def ops(self) -> list[Op]:
         """The list."""
         weave = self._woven if self.overlap.in_pairs and self.head == "train" else None

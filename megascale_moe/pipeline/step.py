@@ -19,13 +19,14 @@ then nothing could move across the border of an action), and a list per micro-ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.collectives import receive, send, tag_of
-from megascale_moe.engine.op import Cost, Op, Phase, Stream, grad
+from megascale_moe.engine.names import grad, in_micro
+from megascale_moe.engine.op import Cost, Op, Phase, Stream
 from megascale_moe.pipeline.checker import awaited, execute, message_of
 from megascale_moe.pipeline.schedule import Action, Schedule, in_pairs
 
@@ -63,7 +64,19 @@ class Message:
 
 def of_micro(name: str, micro: int) -> str:
     """The name of a tensor of one micro-batch in the list of a step."""
-    return name if not name or name in SHARED else f"{micro}/{name}"
+    return name if not name or name in SHARED else in_micro(name, micro)
+
+
+def in_micro_batch(ops: Sequence[Op], micro: int) -> list[Op]:
+    """Return a stage's operators with the names that they have in the list of a step."""
+    names: dict[str, str] = {"": "", **{name: name for name in SHARED}}
+
+    def named(name: str) -> str:
+        if name not in names:
+            names[name] = in_micro(name, micro)
+        return names[name]
+
+    return [op.renamed(tuple(map(named, op.reads)), tuple(map(named, op.writes))) for op in ops]
 
 
 def step_ops(
@@ -110,15 +123,7 @@ class _Builder:
 
     def work(self, action: Action) -> list[Op]:
         """The operators of an action."""
-        stage, micro = self.stages[action.stage], action.micro
-        return [
-            replace(
-                op,
-                reads=tuple(of_micro(name, micro) for name in op.reads),
-                writes=tuple(of_micro(name, micro) for name in op.writes),
-            )
-            for op in action_ops(stage, action.phase)
-        ]
+        return in_micro_batch(action_ops(self.stages[action.stage], action.phase), action.micro)
 
     def receives(self, actions: Sequence[Action]) -> list[Op]:
         """What actions need from other ranks."""

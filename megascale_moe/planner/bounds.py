@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
 
 from megascale_moe.config import Config, OverlapConfig
-from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.op import Stream
+from megascale_moe.engine.remat import kept_bytes
 from megascale_moe.model.counts import parameter_shapes
 from megascale_moe.pipeline.batches import DTYPES
-from megascale_moe.pipeline.storageless import inputs_without_storage, message_without_storage
 from megascale_moe.planner.space import Layout
 from megascale_moe.planner.stages import Kind, Once, Stages
 from megascale_moe.planner.step import Pricer
@@ -97,9 +93,8 @@ class Floors:
         one = layout._replace(rows=1)
 
         def kept() -> float:
-            sizes = self._once(("sizes", kind, one.inside), lambda: _sizes(self._stages(one, self.remats[0]), kind))
-            read = {name for op in self._stages(one, remat).lists(kind).backward for name in op.reads}
-            return float(sum({place: size for name, (place, size) in sizes.items() if name in read}.values()))
+            lists = self._stages(one, remat).lists(kind)
+            return kept_bytes(lists.forward, lists.backward)
 
         return layout.rows * self._once(("kept", kind, remat, one.inside), kept)
 
@@ -118,19 +113,3 @@ def _parameters(config: Config) -> tuple[int, int]:
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     return experts, sum(sizes.values()) - experts
-
-
-def _sizes(stages: Stages, kind: Kind) -> dict[str, tuple[int, int]]:
-    """Of the tensors of a layer's forward, by name: where each lies, and the bytes of that place."""
-    plan, stage, weights, gradients = stages.on_paper(kind)
-    inputs = inputs_without_storage(plan)
-    names = [stage.reads, *(name for op in stage.forward for name in op.writes)]
-    values: dict[str, Any] = inputs | {stage.reads: message_without_storage(plan)}
-    result = Program(stage.forward, [*values], names).run(values, weights, gradients)
-    found = {}
-    for name in names:
-        value = resolve(result, name)
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            found[name] = storage._cdata, storage.nbytes()
-    return found

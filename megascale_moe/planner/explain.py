@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from megascale_moe.engine.cost import stem
+from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import Span
 from megascale_moe.planner.cluster import Cluster
@@ -105,7 +105,7 @@ def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
             found = along(kind, partial(_shares, layout, phase))
             total = [a + micros * b for a, b in zip(total, found, strict=True)]
             for op, span in layout.stages.spans(one, phase):
-                ops[_share(op)][stem(op.name)] += _seconds(op, span)
+                ops[_share(op)][parse(op.name).tensor] += _seconds(op, span)
     price = layout.price
     seconds = dict(zip(Shares._fields, total, strict=True))
     waited = seconds["intra"] + seconds["inter"]

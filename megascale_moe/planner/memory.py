@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.memory import Meter
-from megascale_moe.engine.op import grad
+from megascale_moe.engine.names import grad
 from megascale_moe.optim.sharded_adamw import ShardedAdamW
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action

@@ -19,10 +19,11 @@ from megascale_moe.engine.cost import Seconds
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.memory import Meter
-from megascale_moe.engine.op import Op, Stream, grad
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import UNDISTURBED, Interference, Span, best_order, makespan, simulate
 from megascale_moe.pipeline.program import StepPlan
-from megascale_moe.pipeline.step import Stage, action_ops, of_micro
+from megascale_moe.pipeline.step import Stage, action_ops, in_micro_batch
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
 from megascale_moe.planner.price import Prices
@@ -187,11 +188,7 @@ class Stages:
 
     def _saved(self, kind: Kind) -> float:
         stage = self.lists(kind)
-        work = [
-            replace(op, reads=tuple(of_micro(name, micro) for name in op.reads),
-                    writes=tuple(of_micro(name, micro) for name in op.writes))
-            for micro, ops in enumerate((stage.forward, stage.backward)) for op in ops
-        ]  # fmt: skip
+        work = [*in_micro_batch(stage.forward, 0), *in_micro_batch(stage.backward, 1)]
         apart = self.took(kind, "F").seconds + self.took(kind, "BW").seconds
         return max(apart - self._simulated(best_order(work, self.seconds)).seconds, 0.0)
 

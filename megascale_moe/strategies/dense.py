@@ -1,62 +1,79 @@
-"""Operators that need no communication: linear, norm, residual, plain SwiGLU."""
+"""Operators that need no communication: linear, norm, residual, plain SwiGLU.
+
+Shapes, bytes and FLOPs follow from the values that they read and write.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad, product
+from megascale_moe.engine.names import grad, suffixed
+from megascale_moe.engine.op import Cost, Op, Phase, product
+from megascale_moe.engine.value import Keep, Value
 from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
-from megascale_moe.strategies.layout import Layout
 
 
 def linear(
-    name: str, x: str, y: str, weight: str, sizes: tuple[int, int], layout: Layout, again: Op | None = None
+    name: str, x: Value, y: Value, weight: str, *, rows: Sequence[slice] = (), again: Op | None = None
 ) -> Op:
     """y = x @ weight.T with the input gradient and the weight gradient as separate operators.
 
     Args:
-        sizes: (inputs, outputs); the weight is [outputs, inputs].
+        rows: those rows of the weight alone, in this order; empty: all of it.
         again: makes x once more for the weight gradient, so that x itself is not kept; it stands before the input
             gradient, which hides it where it is a communication.
     """
-    inputs, outputs = sizes
-    T = layout.tokens
-    cost = product(T, outputs, inputs, layout.bytes(T * inputs, T * outputs, inputs * outputs))
+    (T, inputs), outputs = x.shape, y.shape[-1]
+    cost = product(T, outputs, inputs, x.nbytes + y.nbytes + inputs * outputs * x.dtype.itemsize)
+    widths = [part.stop - part.start for part in rows]
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return torch.cat([x @ w[part].t() for part in rows], dim=1) if rows else x @ w.t()
+
+    def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
+        return dy @ (torch.cat([w[part] for part in rows]) if rows else w)
 
     def weight_gradient(x: Tensor, dy: Tensor, sink: Gradient) -> None:
-        sink.add_mm(dy.t(), x)
+        if not rows:
+            sink.add_mm(dy.t(), x)
+        for part, slope in zip(rows, dy.split(widths, dim=1) if rows else (), strict=True):
+            sink.add_mm_at((part,), slope.t(), x)
 
+    dx, dy = x.gradient, grad(y)
     return Op(
-        name=name, reads=(x,), writes=(y,), weights=(weight,), run=lambda x, w: x @ w.t(), cost=cost,
+        name=name, reads=(x,), writes=(y,), weights=(weight,), run=forward, cost=cost,
         backward=(
             *((again,) if again else ()),
+            Op(name=name, phase=Phase.B, reads=(dy,), writes=(dx,), weights=(weight,), run=input_gradient, cost=cost),
             Op(
-                name=name, phase=Phase.B, reads=(grad(y),), writes=(grad(x),), weights=(weight,),
-                run=lambda dy, w: dy @ w, cost=cost,
-            ),
-            Op(
-                name=name, phase=Phase.W, reads=(again.writes[0] if again else x, grad(y)), writes=(),
-                gradients=(weight,), run=weight_gradient, cost=cost,
+                name=name, phase=Phase.W, reads=(again.writes[0] if again else x, dy), writes=(), gradients=(weight,),
+                run=weight_gradient, cost=cost,
             ),
         ),
-    )
+    )  # fmt: skip
 
 
-def norm(name: str, x: str, y: str, weight: str, eps: float, layout: Layout, *, width: int, skip: str = "") -> Op:
-    """RMSNorm of x [tokens, width].
+def scale_of(y: Value) -> Value:
+    """Declare 1 / rms of a norm with the result y, float32 [T, 1]."""
+    keep = max(y.keep, Keep.PAPER)
+    return Value(suffixed(y, "scale"), (y.shape[0], 1), torch.float32, shard=y.shard, keep=keep)
+
+
+def norm(name: str, x: Value, y: Value, weight: str, eps: float, *, skip: Value | None = None) -> Op:
+    """y = RMSNorm of x [T, width].
 
     Args:
         skip: a second name for x, for the residual connection around what follows; its gradient joins in the norm's
             own backward pass instead of a separate addition.
     """
-    scale = f"{y}.scale"
-    cost = Cost(4.0 * layout.tokens * width, layout.bytes(2 * layout.tokens * width))
+    scale = scale_of(y)
+    cost = Cost(4.0 * x.elements, 2 * x.nbytes)
 
     def run(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         out = rms_norm(x, w, eps)
@@ -70,7 +87,7 @@ def norm(name: str, x: str, y: str, weight: str, eps: float, layout: Layout, *, 
         return dx
 
     backward = Op(
-        name=name, phase=Phase.B, reads=(x, scale, grad(y), grad(skip) if skip else ""), writes=(grad(x),),
+        name=name, phase=Phase.B, reads=(x, scale, grad(y), grad(skip) if skip else ""), writes=(x.gradient,),
         weights=(weight,), gradients=(weight,), run=run_backward, cost=Cost(2 * cost.flops, 2 * cost.memory_bytes),
     )
     return Op(
@@ -79,11 +96,10 @@ def norm(name: str, x: str, y: str, weight: str, eps: float, layout: Layout, *, 
     )
 
 
-def add_norm(name: str, terms: tuple[str, str], total: str, y: str, weight: str, eps: float, layout: Layout,
-             width: int) -> Op:
+def add_norm(name: str, terms: tuple[Value, Value], total: Value, y: Value, weight: str, eps: float) -> Op:
     """total = sum of terms, y = RMSNorm(total): the residual addition and the norm behind it, one pass backward."""
-    scale = f"{y}.scale"
-    cost = Cost(5.0 * layout.tokens * width, layout.bytes(4 * layout.tokens * width))
+    scale = scale_of(y)
+    cost = Cost(5.0 * total.elements, 4 * total.nbytes)
 
     def run(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return add_rms_norm(a, b, w, eps)
@@ -96,12 +112,13 @@ def add_norm(name: str, terms: tuple[str, str], total: str, y: str, weight: str,
         return dx, dx
 
     backward = Op(
-        name=name, phase=Phase.B, reads=(total, scale, grad(y), grad(total)), writes=tuple(map(grad, terms)),
-        weights=(weight,), gradients=(weight,), run=run_backward, cost=Cost(2 * cost.flops, 2 * cost.memory_bytes),
+        name=name, phase=Phase.B, reads=(total, scale, grad(y), grad(total)),
+        writes=tuple(term.gradient for term in terms), weights=(weight,), gradients=(weight,), run=run_backward,
+        cost=Cost(2 * cost.flops, 2 * cost.memory_bytes),
     )
     again = Op(
         name=name, reads=(total,), writes=(y, scale), weights=(weight,), run=lambda x, w: rms_norm(x, w, eps),
-        cost=Cost(4.0 * layout.tokens * width, layout.bytes(2 * layout.tokens * width)),
+        cost=Cost(4.0 * total.elements, 2 * total.nbytes),
     )
     return Op(
         name=name, reads=terms, writes=(total, y, scale), weights=(weight,), run=run, cost=cost, backward=(backward,),
@@ -109,7 +126,7 @@ def add_norm(name: str, terms: tuple[str, str], total: str, y: str, weight: str,
     )
 
 
-def add(name: str, terms: tuple[str, ...], total: str, layout: Layout, width: int) -> Op:
+def add(name: str, terms: tuple[Value, ...], total: Value) -> Op:
     """total = sum of terms."""
 
     def run(*parts: Tensor) -> Tensor:
@@ -121,40 +138,43 @@ def add(name: str, terms: tuple[str, ...], total: str, layout: Layout, width: in
     def run_backward(d: Tensor) -> Any:
         return (d,) * len(terms)
 
-    cost = Cost(0.0, layout.bytes((len(terms) + 1) * layout.tokens * width))
-    return Op(
-        name=name, reads=terms, writes=(total,), run=run, cost=cost,
-        backward=(
-            Op(name=name, phase=Phase.B, reads=(grad(total),), writes=tuple(map(grad, terms)), run=run_backward),
-        ),
-    )
-
-
-def activation(name: str, x: str, y: str, layout: Layout, width: int) -> Op:
-    """y = silu(a) * b for x = [a, b]: [tokens, 2 * width] -> [tokens, width]."""
-    cost = Cost(5.0 * layout.tokens * width, layout.bytes(3 * layout.tokens * width))
     backward = Op(
-        name=name, phase=Phase.B, reads=(x, grad(y)), writes=(grad(x),),
+        name=name, phase=Phase.B, reads=(grad(total),), writes=tuple(term.gradient for term in terms), run=run_backward
+    )
+    cost = Cost(0.0, (len(terms) + 1) * total.nbytes)
+    return Op(name=name, reads=terms, writes=(total,), run=run, cost=cost, backward=(backward,))
+
+
+def activation(name: str, x: Value, y: Value) -> Op:
+    """y = silu(a) * b for x = [a, b]: [T, 2 * width] -> [T, width]."""
+    cost = Cost(5.0 * y.elements, 3 * y.nbytes)
+    backward = Op(
+        name=name, phase=Phase.B, reads=(x, grad(y)), writes=(x.gradient,),
         run=lambda x, dy: swiglu_backward(dy, x)[0], cost=Cost(2 * cost.flops, 5 / 3 * cost.memory_bytes),
     )
     return Op(name=name, reads=(x,), writes=(y,), run=swiglu, cost=cost, backward=(backward,))
 
 
-def dense_ffn(prefix: str, weights: str, x: str, y: str, hidden: int, width: int, gated: bool,
-              layout: Layout) -> list[Op]:
-    """SwiGLU every token passes (dense layers, shared experts): x [tokens, hidden] -> y of the same shape."""
-    out = f"{y}.ungated" if gated else y
-    ops = [
-        linear(f"{prefix}fc13", x, f"{y}.fc13_out", f"{weights}w13.weight", (hidden, 2 * width), layout),
-        activation(f"{prefix}swiglu", f"{y}.fc13_out", f"{y}.fc2_in", layout, width),
-        linear(f"{prefix}fc2", f"{y}.fc2_in", out, f"{weights}w2.weight", (width, hidden), layout),
-    ]
-    if gated:
-        ops.append(
-            autograd_op(
-                f"{prefix}gate", lambda out, x, w: out * (x @ w.t()).sigmoid(), reads=(out, x), differentiable=(out, x),
-                writes=(y,), weights=(f"{weights}gate.weight",),
-                cost=Cost(2.0 * layout.tokens * hidden, layout.bytes(3 * layout.tokens * hidden)),
-            )
-        )
-    return ops
+def gate(name: str, y: Value, x: Value, out: Value, weight: str) -> Op:
+    """out = y * sigmoid(x @ weight.T), one gate per token."""
+    opened = Value(suffixed(out, "opened"), (x.shape[0], 1), x.dtype, shard=x.shard)
+
+    def run(y: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        opened = (x @ w.t()).sigmoid()
+        return y * opened, opened
+
+    def run_backward(
+        y: Tensor, x: Tensor, opened: Tensor, d: Tensor, w: Tensor, sink: Gradient
+    ) -> tuple[Tensor, Tensor]:
+        slope = (d * y).sum(-1, keepdim=True) * opened * (1 - opened)
+        sink.add_mm(slope.t(), x)
+        return d * opened, slope * w
+
+    cost = Cost(2.0 * x.elements, 3 * x.nbytes)
+    backward = Op(
+        name=name, phase=Phase.B, reads=(y, x, opened, grad(out)), writes=(y.gradient, x.gradient), weights=(weight,),
+        gradients=(weight,), run=run_backward, cost=Cost(2 * cost.flops, 2 * cost.memory_bytes),
+    )
+    return Op(
+        name=name, reads=(y, x), writes=(out, opened), weights=(weight,), run=run, cost=cost, backward=(backward,)
+    )

@@ -1,18 +1,19 @@
-"""Heads: which a rank attends with, and how they come out of the fused projection where the model norms them."""
+"""Heads: which a rank attends with, and which of them a piece of a message concerns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from megascale_moe.config import ModelConfig
-from megascale_moe.model.rotary import rotate
+from megascale_moe.strategies.layer import Piece
 
 
 def heads_of_rank(rank: int, size: int, c: ModelConfig) -> tuple[range, Sequence[int]]:
-    """Query heads and key heads a rank attends with.
+    """Return the query heads and the key heads that a rank attends with.
 
     Where ranks outnumber key heads several ranks get the same one. Where the shares do not align with the groups of
     query heads, each query head brings its own copy.
@@ -24,17 +25,77 @@ def heads_of_rank(rank: int, size: int, c: ModelConfig) -> tuple[range, Sequence
     return mine, [head // per_key for head in mine]
 
 
-def head_norm(
-    qkv: Tensor, rope: tuple[Tensor, Tensor], wq: Tensor, wk: Tensor, c: ModelConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Projection qkv [T, ...] to normed and rotated q [T, H, w] and k [T, G, w], and v [T, G, u]."""
-    q, k, v = qkv.split([c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim], dim=-1)
-    q, k, v = q.unflatten(1, (c.heads, -1)), k.unflatten(1, (c.kv_heads, -1)), v.unflatten(1, (c.kv_heads, -1))
-    q, k = _normed(q, wq, c), _normed(k, wk, c)
-    return rotate(q, *rope, c.rope_interleaved), rotate(k, *rope, c.rope_interleaved), v
+@dataclass(frozen=True)
+class Chosen:
+    """Some of a layer's heads, in order.
+
+    Attributes:
+        queries, keys: their numbers; keys are those of values, too.
+        alone: whether this rank holds the weights of these heads and of no others.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    alone: bool = True
+
+    @classmethod
+    def everything(cls, c: ModelConfig) -> Chosen:
+        """All heads."""
+        return cls(tuple(range(c.heads)), tuple(range(c.key_heads)))
+
+    @classmethod
+    def of_rank(cls, rank: int, size: int, c: ModelConfig) -> Chosen:
+        """The heads that a rank of a tensor-parallel group holds."""
+        queries, keys = heads_of_rank(rank, size, c)
+        return cls(tuple(queries), tuple(keys))
+
+    @classmethod
+    def of_piece(cls, piece: Piece, c: ModelConfig) -> Chosen:
+        """The heads that the peers of a piece attend with, peer by peer; uncut, every head once."""
+        if piece.uncut:
+            return cls.everything(c)
+        shares = [heads_of_rank(peer, piece.axis.size, c) for peer in piece.peers]
+        queries = tuple(head for mine, _ in shares for head in mine)
+        return cls(queries, tuple(head for _, keys in shares for head in keys), alone=False)
 
 
-def _normed(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
-    """RMSNorm over each head, or over all heads at once where the weight spans them."""
-    flat = x if c.qk_norm == "head" else x.flatten(1)
-    return F.rms_norm(flat, (flat.shape[-1],), weight, c.norm_eps).view(x.shape)
+def within(piece: Piece, c: ModelConfig) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Return, for each peer of a piece, where its query heads and key heads are among those of `Chosen.of_piece`."""
+    shares = [heads_of_rank(peer, piece.axis.size, c) for peer in piece.peers]
+    if piece.uncut:
+        return list(shares)
+    found: list[tuple[Sequence[int], Sequence[int]]] = []
+    queries = keys = 0
+    for mine, theirs in shares:
+        found.append((range(queries, queries + len(mine)), range(keys, keys + len(theirs))))
+        queries, keys = queries + len(mine), keys + len(theirs)
+    return found
+
+
+def spans(heads: Sequence[int], width: int, start: int = 0) -> tuple[range, ...]:
+    """Return the columns of some heads of equal width, contiguous ones together; the first head begins at `start`."""
+    found: list[range] = []
+    for head in heads:
+        first = start + head * width
+        if found and found[-1].stop == first:
+            found[-1] = range(found[-1].start, first + width)
+        else:
+            found.append(range(first, first + width))
+    return tuple(found)
+
+
+def select(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Return some heads of x [T, heads, w], flattened to [T, len(heads) * w]."""
+    part = x[:, heads.start : heads.stop] if isinstance(heads, range) else x[:, list(heads)]
+    return part.reshape(x.shape[0], -1)
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return heads side by side, [T, queries | keys | values]."""
+    return torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), dim=1)
+
+
+def unpack(x: Tensor, queries: int, keys: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views q [T, queries, w], k [T, keys, w], v [T, keys, u] of packed heads; w = `width`."""
+    q, k, v = x.split([queries * width, keys * width, x.shape[1] - (queries + keys) * width], dim=1)
+    return q.unflatten(1, (queries, -1)), k.unflatten(1, (keys, -1)), v.unflatten(1, (keys, -1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -75,14 +75,14 @@ class Layout:
         return self.rows * self.length // self.node.size
 
     @property
-    def whole(self) -> Layout:
-        """The same micro-batch where each rank has all tokens of its node, as inside a tensor-parallel module."""
-        return replace(self, axes=self.axes | {"node": Axis("node")})
-
-    @property
     def shards_vocabulary(self) -> bool:
         """Whether embedding and head are cut by vocabulary."""
         return self.vocabulary == "sharded" and self.node.size > 1
+
+    @property
+    def tensor_attention(self) -> bool:
+        """Whether attention is tensor-parallel."""
+        return self.attention == "tp" and self.node.size > 1
 
     @property
     def tensor_ffn(self) -> bool:

@@ -7,16 +7,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megascale_moe.comm.axis import Axis
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad, product
+from megascale_moe.engine.names import grad, in_layer
+from megascale_moe.engine.op import Cost, Op, Phase, product
+from megascale_moe.engine.value import Keep, Shard, Value
 from megascale_moe.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_loss
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
-from megascale_moe.strategies.attention import attention_ops
-from megascale_moe.strategies.dense import add, add_norm, dense_ffn, norm
-from megascale_moe.strategies.experts import moe_ops, tensor_parallel_ffn
+from megascale_moe.strategies.attention_sp import sequence_parallel_attention
+from megascale_moe.strategies.attention_tp import tensor_parallel_attention
+from megascale_moe.strategies.dense import add, add_norm, norm
+from megascale_moe.strategies.experts_all_gather import all_gather_experts
+from megascale_moe.strategies.experts_all_to_all import all_to_all_experts
+from megascale_moe.strategies.ffn import dense_ffn, swiglu_ffn
+from megascale_moe.strategies.layer import Layer, pieces_of
 from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.routing import routing_ops
 from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.vocabulary import embedding_ops, head_ops, rank_order
 
@@ -24,28 +32,37 @@ Head = Literal["train", "loss", "logits"]
 INPUTS = ("tokens", "targets", "rope", "segments", "loss_scale", "auxiliary_scale")
 
 
-def block_ops(prefix: str, config: ModelConfig, layout: Layout, x: str, y: str, dense: bool = False) -> list[Op]:
+def block_ops(layer: Layer, x: Value, y: Value) -> list[Op]:
     """One layer: hidden state x -> y, both [tokens, hidden]. Reads "rope" and "segments"."""
-    p, c = prefix, config
+    c, layout = layer.model, layer.layout
+    hidden = x.called(layer.name("hidden"))
+    ln1 = layer.tokens("ln1_out", c.hidden, keep=Keep.NONE)
     attention_norm = norm(
-        f"{p}attention_norm", x, f"{p}ln1_out", f"{p}attention_norm.weight", c.norm_eps, layout, width=c.hidden,
-        skip=f"{p}hidden",
+        layer.name("attention_norm"), x, ln1, layer.name("attention_norm.weight"), c.norm_eps, skip=hidden
     )
+    attend = tensor_parallel_attention if layout.tensor_attention else sequence_parallel_attention
+    attention, attended = attend(layer, ln1)
+    total, ln2 = layer.tokens("ln2_in", c.hidden), layer.tokens("ln2_out", c.hidden, keep=Keep.NONE)
     ffn_norm = add_norm(
-        f"{p}ffn_norm", (f"{p}hidden", f"{p}attn_out"), f"{p}ln2_in", f"{p}ln2_out", f"{p}ffn_norm.weight", c.norm_eps,
-        layout, c.hidden,
+        layer.name("ffn_norm"), (hidden, attended), total, ln2, layer.name("ffn_norm.weight"), c.norm_eps
     )
-    if dense and layout.tensor_ffn:
-        ffn = tensor_parallel_ffn(p, c, layout)
-    elif dense:
-        ffn = dense_ffn(p, f"{p}ffn.", f"{p}ln2_out", f"{p}ffn_out", c.hidden, c.dense_ffn_hidden, False, layout)
-    else:
-        ffn = moe_ops(p, c, layout)
-    terms = [f"{p}ln2_in", f"{p}ffn_out"]
-    if not dense and c.shared_hidden and not layout.tensor_ffn:
-        terms.append(f"{p}shared_out")
-    residual = add(f"{p}residual", tuple(terms), y, layout, c.hidden)
-    return [attention_norm, *attention_ops(p, c, layout), ffn_norm, *ffn, residual]
+    ffn, terms = (dense_ffn if layer.dense else moe_ops)(layer, ln2)
+    residual = add(layer.name("residual"), (total, *terms), y)
+    return [attention_norm, *attention, ffn_norm, *ffn, residual]
+
+
+def moe_ops(layer: Layer, x: Value) -> tuple[list[Op], list[Value]]:
+    """Experts, and shared experts unless they are among what the experts' ranks sum: from x to the terms of the sum."""
+    c, layout = layer.model, layer.layout
+    travels = layout.group.size > 1 and layout.dispatch_for(c) == "all_to_all"
+    pieces = pieces_of(layout.ep if travels else layout.group, layout.pieces)
+    ops, routing = routing_ops(layer, x, pieces, travels=travels)
+    experts, y = (all_to_all_experts if travels else all_gather_experts)(layer, x, routing)
+    terms = [y]
+    if c.shared_hidden and not layout.tensor_ffn:
+        terms.append(layer.tokens("shared_out", c.hidden, keep=Keep.NONE))
+        experts += swiglu_ffn(layer, "shared", x, terms[-1], c.shared_hidden, Axis(""))
+    return [*ops, *experts], terms
 
 
 def model_ops(config: ModelConfig, layout: Layout, head: Head = "train") -> list[Op]:
@@ -62,26 +79,27 @@ def part_ops(config: ModelConfig, layout: Layout, part: Part, head: Head = "trai
     """
     c = config
     ops: list[Op] = []
+    x = hidden_state(part.layers[0], c, layout)
     if part.first:
-        ops += embedding_ops(c, layout) if layout.shards_vocabulary else [_embedding(c, layout)]
+        ops += embedding_ops(x, c, layout) if layout.shards_vocabulary else [_embedding(x)]
     for index in part.layers:
-        names = (f"hidden_{index}", f"hidden_{index + 1}")
-        ops += block_ops(f"layers.{index}.", c, layout, *names, dense=index < c.dense_layers)
+        y = hidden_state(index + 1, c, layout)
+        ops += block_ops(Layer(c, layout, index, dense=index < c.dense_layers), x, y)
+        x = y
     if not part.last:
         return ops
-    ops.append(norm("norm", f"hidden_{c.layers}", "final", "norm.weight", c.norm_eps, layout, width=c.hidden))
+    final = Value("final", x.shape, x.dtype, shard=Shard(), keep=Keep.FULL)
+    ops.append(norm("norm", x, final, "norm.weight", c.norm_eps))
     weight = "embedding.weight" if c.tied_embeddings else "head.weight"
     if layout.shards_vocabulary:
-        return ops + head_ops(weight, head, c, layout)
-    return [*ops, {"train": _train_head, "loss": _loss_head, "logits": _logits_head}[head](weight, c, layout)]
+        return ops + head_ops(weight, head, final, c, layout)
+    return [*ops, {"train": _train_head, "loss": _loss_head, "logits": _logits_head}[head](weight, final, c.vocab)]
 
 
-def gradient_bytes(name: str, config: ModelConfig, layout: Layout) -> float:
-    """Bytes of a gradient that several operators add to, "d:name": that of a hidden state, of all ranks' where it was
-    gathered; 0 of the others (logits, gating weights), which are small.
-    """
-    ranks = {"ln1_out": 1, "ln2_out": 1, "ln2_out_ag": layout.group.size, "ln1_out_ag": layout.node.size}
-    return layout.bytes(ranks.get(name.rpartition(".")[2], 0) * layout.tokens * config.hidden)
+def hidden_state(layer: int, config: ModelConfig, layout: Layout) -> Value:
+    """Declare what a layer begins with, [tokens, hidden]; behind the last layer, what the final norm reads."""
+    shape = (layout.tokens, config.hidden)
+    return Value(f"hidden_{layer}", shape, layout.dtype, shard=Shard(), keep=Keep.FULL)
 
 
 def moe_layers(config: ModelConfig, part: Part | None = None) -> list[int]:
@@ -94,61 +112,63 @@ def auxiliary_names(config: ModelConfig, part: Part | None = None) -> list[str]:
     """The auxiliary losses of the list, one per MoE layer; none where the model has no such loss."""
     if not (config.balance_loss or config.z_loss):
         return []
-    return [f"layers.{index}.auxiliary" for index in moe_layers(config, part)]
+    return [in_layer(index, "auxiliary") for index in moe_layers(config, part)]
 
 
 def load_names(config: ModelConfig, part: Part | None = None) -> list[str]:
     """Tokens per expert of every MoE layer, int64 [E], of this rank's tokens."""
-    return [f"layers.{index}.load" for index in moe_layers(config, part)]
+    return [in_layer(index, "load") for index in moe_layers(config, part)]
 
 
-def _embedding(c: ModelConfig, layout: Layout) -> Op:
-    cost = Cost(memory_bytes=layout.bytes(2 * layout.tokens * c.hidden))
+def _embedding(y: Value) -> Op:
+    cost = Cost(memory_bytes=2 * y.nbytes)
 
     def weight_gradient(tokens: Tensor, d: Tensor, sink: Gradient) -> None:
         sink.value().index_add_(0, tokens, d.to(sink.buffer.dtype))
 
     backward = Op(
-        name="embedding", phase=Phase.W, reads=("tokens", grad("hidden_0")), writes=(), gradients=("embedding.weight",),
+        name="embedding", phase=Phase.W, reads=("tokens", grad(y)), writes=(), gradients=("embedding.weight",),
         run=weight_gradient, cost=cost,
     )
     return Op(
-        name="embedding", reads=("tokens",), writes=("hidden_0",), weights=("embedding.weight",), cost=cost,
+        name="embedding", reads=("tokens",), writes=(y,), weights=("embedding.weight",), cost=cost,
         run=lambda tokens, w: w.index_select(0, tokens), backward=(backward,),
     )
 
 
-def _head_cost(c: ModelConfig, layout: Layout, products: int) -> Cost:
-    T = layout.tokens
-    moved = layout.bytes(products * c.vocab * c.hidden, 2 * T * c.hidden)
-    return product(T, c.vocab, c.hidden, moved, products)
+def _head_cost(x: Value, vocab: int, products: int) -> Cost:
+    T, hidden = x.shape
+    return product(T, vocab, hidden, products * vocab * hidden * x.dtype.itemsize + 2 * x.nbytes, products)
 
 
-def _train_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
+LOSS = Value("loss", (), torch.float32, keep=Keep.FULL)
+
+
+def _train_head(weight: str, x: Value, vocab: int) -> Op:
     """Loss with both gradients at once, because a block of logits is best used while it is in cache."""
+    slope = x.named("final.slope")
 
     def run(x: Tensor, targets: Tensor, scale: float, w: Tensor, sink: Gradient) -> tuple[Any, ...]:
         return linear_cross_entropy(x, w, targets, scale, sink.add_mm)
 
-    backward = Op(
-        name="head", phase=Phase.B, reads=("final.slope",), writes=(grad("final"),), run=lambda slope: slope
-    )
+    backward = Op(name="head", phase=Phase.B, reads=(slope,), writes=(x.gradient,), run=lambda slope: slope)
     return Op(
-        name="head", reads=("final", "targets", "loss_scale"), writes=("loss", "final.slope"), weights=(weight,),
-        gradients=(weight,), run=run, cost=_head_cost(c, layout, 3), backward=(backward,),
+        name="head", reads=(x, "targets", "loss_scale"), writes=(LOSS, slope), weights=(weight,), gradients=(weight,),
+        run=run, cost=_head_cost(x, vocab, 3), backward=(backward,),
     )
 
 
-def _loss_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
+def _loss_head(weight: str, x: Value, vocab: int) -> Op:
     return Op(
-        name="head", reads=("final", "targets"), writes=("loss",), weights=(weight,), cost=_head_cost(c, layout, 1),
+        name="head", reads=(x, "targets"), writes=(LOSS,), weights=(weight,), cost=_head_cost(x, vocab, 1),
         run=lambda x, targets, w: linear_cross_entropy_loss(x, w, targets),
     )
 
 
-def _logits_head(weight: str, c: ModelConfig, layout: Layout) -> Op:
+def _logits_head(weight: str, x: Value, vocab: int) -> Op:
+    logits = Value("logits", (x.shape[0], vocab), torch.float32, keep=Keep.FULL)
     return Op(
-        name="head", reads=("final",), writes=("logits",), weights=(weight,), cost=_head_cost(c, layout, 1),
+        name="head", reads=(x,), writes=(logits,), weights=(weight,), cost=_head_cost(x, vocab, 1),
         run=lambda x, w: (x @ w.t()).float(),
     )
 
@@ -178,7 +198,7 @@ def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]
     """(layer, name, shape) of the state of the whole model that is no weight: the router's correction bias."""
     if not config.correction_bias:
         return []
-    return [(index, f"layers.{index}.ffn.router.bias", (config.experts,)) for index in moe_layers(config)]
+    return [(index, in_layer(index, "ffn.router.bias"), (config.experts,)) for index in moe_layers(config)]
 
 
 def buffers_of(config: ModelConfig, part: Part, device: torch.device) -> dict[str, Tensor]:

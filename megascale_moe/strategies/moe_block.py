@@ -19,11 +19,14 @@ from megascale_moe.comm.axis import Axes, single
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import backward, grad
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import backward
+from megascale_moe.engine.value import Keep, Value
 from megascale_moe.model.experts import MoE
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Block, initialise
+from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import block_ops
 
@@ -58,7 +61,9 @@ class MoEBlock(Block):
 
     def _programs(self, rows: int, length: int, dtype: torch.dtype) -> tuple[Program, Program]:
         layout = Layout(rows, length, self.axes, dtype)
-        forward = block_ops("", self.config, layout, "x", "y", self.dense)
+        shape = (layout.tokens, self.config.hidden)
+        x, y = (Value(name, shape, dtype, keep=Keep.FULL) for name in ("x", "y"))
+        forward = block_ops(Layer(self.config, layout, dense=self.dense), x, y)
         auxiliary = [] if self.dense or not (self.config.balance_loss or self.config.z_loss) else ["auxiliary"]
         back = backward(forward, [grad("y")])
         given = ("x", "rope", "segments")

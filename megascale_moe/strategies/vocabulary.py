@@ -17,17 +17,25 @@ from torch import Tensor
 from megascale_moe.comm.collectives import Pending, all_gather, tag_of
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase, grad, product
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import Cost, Op, Phase, product
+from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.kernels.cross_entropy import combine_statistics, partial_statistics, sharded_slope
 from megascale_moe.strategies.collective import gather_tokens, scatter_sums
+from megascale_moe.strategies.layer import Layer, pieces_of
 from megascale_moe.strategies.layout import Layout
 
+GATHERED = Rows("gathered", "node")
 
-def embedding_ops(c: ModelConfig, layout: Layout) -> list[Op]:
-    """tokens int64 [n * tokens] -> hidden_0 [tokens, hidden]."""
+
+def embedding_ops(y: Value, c: ModelConfig, layout: Layout) -> list[Op]:
+    """tokens int64 [n * tokens] -> y [tokens, hidden]."""
     node = layout.node
     size = c.vocab // node.size
-    cost = Cost(memory_bytes=layout.bytes(2 * layout.tokens * node.size * c.hidden))
+    (piece,) = pieces_of(node, 1)
+    shard = Shard(("hidden_0",), GATHERED, partial="node")
+    partial = Value("embedding_partial", (layout.tokens * node.size, c.hidden), y.dtype, shard=shard, keep=Keep.FULL)
+    cost = Cost(memory_bytes=2 * partial.nbytes)
 
     def run(tokens: Tensor, weight: Tensor) -> Tensor:
         local = tokens - node.index * size
@@ -39,7 +47,6 @@ def embedding_ops(c: ModelConfig, layout: Layout) -> list[Op]:
         mine = (local >= 0) & (local < size)
         sink.value().index_add_(0, local.clamp(0, size - 1), (d * mine[:, None]).to(sink.buffer.dtype))
 
-    partial = "embedding_partial"
     backward = Op(
         name="embedding", phase=Phase.W, reads=("tokens", grad(partial)), writes=(), gradients=("embedding.weight",),
         run=weight_gradient, cost=cost,
@@ -48,63 +55,63 @@ def embedding_ops(c: ModelConfig, layout: Layout) -> list[Op]:
         name="embedding", reads=("tokens",), writes=(partial,), weights=("embedding.weight",), cost=cost, run=run,
         backward=(backward,),
     )
-    return [look_up, scatter_sums("scatter_embedding", partial, "hidden_0", c.hidden, node, layout)]
+    return [look_up, scatter_sums(Layer(c, layout), "scatter_embedding", partial, y, piece)]
 
 
-def head_ops(weight: str, head: str, c: ModelConfig, layout: Layout) -> list[Op]:
-    """final [tokens, hidden] -> "loss" of this rank's targets, or "logits" [n * tokens, V / n] for head "logits"."""
-    gather = gather_tokens("gather_final", "final", "final_ag", c.hidden, layout.node, layout)
+def head_ops(weight: str, head: str, x: Value, c: ModelConfig, layout: Layout) -> list[Op]:
+    """x [tokens, hidden] -> "loss" of this rank's targets, or "logits" [n * tokens, V / n] for head "logits"."""
+    node, dtype = layout.node, layout.dtype
+    (piece,) = pieces_of(node, 1)
+    T = layout.tokens * node.size
+    shard = Shard(("final",), GATHERED, partial_gradient="node")
+    everyone = Value("final_ag", (T, c.hidden), dtype, shard=shard, keep=Keep.FULL)
+    gather = gather_tokens(Layer(c, layout), "gather_final", x, everyone, piece)
+    local = c.vocab // node.size
+    mine = (range(node.index * local, (node.index + 1) * local),)
+    name, kind = ("logits", torch.float32) if head == "logits" else ("head_logits", dtype)
+    logits = Value(name, (T, local), kind, shard=Shard((), GATHERED, mine), keep=Keep.FULL)
+    multiply = Op(
+        name="head_product", reads=(everyone,), writes=(logits,), weights=(weight,),
+        cost=_product(everyone, logits, 1), run=lambda x, w: (x @ w.t()).to(kind),
+    )
     if head == "logits":
-        return [gather, _logits("logits", weight, c, layout)]
-    return [gather, _logits("head_logits", weight, c, layout), _statistics(c, layout),
-            _gather_statistics(layout), _loss(weight, head, c, layout)]  # fmt: skip
-
-
-def _product(c: ModelConfig, layout: Layout, products: int) -> Cost:
-    T, V = layout.tokens * layout.node.size, c.vocab // layout.node.size
-    moved = layout.bytes(products * V * c.hidden, T * c.hidden, T * V)
-    return product(T, V, c.hidden, moved, products)
-
-
-def _logits(y: str, weight: str, c: ModelConfig, layout: Layout) -> Op:
-    def run(x: Tensor, w: Tensor) -> Tensor:
-        logits = x @ w.t()
-        return logits.float() if y == "logits" else logits
-
-    return Op(
-        name="head_product", reads=("final_ag",), writes=(y,), weights=(weight,), run=run, cost=_product(c, layout, 1)
+        return [gather, multiply]
+    part = Value("head_part", (T, 3), torch.float32, keep=Keep.FULL)
+    normalizer = Value("head_normalizer", (T, 2), torch.float32, shard=Shard((), GATHERED), keep=Keep.FULL)
+    statistics = Op(
+        name="head_statistics", reads=(logits, "targets"), writes=(part,), cost=Cost(memory_bytes=logits.nbytes),
+        run=lambda logits, targets: partial_statistics(logits, targets, mine[0].start),
     )
+    return [gather, multiply, statistics, _gather_statistics(part, normalizer, layout),
+            _loss(weight, head, (everyone, logits, normalizer), layout)]  # fmt: skip
 
 
-def _statistics(c: ModelConfig, layout: Layout) -> Op:
-    first = layout.node.index * (c.vocab // layout.node.size)
-    return Op(
-        name="head_statistics", reads=("head_logits", "targets"), writes=("head_part",),
-        run=lambda logits, targets: partial_statistics(logits, targets, first),
-        cost=Cost(memory_bytes=layout.bytes(layout.tokens * c.vocab)),
-    )
+def _product(x: Value, logits: Value, products: int) -> Cost:
+    (T, hidden), V = x.shape, logits.shape[1]
+    moved = x.dtype.itemsize * (products * V * hidden + T * hidden + T * V)
+    return product(T, V, hidden, moved, products)
 
 
-def _gather_statistics(layout: Layout) -> Op:
+def _gather_statistics(part: Value, normalizer: Value, layout: Layout) -> Op:
     node, name = layout.node, "gather_statistics"
-    wire = 4.0 * 3 * layout.tokens * node.size * (node.size - 1)
 
     def run(part: Tensor) -> Pending:
         return all_gather(part[None], node, tag_of(name)).then(combine_statistics)
 
     return Op(
-        name=name, reads=("head_part",), writes=("head_normalizer",), run=run, stream=layout.stream(node),
-        cost=Cost(wire_bytes=wire, axis=node.name),
+        name=name, reads=(part,), writes=(normalizer,), run=run, stream=layout.stream(node),
+        cost=Cost(wire_bytes=part.nbytes * (node.size - 1), axis=node.name),
     )
 
 
-def _loss(weight: str, head: str, c: ModelConfig, layout: Layout) -> Op:
+def _loss(weight: str, head: str, given: tuple[Value, Value, Value], layout: Layout) -> Op:
     """Loss of the own tokens; in training also both gradients of the head."""
-    node = layout.node
-    first = node.index * (c.vocab // node.size)
+    x, logits, normalizer = given
+    node, loss = layout.node, Value("loss", (), torch.float32, keep=Keep.FULL)
+    first = node.index * int(logits.shape[1])
     own = slice(node.index * layout.tokens, (node.index + 1) * layout.tokens)
 
-    def loss(normalizer: Tensor, targets: Tensor) -> Tensor:
+    def of_own(normalizer: Tensor, targets: Tensor) -> Tensor:
         log_sum, chosen = normalizer[own].unbind(-1)
         return ((log_sum - chosen) * (targets[own] >= 0)).sum()
 
@@ -113,17 +120,16 @@ def _loss(weight: str, head: str, c: ModelConfig, layout: Layout) -> Op:
     ) -> tuple[Tensor, Tensor]:
         slope = sharded_slope(logits, normalizer[:, 0], targets, first, scale)
         sink.add_mm(slope.t(), x)
-        return loss(normalizer, targets), slope @ w
+        return of_own(normalizer, targets), slope @ w
 
     if head == "loss":
-        return Op(name="head", reads=("head_normalizer", "targets"), writes=("loss",), run=loss)
-    backward = Op(
-        name="head", phase=Phase.B, reads=("final_ag.slope",), writes=(grad("final_ag"),), run=lambda slope: slope
-    )
-    reads = ("final_ag", "head_logits", "head_normalizer", "targets", "loss_scale")
+        return Op(name="head", reads=(normalizer, "targets"), writes=(loss,), run=of_own)
+    shard = Shard(("final.slope",), GATHERED, partial="node")
+    slope = Value("final_ag.slope", x.shape, x.dtype, shard=shard, keep=Keep.FULL)
+    backward = Op(name="head", phase=Phase.B, reads=(slope,), writes=(x.gradient,), run=lambda slope: slope)
     return Op(
-        name="head", reads=reads, writes=("loss", "final_ag.slope"), weights=(weight,), gradients=(weight,), run=train,
-        cost=_product(c, layout, 2), backward=(backward,),
+        name="head", reads=(*given, "targets", "loss_scale"), writes=(loss, slope), weights=(weight,),
+        gradients=(weight,), run=train, cost=_product(x, logits, 2), backward=(backward,),
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.collectives import all_reduce_sum
@@ -44,29 +43,24 @@ class Profiler:
     """Collects what the first steps show."""
 
     def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
         self.runs: list[list[Event]] = []
 
     def observe(self, op: Op, values: dict[str, Any]) -> None:
-        """Note the bytes of what a forward operator made, without the micro-batch in its name.
+        """Wait for what a forward operator has started, so that its end is seen.
 
         What another stage sends is not waited for: its receive stands an action ahead of its use.
         """
         if op.phase == Phase.F and op.cost.axis != "pp":
             for name in op.writes:
-                value = resolve(values, name)
-                if isinstance(value, Tensor):
-                    self.sizes[name.split("/", 1)[-1]] = value.nbytes
+                resolve(values, name)
 
     def profile(self, plan: StepPlan, overlap: OverlapConfig, stage: Axis) -> Profile:
         """The mean of all ranks of the stage."""
         cost = measured(plan.ops, self.runs[1:])
-        names, kinds = sorted(self.sizes), sorted(cost.seconds_of)
-        numbers = [*(self.sizes[name] for name in names), *(cost.seconds_of[kind] for kind in kinds)]
-        mean = (all_reduce_sum(torch.tensor(numbers, dtype=torch.float64), stage) / stage.size).tolist()
-        sizes = {name: int(number) for name, number in zip(names, mean, strict=False)}
-        seconds = dict(zip(kinds, mean[len(names) :], strict=True))
-        found = Profile(Measured(seconds, cost.work, cost.rates), sizes)
+        kinds = sorted(cost.seconds_of)
+        total = all_reduce_sum(torch.tensor([cost.seconds_of[kind] for kind in kinds], dtype=torch.float64), stage)
+        seconds = dict(zip(kinds, (total / stage.size).tolist(), strict=True))
+        found = Profile(Measured(seconds, cost.work, cost.rates))
         return replace(found, pieces=best_pieces(plan, overlap, found)) if overlap.split == "auto" else found
 
 

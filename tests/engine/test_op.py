@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Op, Phase, ProgramError, backward, check, grad
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import Op, Phase, ProgramError, backward, check
 
 
 def op(name: str, reads: str, writes: str, phase: Phase = Phase.F, back: tuple[Op, ...] = ()) -> Op:

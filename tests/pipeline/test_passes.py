@@ -25,8 +25,7 @@ from megascale_moe.pipeline.step import of_micro
 from megascale_moe.strategies.model import local_inputs
 from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
-from megascale_moe.train.profiling import Profiler
-from tests.strategies.layouts import SCALE, Result, Rows, compare, random_rows, wanted_of
+from tests.strategies.layouts import SCALE, Result, compare, random_rows, wanted_of
 from tests.strategies.test_layouts import SMALL, TOLERANCE, VARIANTS
 
 MICROS = 2
@@ -45,8 +44,6 @@ def run_plan(
     weights = {name: place.take(named[name].detach()) for name, place in placed.items()}
     sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items()}
     weights |= dict(model.named_buffers())
-    if overlap.remat == "budget":
-        plan = replace(plan, profile=measured_sizes(plan, weights, batch, config))
     values: dict[str, Any] = {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}
     rank = dist.get_rank() if mesh.world > 1 else 0
     first = rank % mesh.stage // mesh.node * 2 * MICROS
@@ -70,19 +67,6 @@ def run_plan(
             if axis and axes[axis].size > 1:
                 dist.all_reduce(result.gradients[name], group=axes[axis].group)
     return result
-
-
-def measured_sizes(plan: StepPlan, weights: dict[str, Any], batch: Rows, config: ModelConfig) -> Profile:
-    """Bytes of the tensors of a forward, from one that runs; a pipeline's stages know only what routing makes equal."""
-    profiler = Profiler()
-    first = replace(plan, micros=1, overlap=OverlapConfig())
-    values: dict[str, Any] = {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}
-    tokens, targets, segments = batch.part(slice(0, 2))
-    inputs = local_inputs(tokens, targets, first.layout, segments, config)
-    values |= {of_micro(name, 0): value for name, value in inputs.items()}
-    sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items()}
-    first.program().run(values, weights, sinks, observe=profiler.observe)
-    return Profile(sizes={name: size // 1000 * 1000 for name, size in profiler.sizes.items()})
 
 
 PARALLEL = {

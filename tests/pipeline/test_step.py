@@ -20,7 +20,8 @@ from megascale_moe.comm.axis import Axis, axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.executor import Program
-from megascale_moe.engine.op import Op, Phase, Stream, backward, grad
+from megascale_moe.engine.names import grad
+from megascale_moe.engine.op import Op, Phase, Stream, backward
 from megascale_moe.engine.order import dependencies
 from megascale_moe.pipeline import step
 from megascale_moe.pipeline.checker import peak_in_flight
@@ -28,7 +29,7 @@ from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action, Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.model import INPUTS, gradient_bytes, model_ops
+from megascale_moe.strategies.model import INPUTS, model_ops
 
 Case = tuple[str, int, int, int]  # name, pp, micros, virtual stages
 CASES: list[Case] = [
@@ -379,7 +380,7 @@ def test_without_a_pipeline_it_is_the_plain_list_with_prefixes() -> None:
     """F and backward of micro-batch 0, then of 1, ..., and nothing else."""
     layout = Layout(1, MODEL.sequence_length, axes_of(Mesh(), 0))
     plain = model_ops(MODEL, layout)
-    plain += backward(plain, [], lambda name: gradient_bytes(name, MODEL, layout))
+    plain += backward(plain)
 
     def renamed(names: tuple[str, ...], micro: int) -> tuple[str, ...]:
         return tuple(name if not name or name in SHARED else f"{micro}/{name}" for name in names)

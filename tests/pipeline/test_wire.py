@@ -21,7 +21,8 @@ from megascale_moe.comm.axis import Axis, axes_of, connect
 from megascale_moe.comm.mesh import Mesh, mesh_of
 from megascale_moe.comm.traffic import Traffic, as_rows, sum_to
 from megascale_moe.config import OverlapConfig, ParallelConfig, WireConfig
-from megascale_moe.engine.cost import LAYER, Rates
+from megascale_moe.engine.cost import Rates
+from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Cost, Op, Phase, Stream, check
 from megascale_moe.engine.wire import FORMATS, chooser, compress, in_format
 from megascale_moe.kernels.narrow import BFloat16, Float8
@@ -72,7 +73,7 @@ def test_declared_bytes_are_half_and_payload_plus_scales(parallel: str) -> None:
     assert plain.keys() == bf16.keys() == fp8.keys()
     compressed = 0
     for (name, phase), size in plain.items():
-        if "routing" in name or not LAYER.search(name):
+        if "routing" in name or parse(name).layer is None:
             assert bf16[name, phase] == fp8[name, phase] == size
             continue
         compressed += 1
@@ -95,6 +96,13 @@ def test_counted_bytes_are_the_declared_ones(parallel: str, wire: str) -> None:
             assert counted == pytest.approx(4 * MICROS * size, rel=0.1 if "all_to_all" in name else 1e-12)
 
 
+def of_message(op: Op, word: str) -> str:
+    """The communication that an operator encodes or decodes the messages of; empty for others."""
+    name = parse(op.name)
+    before, _, tensor = name.tensor.partition(" ")
+    return str(name._replace(tensor=tensor)) if before == word else ""
+
+
 def test_passes_find_the_names_they_need() -> None:
     """Every list is consistent, and what hides a communication hides it still: nothing is waited for at once."""
     for parallel in PARALLEL.values():
@@ -103,10 +111,9 @@ def test_passes_find_the_names_they_need() -> None:
     ops = plan_of("fp8", PARALLEL["sp+ep all-to-all"], order="paper").ops
     places = {(op.name, op.phase): place for place, op in enumerate(ops)}
     gaps = [
-        place - places[op.name.removeprefix("decode "), op.phase]
-        for (_, _), place in places.items()
-        for op in [ops[place]]
-        if op.name.startswith("decode ")
+        place - places[moved, op.phase]
+        for place, op in enumerate(ops)
+        if (moved := of_message(op, "decode"))
     ]
     assert max(gaps) > 1
 
@@ -115,7 +122,7 @@ def test_passes_find_the_names_they_need() -> None:
 
 
 def formats(plan: StepPlan) -> int:
-    return sum(op.name.startswith("encode ") for op in plan.ops)
+    return sum(bool(of_message(op, "encode")) for op in plan.ops)
 
 
 def test_auto_compresses_where_the_link_is_the_bottleneck() -> None:
@@ -133,7 +140,7 @@ def test_auto_chooses_for_each_communication() -> None:
     parallel = PARALLEL["ep over two nodes"]
     rates = Rates(links={Stream.INTRA: 1e13, Stream.INTER: 1e6}, latency=0.0)
     ops = plan_of("auto", parallel, rates).ops
-    names = {op.name.removeprefix("encode ") for op in ops if op.name.startswith("encode ")}
+    names = {name for op in ops if (name := of_message(op, "encode"))}
     streams = {op.stream for op in ops if op.name in names}
     assert streams == {Stream.INTER}
 

@@ -32,7 +32,7 @@ from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.model.counts import attention_flops_per_token, counts
 from megascale_moe.model.transformer import build
 from megascale_moe.presets import PRESETS
-from megascale_moe.strategies import experts
+from megascale_moe.strategies import routing
 from megascale_moe.strategies.layout import RELATIVE_COST, Layout, cheaper_dispatch
 from megascale_moe.strategies.model import model_ops
 from megascale_moe.testing import run_ranks
@@ -217,7 +217,7 @@ def balanced_route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple
 
 def run_balanced(c: ModelConfig, mesh: Mesh, dispatch: str, strategies: dict[str, str] | None = None) -> Wire:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "route", balanced_route)
+        patch.setattr(routing, "route", balanced_route)
         return run_rank(c, random_rows(c, rows=ROWS * mesh.dp), mesh, dispatch, **strategies or {}).wire
 
 

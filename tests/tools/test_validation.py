@@ -162,14 +162,15 @@ def test_profiles_of_stacks_are_physical() -> None:
 
 def test_the_files_rows_are_predicted_within_what_the_document_says() -> None:
     """Every row but those whose lists take seconds to order or are deep. Calibration rows do not count. The bound on
-    the worst is what was reached, not what was aimed at (15 %)."""
+    the worst is what was reached, not what was aimed at (15 %): one row with experts' widths over ranks was closer
+    while the rows of its own tokens were counted once for each of them."""
     serial = {row.id for row in ROWS.values() if (stack := module.stack_of(row)) and stack.habits.order == "serial"}
     quick = {name for name in serial if not name.startswith(("SEQ-MT", "SEQ-1T"))}
     found = Validation(tuple(predict(row) for row in ROWS.values() if row.id in quick))
     assert found.mean_error is not None
-    assert found.mean_error <= 0.06
+    assert found.mean_error <= 0.055
     assert found.worst_error is not None
-    assert found.worst_error <= 0.23
+    assert found.worst_error <= 0.285
 
 
 def write(path: Path, cells: dict[str, str]) -> Path:

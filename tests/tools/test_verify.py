@@ -24,12 +24,13 @@ from megascale_moe.comm.axis import Axis, connect
 from megascale_moe.comm.collectives import Pending, tag_of
 from megascale_moe.config import Config, ModelConfig
 from megascale_moe.engine.gradient import Gradient
+from megascale_moe.engine.names import parse
 from megascale_moe.kernels.grouped import Groups
 from megascale_moe.optim import sync
 from megascale_moe.optim.narrow_sums import FORMS
 from megascale_moe.pipeline import step
 from megascale_moe.presets import PRESETS
-from megascale_moe.strategies import collective, split_experts
+from megascale_moe.strategies import collective
 from megascale_moe.testing import run_ranks
 from megascale_moe.tools.verify import rank as ranks_of_layouts
 from megascale_moe.tools.verify.explain import SINGLE, Comparison
@@ -37,7 +38,6 @@ from megascale_moe.tools.verify.layouts import Case, all_cases, case_of, coverin
 from megascale_moe.tools.verify.rank import TOLERANCE, RankOfLayout
 from megascale_moe.tools.verify.reference import Recorder, Reference, reference
 from megascale_moe.tools.verify.scale import alike, scaled_down
-from megascale_moe.tools.verify.whereabouts import split
 
 MIXTRAL, QWEN, INTERNAL = (PRESETS[name] for name in ("mixtral-8x7b", "qwen3-30b-a3b", "internal-352b"))
 
@@ -85,7 +85,7 @@ def run_all(cases: list[Case], references: dict[ModelConfig, Reference]) -> list
         run.step(recorder)
         comparison = Comparison(run, recorder.values)
         different = [found.text for _, found in comparison.differences() if found.error > SINGLE]
-        names = {split(name.partition("#")[0].removeprefix("d:"))[1] for name in comparison.skipped}
+        names = {parse(name).tensor for name in comparison.skipped}
         found.append((max(errors.step, errors.sync), different, names))
     return found
 
@@ -135,7 +135,7 @@ def test_the_configs_own_passes_are_verified(verify: Callable[..., Verdict], spl
     assert right.status == 0, right.err + right.out
     assert "with order 'paper'" in right.out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split_experts, "sum_in_order", lambda parts: parts[0])
+        patch.setattr(collective, "sum_in_order", lambda parts: parts[0])
         assert verify("mixtral-8x7b", *layout).status == 0
         wrong = verify("mixtral-8x7b", *layout, *passes, "--json")
     assert wrong.status == 1
@@ -209,7 +209,7 @@ BREAKAGES = {
         "--parallel.node=4 --parallel.attention=tp", ("layers.1.scatter_tokens", "F", 0, "attn_out"),
     ),
     "rows passed on wrongly": (
-        traffic, "exchange", "layers.0.dispatch_etp_all_gather F", rolled,
+        traffic, "exchange", "layers.0.dispatch_etp_all_gather", rolled,
         "--parallel.node=4 --parallel.ffn=ep+tp --parallel.ep=2 --parallel.etp=2 --parallel.dispatch=all_to_all",
         ("layers.0.dispatch_etp_all_gather", "F", 0, "dispatch_all"),
     ),

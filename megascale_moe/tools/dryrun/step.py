@@ -15,8 +15,8 @@ from typing import Any
 
 from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, require
-from megascale_moe.engine.cost import stem
 from megascale_moe.engine.memory import Meter
+from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.counts import counts
@@ -167,12 +167,12 @@ def _memory(trainer: Trainer, held: int, peak: int) -> Memory:
 
 
 def _wire(ops: list[Op], trace: Trace) -> list[Wire]:
-    """What was sent, in the order in which operators come first; layers and micro-batches added up."""
+    """What was sent, in the order in which operators come first; layers, pieces and micro-batches added up."""
     totals: dict[tuple[str, str, str], tuple[int, int]] = {}
     for op, event in zip(ops, trace.events, strict=True):
         assert op.name == event.name
         if event.wire_bytes:
-            key = (stem(op.name), op.cost.axis, str(op.phase))
+            key = (parse(op.name).tensor, op.cost.axis, str(op.phase))
             size, count = totals.get(key, (0, 0))
             totals[key] = (size + event.wire_bytes, count + 1)
     return [Wire(*key, *value) for key, value in totals.items()]

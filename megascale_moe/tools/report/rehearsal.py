@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megascale_moe.config import OverlapConfig
 from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.op import Stream
@@ -22,7 +21,6 @@ from megascale_moe.pipeline.storageless import (
 from megascale_moe.strategies.model import INPUTS
 from megascale_moe.train.profiling import best_pieces
 from megascale_moe.train.timeline.record import PART, WHOLE, Step, part, part_ops, part_size
-from megascale_moe.train.timeline.thin import of_curve
 from megascale_moe.train.timeline.watch import Watch
 from megascale_moe.train.trainer import Trainer
 
@@ -33,11 +31,7 @@ GPU = Rates(flops=5e14, memory=2.5e12, links={Stream.INTRA: 1.6e11, Stream.INTER
 def planned(trainer: Trainer, rows: int, micros: int, cost: Priced, source: str) -> Step:
     """The step that a config asks for, with seconds that are known from somewhere else than a run: `source` says it."""
     overlap = trainer.config.overlap
-    sizes: dict[str, int] = {}
-    if overlap.remat == "budget":
-        trainer.overlap = OverlapConfig()
-        sizes = _run(trainer, rows, 1).sizes
-    trainer.overlap, trainer.profile = overlap, Profile(cost, sizes)
+    trainer.overlap, trainer.profile = overlap, Profile(cost)
     if overlap.split == "auto":
         trainer.profile = replace(trainer.profile, pieces=best_pieces(trainer.plan(rows), overlap, trainer.profile))
     return Step(trainer.plan(rows, micros), trainer.config.train, cost, source)
@@ -50,11 +44,9 @@ def memory(trainer: Trainer, plan: StepPlan) -> dict[str, Any]:
     """Bytes of a rank: what stays, what comes and goes in a step, and what each policy keeps of a micro-batch."""
     if len(plan.ops) <= WHOLE:
         return _run(trainer, plan.rows, plan.micros).memory(trainer, plan)
-    stage = plan.stage(part(plan, _layers(plan)))
-    sizes = _watched(trainer, Program(stage.forward, _given(plan, _layers(plan))), _part_inputs(plan))
     count = part_size([plan], PART)
     drawn = _watched(trainer, Program(part_ops(plan, count), _given(plan, count)), _part_inputs(plan))
-    return sizes.memory(trainer, plan) | of_curve(drawn.curve) | {"whole": False}
+    return drawn.memory(trainer, plan) | {"whole": False}
 
 
 def _run(trainer: Trainer, rows: int, micros: int) -> Watch:
@@ -70,10 +62,6 @@ def _watched(trainer: Trainer, program: Program, values: dict[str, Any]) -> Watc
     optimizer, watch = trainer.optimizer, Watch(trainer)
     program.run(values, optimizer.weights | trainer.buffers, optimizer.gradients, None, watch.observe)
     return watch
-
-
-def _layers(plan: StepPlan) -> int:
-    return len(plan.parts[min(plan.stages)].layers)
 
 
 def _given(plan: StepPlan, count: int) -> list[str]:

@@ -8,7 +8,7 @@ in FP32, and is compared with the plain model on one device.
     batch         packed documents, missing targets
     reference     the plain model under autograd, and the one-rank list with all its tensors
     rank          one layout on one rank: the step that training runs, and its errors
-    whereabouts   where every tensor of a rank lies in the tensors of one rank
+    expected      which part of the single rank's tensors each declared value should be
     explain       the first operator whose result differs
     command       ranks, progress, results; report: what people and programs read
 """

@@ -24,13 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale_moe.comm.axis import Axis
-from megascale_moe.engine.op import Op, Phase, backward
+from megascale_moe.engine.names import Name, grad, in_micro, is_grad, parse, without_micro
+from megascale_moe.engine.op import Op, Phase, backward, is_sum
+from megascale_moe.engine.value import Value
 from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.strategies.model import part_ops
 from megascale_moe.strategies.stages import Part
+from megascale_moe.tools.verify.expected import Expected, ExpectedPart
 from megascale_moe.tools.verify.rank import TOLERANCE, Errors, RankOfLayout, parameter_group
-from megascale_moe.tools.verify.reference import Recorder, is_sum, relative
-from megascale_moe.tools.verify.whereabouts import Place, Whereabouts, split
+from megascale_moe.tools.verify.reference import Recorder, relative
 
 
 @dataclass(frozen=True)
@@ -101,75 +103,82 @@ class Comparison:
     def __init__(self, run: RankOfLayout, values: dict[str, Tensor]) -> None:
         self.run, self.values = run, values
         self.skipped: set[str] = set()  # names nothing compares with
-        self.where = [
-            Whereabouts(run.case, run.axes, run.rank, micro, run.reference) for micro in range(run.case.micros)
+        stages = run.plan.stages.values()
+        declared = {
+            str(value): value
+            for stage in stages for op in (*stage.forward, *stage.backward) for value in (*op.reads, *op.writes)
+            if isinstance(value, Value)
+        }  # fmt: skip
+        self.expected = [
+            Expected(run.case, run.axes, run.rank, micro, run.reference, declared) for micro in range(run.case.micros)
         ]
         forward = part_ops(run.case.model, run.plan.layout, Part.whole(run.case.model))
         whole = [*forward, *backward(forward)]
         self.order = {(op.phase, op.name): float(place) for place, op in reversed(list(enumerate(whole)))}
-        self.readers = {name: float(place) for place, op in reversed(list(enumerate(whole))) for name in op.reads}
+        self.readers = {str(name): float(place) for place, op in reversed(list(enumerate(whole))) for name in op.reads}
         self.writers: dict[str, list[Op]] = {}
         for op in run.program.ops:
             for name in op.writes:
-                base = _base(name.partition("/")[2])
-                if name.startswith("0/") and not is_sum(op):
-                    self.writers.setdefault(base, []).append(op)
+                if parse(name).micro == 0 and not is_sum(op):
+                    self.writers.setdefault(_summed(without_micro(name)), []).append(op)
 
     def differences(self) -> Iterator[Found]:
         """Every tensor that differs, in the order of this rank's list."""
         for op in self.run.program.ops:
-            for name in op.writes:
-                if name not in self.values or name.startswith("sent:"):
+            for written in op.writes:
+                name = parse(written)
+                if written not in self.values or name.micro is None:
                     continue
-                micro, tensor = int(name.partition("/")[0]), name.partition("/")[2]
-                error = self.error(op, micro, tensor)
+                tensor = without_micro(written)
+                error = self.error(op, name.micro, tensor)
                 if not error <= TOLERANCE:
-                    prefix, suffix = split(_base(tensor).removeprefix("d:"))
-                    layer = int(prefix.split(".")[1]) if prefix else -1
-                    shown = f"d:{suffix}" if tensor.startswith("d:") else suffix
-                    found = Difference(op.name, op.phase, self.run.rank, layer, micro, shown, error)
-                    yield (self.place_in_list(op, tensor), self.run.rank, micro), found
+                    layer = -1 if name.layer is None else name.layer
+                    shown = str(Name(name.tensor, piece=name.piece, gradient=name.gradient))
+                    found = Difference(op.name, op.phase, self.run.rank, layer, name.micro, shown, error)
+                    yield (self.place_in_list(op, tensor), self.run.rank, name.micro), found
 
     def place_in_list(self, op: Op, tensor: str) -> float:
-        """Messages between stages are not in the list of the whole model: they come before their first reader."""
-        return self.order.get((op.phase, op.name), self.readers.get(_base(tensor), -1.0) - 0.5)
+        """Messages between stages are not in the list of the whole model: they come before their first reader.
+
+        What is recomputed is looked at last: where it differs, what it is computed from did in the forward.
+        """
+        if op.phase == Phase.R:
+            return float(len(self.order))
+        return self.order.get((op.phase, op.name), self.readers.get(_summed(tensor), -1.0) - 0.5)
 
     def error(self, op: Op, micro: int, tensor: str) -> float:
         """Relative error of one tensor; 0.0 if nothing compares with it."""
-        gradient = tensor.startswith("d:")
-        place = self.where[micro].place(_base(tensor).removeprefix("d:"))
-        if place is None:
+        gradient = is_grad(tensor)
+        part = self.expected[micro].part(_forward(tensor))
+        if part is None or (gradient and part.shard.forward_only):
             self.skipped.add(tensor)
             return 0.0
-        whole = self.gradient(op, tensor, place) if gradient else self.forward(place)
-        value, wanted = self.values[f"{micro}/{tensor}"].cpu().float(), place.of(whole).float()
+        whole = self.gradient(op, tensor, part) if gradient else part.whole(self.run.reference.values.__getitem__)
+        value, wanted = self.values[in_micro(tensor, micro)].cpu().float(), part.of(whole).float()
         if value.shape != wanted.shape:
             value = torch.full_like(wanted, math.inf)
-        if place.routing:
-            value, wanted = self.by_expert(value, wanted, micro, tensor, place)
-        axis = place.gradient_total if gradient else place.total
-        if gradient and place.copies:
-            value, wanted, axis = _all_heads(value, whole, place), whole.index_select(0, place.rows), "node"
+        if part.shard.routing:
+            value, wanted = self.by_expert(value, wanted, micro, tensor, part)
+        axis = part.shard.partial_gradient if gradient else part.shard.partial
+        if gradient and part.shard.copied_columns:
+            value, wanted, axis = _all_columns(value, whole, part), whole.index_select(0, part.rows), "node"
         if axis:
             value = summed(value, self.run.axes[axis])
         least = 1e-3 * float(whole.float().norm()) * math.sqrt(wanted.numel() / max(whole.numel(), 1))
         return relative(value, wanted, max(least, 1e-12))
 
-    def forward(self, place: Place) -> Tensor:
-        """What the one-rank list has."""
-        values = self.run.reference.values
-        whole = values[place.names[0]]
-        for name in place.names[1:]:
-            whole = whole + values[name]
-        return whole
-
-    def gradient(self, op: Op, tensor: str, place: Place) -> Tensor:
+    def gradient(self, op: Op, tensor: str, part: ExpectedPart) -> Tensor:
         """What the one-rank list has from the same readers."""
-        reference, name = self.run.reference, place.names[0]
-        ops = [op] if "#" in tensor else self.writers[_base(tensor)]
+        names = part.names if part.shard.side_by_side else part.names[:1]  # terms of a sum have the same gradient
+        ops = [op] if parse(tensor).term else self.writers[_summed(tensor)]
+        found = [self._gradient(ops, name) for name in names]
+        return torch.cat([each.flatten(1) for each in found], dim=1) if len(found) > 1 else found[0]
+
+    def _gradient(self, ops: Sequence[Op], name: str) -> Tensor:
+        reference = self.run.reference
         sources = sorted({source for each in ops for source in self.sources(each, name)})
         if not sources:
-            return reference.values[f"d:{name}"]
+            return reference.values[grad(name)]
         whole = reference.parts[name, sources[0]]
         for source in sources[1:]:
             whole = whole + reference.parts[name, source]
@@ -180,22 +189,22 @@ class Comparison:
         if (name, op.name) in self.run.reference.parts:
             return {op.name}
         found: set[str] = set()
-        for read in op.reads:
-            base = _base(read.partition("/")[2])
-            place = self.where[0].place(base.removeprefix("d:")) if base.startswith("d:") else None
-            if place is not None and place.names[0] == name:
-                for writer in self.writers.get(base, []):
+        for read in map(without_micro, op.reads):
+            part = self.expected[0].part(_forward(read)) if is_grad(read) else None
+            if part is not None and name in part.names:
+                for writer in self.writers.get(_summed(read), []):
                     found |= self.sources(writer, name)
         return found
 
     def by_expert(
-        self, value: Tensor, wanted: Tensor, micro: int, tensor: str, place: Place
+        self, value: Tensor, wanted: Tensor, micro: int, tensor: str, part: ExpectedPart
     ) -> tuple[Tensor, Tensor]:
         """[T, k] -> [T, E], on both sides by the choices made there."""
-        prefix, suffix = split(_base(tensor).removeprefix("d:"))
-        mine = self.values[f"{micro}/{prefix}{suffix.replace('gate', 'choice')}"].cpu()
-        theirs = place.of(self.run.reference.values[f"{prefix}choice"])
-        if suffix.startswith("choice"):
+        name = parse(tensor)
+        choice = name._replace(tensor=name.tensor.replace("gate", "choice"), gradient=False, term=0, micro=micro)
+        mine = self.values[str(choice)].cpu()
+        theirs = part.of(self.run.reference.values[str(Name("choice", layer=name.layer))])
+        if name.tensor.startswith("choice"):
             value, wanted = torch.ones_like(value), torch.ones_like(wanted)
         shape = (len(wanted), self.run.case.model.experts)
         if mine.shape != theirs.shape:
@@ -203,15 +212,20 @@ class Comparison:
         return torch.zeros(shape).scatter_(1, mine, value), torch.zeros(shape).scatter_(1, theirs, wanted)
 
 
-def _base(tensor: str) -> str:
-    """Without the number of a part of a gradient."""
-    return tensor.partition("#")[0]
+def _summed(tensor: str) -> str:
+    """The name of the sum that a term of a gradient belongs to."""
+    return str(parse(tensor)._replace(term=0))
 
 
-def _all_heads(value: Tensor, whole: Tensor, place: Place) -> Tensor:
-    """A rank's heads [T, h, w] at their places among all, [T, H, w]."""
-    assert place.columns is not None
-    return torch.zeros(len(value), *whole.shape[1:]).index_add_(1, place.columns, value)
+def _forward(tensor: str) -> str:
+    """The name of the tensor whose gradient it may be."""
+    return str(parse(tensor)._replace(term=0, gradient=False, recomputed=False))
+
+
+def _all_columns(value: Tensor, whole: Tensor, part: ExpectedPart) -> Tensor:
+    """A rank's columns [T, h, ...] at their places among all, [T, H, ...]."""
+    assert part.columns is not None
+    return torch.zeros(len(value), *whole.shape[1:]).index_add_(1, part.columns, value)
 
 
 def summed(value: Tensor, axis: Axis) -> Tensor:
@@ -236,9 +250,9 @@ def _weight_gradients(run: RankOfLayout) -> list[Found]:
             wanted = placement.take(run.reference.gradients[name])
             error = relative(placement.take(whole[name]), wanted, float(wanted.norm()) + 1e-9)
             if not error <= TOLERANCE:
-                prefix, suffix = split(name)
-                layer = int(prefix.split(".")[1]) if prefix else -1
-                text = f"gradient of {suffix}"
+                weight = parse(name)
+                layer = -1 if weight.layer is None else weight.layer
+                text = f"gradient of {weight.tensor}"
                 entry = Difference(op.name, op.phase, run.rank, layer, -1, text, error, parameter_group(name))
                 found.append(((float(place), run.rank, 0), entry))
     return found

@@ -20,7 +20,8 @@ from torch import Tensor
 from megascale_moe.comm.axis import single
 from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Op
+from megascale_moe.engine.names import in_layer, is_grad, parse, without_micro
+from megascale_moe.engine.op import Op, is_sum
 from megascale_moe.model.router import route, within_capacity
 from megascale_moe.model.transformer import Transformer, build
 from megascale_moe.pipeline.program import StepPlan
@@ -127,7 +128,7 @@ def _with_list(plain: Reference) -> Reference:
     sinks = {name: Gradient(torch.empty_like(value)) for name, value in plain.gradients.items()}
     recorder = Recorder()
     plan.program().run(given, weights, sinks, observe=recorder)
-    values = {name.partition("/")[2]: value for name, value in recorder.values.items()}
+    values = {without_micro(name): value for name, value in recorder.values.items()}
     errors = [relative(values["final"], plain.output), abs(float(values["loss"]) - plain.loss) / abs(plain.loss)]
     errors += gradient_errors({name: sink.value() for name, sink in sinks.items()}, plain.gradients).values()
     values |= _derived(model, values, weights, targets)
@@ -154,28 +155,23 @@ def _derived(
 def _parts(ops: list[Op], values: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     found: dict[tuple[str, str], Tensor] = {}
     for op in ops:
-        for name in (name.partition("/")[2] for name in op.writes):
-            if name.startswith("d:") and not is_sum(op):
-                key = name.partition("#")[0].removeprefix("d:"), op.name
+        for name in map(without_micro, op.writes):
+            if is_grad(name) and not is_sum(op):
+                key = str(parse(name)._replace(term=0, gradient=False)), op.name
                 found[key] = found[key] + values[name] if key in found else values[name]
     return found
-
-
-def is_sum(op: Op) -> bool:
-    """Whether an operator only adds up the gradients of several readers."""
-    return op.name.startswith("sum d:")
 
 
 def _decided(model: ModelConfig, values: dict[str, Tensor], weights: dict[str, Tensor], rows: int) -> bool:
     """Whether choices and drops are the same with a little noise on all logits."""
     generator = torch.Generator().manual_seed(0)
     for layer in moe_layers(model):
-        p = f"layers.{layer}."
-        logits = values[f"{p}ln2_out"] @ weights[f"{p}ffn.router.weight"].t()
-        wanted = _routed(logits, weights.get(f"{p}ffn.router.bias"), model, rows)
+        logits = values[in_layer(layer, "ln2_out")] @ weights[in_layer(layer, "ffn.router.weight")].t()
+        bias = weights.get(in_layer(layer, "ffn.router.bias"))
+        wanted = _routed(logits, bias, model, rows)
         for _ in range(3):
             noise = torch.empty_like(logits).uniform_(-NOISE, NOISE, generator=generator)
-            found = _routed(logits + noise, weights.get(f"{p}ffn.router.bias"), model, rows)
+            found = _routed(logits + noise, bias, model, rows)
             if not torch.equal(found, wanted):
                 return False
     return True

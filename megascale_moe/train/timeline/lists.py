@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megascale_moe.engine.cost import stem
+from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import Span
 from megascale_moe.engine.trace import Event
@@ -97,7 +97,7 @@ def kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         if row.travels:
-            key = (stem(row.name).split("@")[0], row.phase, row.stream)
+            key = (parse(row.name).tensor, row.phase, row.stream)
             start = {"name": key[0], "phase": key[1], "stream": key[2], "count": 0, "bytes": 0, "seconds": 0.0}
             kind = found.setdefault(key, start | {"exposed": 0.0})
             kind["count"] += 1
