@@ -6,6 +6,7 @@ row copy or a sum of rows, instead of scatter_add or a sort each. The two are ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,17 +34,30 @@ class RowMap(Groups):
     token_start: Tensor
     per_token: int = 0
 
+    def rows_from(self, sender: Tensor, senders: int) -> list[int]:
+        """Return how many rows each sender has, `sender` naming that of every row, int64 [R] of 0 .. senders - 1."""
+        return count(sender, senders).tolist()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class BalancedRowMap(RowMap):
+    """Rows of a routing without storage: how many there are is known, which ones is not.
+
+    Attributes:
+        table: rows by sender and expert, one tuple per sender.
+    """
+
+    table: tuple[tuple[int, ...], ...] = ()
+
     @cached_property
     def counts(self) -> list[int]:
-        """Rows per expert; evenly many in a dry run."""
-        experts = len(self.offsets)
-        return [len(self.source) // experts] * experts if self.offsets.is_meta else super().counts
+        """Rows of each expert."""
+        return [sum(rows) for rows in zip(*self.table, strict=True)]
 
-    def rows_of(self, kind: Tensor, kinds: int) -> list[int]:
-        """How many rows are of each kind, int64 [R] of 0 .. kinds - 1; evenly many in a dry run."""
-        if kind.is_meta:
-            return [len(self.source) // kinds] * kinds
-        return count(kind, kinds).tolist()  # type: ignore[no-any-return]
+    def rows_from(self, sender: Tensor, senders: int) -> list[int]:
+        """Return how many rows each sender has."""
+        assert senders == len(self.table)
+        return [sum(rows) for rows in self.table]
 
 
 def count(values: Tensor, kinds: int) -> Tensor:
@@ -55,16 +69,19 @@ def count(values: Tensor, kinds: int) -> Tensor:
     return zeros.scatter_add_(0, values, torch.ones_like(values))
 
 
-def row_map(choice: Tensor, first: int, experts: int, kept: Tensor | None = None, of: int = 0) -> RowMap:
+def row_map(
+    choice: Tensor, first: int, experts: int, kept: Tensor | None = None, of: int = 0, senders: Sequence[int] = (0,)
+) -> RowMap:
     """Rows for the experts `first` .. `first + experts - 1`.
 
     Args:
         choice: int64 [T, k], the experts of each token. Without storage (a dry run): routing counts as balanced.
         kept: bool [T, k], assignments that were not dropped; None: all.
         of: experts of the model, where routing counts as balanced; 0: `experts`.
+        senders: the ranks whose tokens these are, equally many of each, one behind the other.
     """
     if choice.is_meta:
-        return _balanced_row_map(choice, experts, of or experts)
+        return _balanced_row_map(choice, range(first, first + experts), of or experts, senders)
     T, k = choice.shape
     if kept is None and first == 0 and experts == of:
         return _whole_row_map(choice, experts)
@@ -105,13 +122,26 @@ def _whole_row_map(choice: Tensor, experts: int) -> RowMap:
     )
 
 
-def _balanced_row_map(choice: Tensor, experts: int, of: int) -> RowMap:
-    """As many rows for each expert as it gets when routing is balanced, rounded down; indices without storage."""
+def _balanced_row_map(choice: Tensor, experts: range, of: int, senders: Sequence[int]) -> RowMap:
+    """Rows for some experts when assignment i of the group's tokens goes to expert i modulo `of`.
+
+    That is a routing that could be: the k experts of a token differ, and whoever counts rows of it, by expert, sender
+    or receiver, on whichever rank, finds numbers that fit each other. Indices have no storage.
+    """
     T, k = choice.shape
-    per_expert = T * k // of
-    index = choice.new_empty(per_expert * experts)
-    offsets = choice.new_empty(experts, dtype=torch.int32)
-    return RowMap(offsets, index, torch.empty_like(index), torch.empty_like(index), choice.new_empty(T))
+    each = T // len(senders) * k
+    table = tuple(
+        tuple(_dealt(sender * each, (sender + 1) * each, expert, of) for expert in experts) for sender in senders
+    )
+    index = choice.new_empty(sum(map(sum, table)))
+    offsets = choice.new_empty(len(experts), dtype=torch.int32)
+    slot, by_token = torch.empty_like(index), torch.empty_like(index)
+    return BalancedRowMap(offsets, index, slot, by_token, choice.new_empty(T), table=table)
+
+
+def _dealt(start: int, end: int, place: int, places: int) -> int:
+    """Return how many of the numbers start .. end - 1 are `place` modulo `places`."""
+    return (end - place - 1) // places - (start - place - 1) // places
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -269,7 +269,8 @@ def _own_map(
     """Rows of the own tokens grouped by expert, and how many are for each expert-parallel rank."""
     T, local = layout.tokens, c.experts // layout.ep.size
     mine = slice(layout.group.index * T, (layout.group.index + 1) * T)
-    own = row_map(choice[mine], 0, c.experts, None if kept is None else kept[mine], c.experts)
+    taken = None if kept is None else kept[mine]
+    own = row_map(choice[mine], 0, c.experts, taken, c.experts, [layout.group.index])
     return own, [sum(own.counts[rank * local : (rank + 1) * local]) for rank in range(layout.ep.size)]
 
 
@@ -289,7 +290,7 @@ def _piece_map(
         chosen = torch.cat([choice[place * T : (place + 1) * T] for place in places])
         if kept is not None:
             taken = torch.cat([kept[place * T : (place + 1) * T] for place in places])
-    rows = row_map(chosen, layout.ep.index * local, local, taken, c.experts)
+    rows = row_map(chosen, layout.ep.index * local, local, taken, c.experts, places)
     if not per_rank:
         return PieceRows(rows if piece.uncut else _everywhere(rows, places, c, layout))
     etp, sources = layout.etp, len(piece.sources)
@@ -301,7 +302,7 @@ def _piece_map(
     arrange_back = (arrival * local + expert).argsort(stable=True)
     arrange = torch.empty_like(arrange_back)
     arrange[arrange_back] = torch.arange(len(arrange), device=arrange.device)
-    received = rows.rows_of(sender, len(places))
+    received = rows.rows_from(sender, len(places))
     share = [sum(received[place :: etp.size]) for place in range(etp.size)]
     return PieceRows(
         rows if piece.uncut else _everywhere(rows, places, c, layout), [per_rank[peer] for peer in piece.peers],

@@ -173,3 +173,30 @@ def test_what_follows_from_a_run_is_refused_where_it_is_fixed_and_replaced_where
 def test_every_searched_key_is_a_key_of_the_config() -> None:
     for key in KEYS:
         assert changed(WHOLE, key, value(WHOLE, key)) == WHOLE
+
+
+# DeepSeek-V2 and Kimi-K2, with few layers: their experts do not divide the assignments of a rank.
+DEEPSEEK_V2 = replace(
+    PRESETS["deepseek-v3"], layers=3, hidden=5120, heads=128, kv_heads=128, vocab=102400, experts=160, top_k=6,
+    score="softmax", correction_bias=False, expert_groups=8, top_groups=3, ffn_hidden=1536, shared_experts=2,
+    dense_layers=1, dense_ffn_hidden=12288,
+)  # fmt: skip
+KIMI_K2 = replace(
+    PRESETS["deepseek-v3"], layers=3, heads=64, kv_heads=64, vocab=163840, experts=384, expert_groups=1, top_groups=1,
+    dense_layers=1,
+)  # fmt: skip
+AWKWARD = {"deepseek-v2": DEEPSEEK_V2, "kimi-k2": KIMI_K2}
+
+
+@pytest.mark.parametrize("model", AWKWARD.values(), ids=AWKWARD)
+def test_experts_that_assignments_do_not_divide_by_are_planned(model: ModelConfig) -> None:
+    """A plan counted rows of 160 or 384 experts in two ways that did not add up, and ended in a traceback."""
+    whole = Config(model=model, train=TrainConfig(dtype="bf16", global_batch=32))
+    kept = ("parallel.pp", "parallel.attention", "parallel.node", "train.micro_batch", "overlap.micro_batches")
+    some = replace(whole, parallel=ParallelConfig(node=8), train=replace(whole.train, micro_batch=1))
+    assert search(space(32, *kept, config=some), H800, top=1, workers=1).plans
+    for form in ("all_to_all", "all_gather"):
+        for ep, etp, split in ((32, 1, "none"), (32, 1, "4"), (16, 2, "none"), (16, 2, "4")):
+            parallel = ParallelConfig(node=8, ep=ep, etp=etp, ffn="ep" if etp == 1 else "ep+tp", dispatch=form)
+            fixed = replace(whole, parallel=parallel, overlap=OverlapConfig(order="scheduled", split=split))
+            assert planned(fixed, H800, 32).bytes.activations > 0
