@@ -149,20 +149,17 @@ def _early_communication(ops: Sequence[Op]) -> list[Op]:
     """Each communication right behind the last operator that it needs."""
     before = dependencies(ops)
     followers: dict[int, list[int]] = {}
-    moved = set()
+    out: list[Op] = []
     for place, op in enumerate(ops):
         if op.stream != Stream.COMPUTE:
             followers.setdefault(max(before[place], default=-1), []).append(place)
-            moved.add(place)
-
-    def with_followers(place: int) -> list[Op]:
-        own = [ops[place]] if place >= 0 else []
-        return own + [op for follower in followers.get(place, []) for op in with_followers(follower)]
-
-    out = with_followers(-1)
-    for place in range(len(ops)):
-        if place not in moved:
-            out += with_followers(place)
+    for first in (-1, *(place for place, op in enumerate(ops) if op.stream == Stream.COMPUTE)):
+        waiting = [first]  # a stack: communications may need each other in chains of any length
+        while waiting:
+            place = waiting.pop()
+            if place >= 0:
+                out.append(ops[place])
+            waiting += reversed(followers.get(place, []))
     return out
 
 

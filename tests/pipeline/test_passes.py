@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -171,6 +174,42 @@ def test_paper_order_puts_weight_gradients_behind_the_next_communication() -> No
     assert names[names.index("dispatch_all_gather") + 1] == "fc13 W"  # whose input gradient had to come first
     assert names.index("gather_routing") < names.index("fc2 W") < names.index("fc13")
     assert names[names.index("scatter_heads") + 1] == "out W"
+
+
+def instructions(work: Callable[[list[Op]], object], ops: list[Op]) -> int:
+    """How many bytecodes of Python `work` runs on a list."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work(ops)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_paper_order_of_a_chain_of_communications_is_linear() -> None:
+    """One that needs the one before it was copied once for each of those: quadratic, and too deep for recursion."""
+
+    def chain(length: int) -> list[Op]:
+        return [op(str(place), f"x{place}", f"x{place + 1}", Stream.INTRA) for place in range(length)]
+
+    assert instructions(paper_order, chain(200)) < 2.1 * instructions(paper_order, chain(100))
+    long = chain(5000)
+    assert paper_order(long) == long
+
+
+def test_paper_order_of_twice_the_layers_is_twice_the_work() -> None:
+    few, many = (lists_of(plan_of(config=replace(SHARED, layers=layers))) for layers in (8, 16))
+    for ops, more in zip(few, many, strict=True):
+        assert instructions(paper_order, more) < 2.1 * instructions(paper_order, ops)
 
 
 def test_scheduler_fills_a_wait_with_what_nobody_waits_for() -> None:
