@@ -308,8 +308,10 @@ def _end_with_report(config: Config) -> None:
     try:
         if outdated(folder):
             report(folder, [], None, rehearse=False)
-    except ConfigError as error:
-        print(f"megascale: no report: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # whatever is wrong with a page, hours of training are not
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        words = " ".join(str(error).split())  # one line
+        print(f"megascale: no report: {kind}{words}", file=sys.stderr, flush=True)
 
 
 def _run(config: Config, nproc: int | None, as_json: bool) -> int:

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from megascale_moe import cli
 from megascale_moe.checkpoint import writer
+from megascale_moe.config import ConfigError
 from megascale_moe.train.loop import Loop
 from tests.runs import TIMEOUT, Command, Place, ended, make_place, start, wait_until
 
@@ -244,6 +246,25 @@ def test_a_full_disk_is_one_line_and_status_1(place: Place) -> None:
     assert command.status == 1
     assert "Traceback" not in command.stderr
     assert [line for line in command.messages if "No space left on device" in line] == command.messages
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("error", [KeyError("memory"), ValueError("first\nsecond"), ConfigError("a page\nis damaged")])
+def test_a_report_that_cannot_be_drawn_is_one_line_and_status_0(place: Place, nproc: int, error: Exception) -> None:
+    def undrawable() -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        vars(cli)["report"] = fail
+
+    command = place.start("--train.steps=2", "--json", f"--nproc={nproc}", before=undrawable).wait()
+    assert command.status == 0
+    assert command.document["step"] == 2
+    assert "Traceback" not in command.stderr
+    (line,) = command.messages
+    assert command.stderr.endswith(line + "\n")
+    assert line.startswith("megascale: no report: ")
+    assert " ".join(str(error).split()) in line
 
 
 # --- one rank of a job that a launcher started ---------------------------------------------------------------------
