@@ -8,6 +8,7 @@ middle get one more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megascale_moe.config import ModelConfig, ParallelConfig, require
 
@@ -33,17 +34,17 @@ def stage_parts(parallel: ParallelConfig, model: ModelConfig) -> list[Part]:
         ConfigError: fewer layers than stages, or parallel.stage_layers that do not add up.
     """
     count = parallel.pp * parallel.virtual_stages
-    sizes = parallel.stage_layers or _even(model.layers, count)
-    given = f"parallel.stage_layers = {list(parallel.stage_layers)}"
     require(
         model.layers >= count,
         f"model.layers = {model.layers} are fewer than the {count} stages of parallel.pp x parallel.virtual_stages = "
         f"{parallel.pp} x {parallel.virtual_stages}; use at most {model.layers} stages",
     )
+    sizes = parallel.stage_layers or _even(model.layers, count)
+    given = f"parallel.stage_layers = {list(parallel.stage_layers)}"
     require(len(sizes) == count, f"{given}: must have {count} numbers, one for each of pp x virtual_stages stages")
     require(min(sizes) > 0, f"{given}: every stage needs a layer")
     require(sum(sizes) == model.layers, f"{given}: add up to {sum(sizes)}, model.layers = {model.layers}")
-    ends = [sum(sizes[: stage + 1]) for stage in range(count)]
+    ends = accumulate(sizes)
     return [
         Part(tuple(range(end - size, end)), first=stage == 0, last=stage == count - 1)
         for stage, (size, end) in enumerate(zip(sizes, ends, strict=True))

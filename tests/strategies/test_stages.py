@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import pytest
 
@@ -40,6 +41,16 @@ def test_every_layer_once_in_order_for_any_sizes() -> None:
         assert sizes[0] >= sizes[-1]
         assert [part.first for part in found] == [True] + [False] * (pp * virtual - 1)
         assert [part.last for part in found] == [False] * (pp * virtual - 1) + [True]
+
+
+def test_stages_that_no_model_has_layers_for_are_refused_before_they_are_counted() -> None:
+    """A list with an entry for each of a hundred million stages was made first."""
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"are fewer than the 100000000 stages"):
+        parts(4, 10_000, 10_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_sizes_as_given() -> None:
