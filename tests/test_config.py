@@ -115,7 +115,7 @@ def test_resolved_default_reads_back_without_presets(tmp_path: Path) -> None:
         ({"modle": {}}, "config: section [modle] is unknown; did you mean 'model'?"),
         ({"zzz": {}}, "config: section [zzz] is unknown; known: data, model, overlap, parallel, run, train, wire"),
         ({"model": {"layer": 3}}, "config: key model.layer is unknown; did you mean 'layers'?"),
-        ({"train": {"lr": 1.0}}, "config: key train.lr is unknown"),
+        ({"train": {"lr": 1.0}}, "config: key train.lr is unknown; did you mean 'learning_rate'?"),
         ({"model": {"preset": "mixtral-8x7"}}, "model.preset = 'mixtral-8x7' is unknown; did you mean 'mixtral-8x7b'?"),
         ({"model": 3}, "config: model must be a section [model]"),
         ({"model": {"layers": "3"}}, "config: model.layers = '3': must be of type int"),
@@ -174,9 +174,9 @@ def test_sizes_that_contradict_are_refused(model: dict[str, Any], message: str) 
     [
         ({"train": {"steps": 0}}, "train.steps = 0: must be at least 1"),
         ({"train": {"warmup": -1}}, "train.warmup = -1: must not be negative"),
-        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate = nan: must not be negative"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate = nan: must be a finite number"),
         ({"train": {"beta2": 1.0}}, "train.beta2 = 1.0: must be at least 0 and below 1"),
-        ({"data": {"validation_fraction": 1.0}}, "data.validation_fraction = 1.0: must lie between 0 and 1"),
+        ({"data": {"validation_fraction": 1.0}}, "data.validation_fraction = 1.0: must be above 0 and below 1"),
     ],
 )
 def test_values_out_of_range_are_refused(raw: dict[str, Any], message: str) -> None:
