@@ -31,7 +31,7 @@ from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, load
 from megascale_moe.planner.cluster import NAMES
 from megascale_moe.presets import PRESETS
-from megascale_moe.tools import doctor
+from megascale_moe.tools import doctor, settings
 from megascale_moe.tools.dryrun.step import dry_run
 from megascale_moe.tools.dryrun.table import show
 from megascale_moe.tools.plan import command as plan_command
@@ -74,13 +74,15 @@ def _speaks() -> bool:
 def _main(arguments: list[str]) -> int:
     overrides, rest = _split(arguments)
     options, unknown = _parser().parse_known_args(rest)
-    unknown += overrides if options.command == "doctor" else []
+    takes = options.command not in ("doctor", "config")
+    unknown += [] if takes else overrides
     if unknown:
-        takes = options.command != "doctor"
         hint = "config keys are overridden as --section.key=value" if takes else "leave it out"
         raise ConfigError(f"argument {unknown[0]!r} is unknown; {hint}; see megascale {options.command} --help")
     if options.command == "doctor":
         return doctor.main(options.json)
+    if options.command == "config":
+        return settings.main(options.key, as_json=options.json, schema=options.schema)
     if options.command == "report":
         return _report_on(options, overrides)
     if options.command == "plan":
@@ -172,6 +174,14 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("source", metavar="RUN", help="a run folder, or a TOML file for a plan without a run")
     page.add_argument("--out", type=Path, metavar="PATH", help="where to write the page")
     page.add_argument("--gpus", type=_count, metavar="N", help="ranks of a plan (default: as the mesh needs)")
+    keys = _command(
+        commands, "config", help="what each key of the configuration means, takes and is by default",
+        usage="megascale config [KEY] [--json | --schema]",
+        epilog="A key is found by its name, by that of its section, or by what other libraries call it: train.steps, "
+        "parallel, max_grad_norm, \"gradient accumulation\". Exit status: 0 fine, 2 there is no such key.",
+    )
+    keys.add_argument("key", metavar="KEY", nargs="?", default="", help="section.key, section or name (default: all)")
+    keys.add_argument("--schema", action="store_true", help="print a JSON schema of TOML files, for editors")
     _command(commands, "doctor", help="what this machine has, what will be used, what is missing")
     return parser
 

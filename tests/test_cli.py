@@ -137,6 +137,8 @@ def test_a_wrong_setting_is_refused_in_one_line(finished: Place, tmp_path: Path,
         (("train",), "the following arguments are required: CONFIG.toml"),
         (("train", "missing.toml"), "missing.toml: cannot be read (No such file or directory)"),
         (("doctor", "--train.steps=3"), "argument '--train.steps=3' is unknown"),
+        (("config", "--train.steps=3"), "argument '--train.steps=3' is unknown; leave it out"),
+        (("config", "train.stepz"), "config key 'train.stepz' is unknown; did you mean 'train.steps'?"),
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(arguments: tuple[str, ...], expected: str) -> None:
