@@ -27,16 +27,16 @@ from megascale_moe.bench import profile as bench_profile
 from megascale_moe.checkpoint import SaveError
 from megascale_moe.comm.local_ranks import GRACE, fork_ranks
 from megascale_moe.comm.lost import LostPeer
-from megascale_moe.comm.mesh import mesh_of
-from megascale_moe.config import Config, ConfigError, load
+from megascale_moe.config import Config, ConfigError
 from megascale_moe.planner.cluster import NAMES
-from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.tools import doctor, settings
 from megascale_moe.tools.dryrun.step import dry_run
 from megascale_moe.tools.dryrun.table import show
 from megascale_moe.tools.plan import command as plan_command
 from megascale_moe.tools.report.command import outdated, report
 from megascale_moe.tools.verify.command import verify
+from megascale_moe.train.config_file import read_config
 from megascale_moe.train.job import TIMEOUT, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.loop import check_before_start, train
 from megascale_moe.train.progress import counted_progress
@@ -91,7 +91,7 @@ def _main(arguments: list[str]) -> int:
         return _profile(options, overrides)
     if options.command == "bench" and options.config is None:
         raise ConfigError(f"bench {options.name} needs a CONFIG.toml; see megascale bench --help")
-    config = load(options.config, overrides, PRESETS)
+    config = read_config(options.config, overrides)
     if options.command == "dryrun":
         return _dryrun(config, options)
     if options.command == "bench" and options.name == "convergence":
@@ -279,7 +279,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"argument {options.config!r} with --compare: give the two configs behind --compare alone")
     if not given:
         raise ConfigError("CONFIG.toml is missing: what is to be planned; see megascale plan --help")
-    configs = [load(path, overrides, PRESETS) for path in given]
+    configs = [read_config(path, overrides) for path in given]
     order = plan_command.Order.of(
         configs, options.cluster, options.gpus, options.keep, fixed=options.fixed, out=options.out
     )

@@ -35,11 +35,11 @@ from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm.axis import connect  # noqa: E402
-from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.data import Batch  # noqa: E402
 from megascale_moe.engine.trace import now  # noqa: E402
 from megascale_moe.strategies import routing  # noqa: E402
+from megascale_moe.strategies.fit import mesh_of  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 

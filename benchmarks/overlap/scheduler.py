@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from megascale_moe.comm.axis import axes_of
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import OverlapConfig, ParallelConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import best_order, makespan, paper_order, simulate
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 
 H800 = Rates(flops=600e12, memory=2.7e12, links={Stream.INTRA: 160e9, Stream.INTER: 40e9}, latency=1e-5)
 CASES = (("internal-352b", 15), ("qwen3-30b-a3b", 4), ("deepseek-moe", 2))

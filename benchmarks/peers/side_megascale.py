@@ -18,11 +18,11 @@ from torch import Tensor
 from case import Case, forced_experts, forced_gates, read_weights
 from gloo import use_gloo_collectives
 from megascale_moe.comm.axis import connect, single
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.data import Batch
 from megascale_moe.huggingface.conversion import parameters_from_huggingface
 from megascale_moe.strategies import routing
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.train.trainer import Trainer
 from protocol import Job, Step, serve
 

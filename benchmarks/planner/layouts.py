@@ -39,7 +39,7 @@ from megascale_moe.bench.machine import Found, Meter  # noqa: E402
 from megascale_moe.bench.profile import header, memory_of, profile  # noqa: E402
 from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm.axis import Axes, connect  # noqa: E402
-from megascale_moe.comm.mesh import Mesh, mesh_of  # noqa: E402
+from megascale_moe.comm.mesh import Mesh  # noqa: E402
 from megascale_moe.config import (  # noqa: E402
     Config,
     ModelConfig,
@@ -56,6 +56,7 @@ from megascale_moe.planner.cluster import load  # noqa: E402
 from megascale_moe.planner.price import Prices  # noqa: E402
 from megascale_moe.planner.step import price  # noqa: E402
 from megascale_moe.strategies import routing  # noqa: E402
+from megascale_moe.strategies.fit import mesh_of  # noqa: E402
 from megascale_moe.train.profiling import STEPS  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 

@@ -33,12 +33,12 @@ from megascale_moe.bench.machine import Meter, random_weights  # noqa: E402
 from megascale_moe.bench.profile import header, memory_of, profile  # noqa: E402
 from megascale_moe.bench.timed import spread  # noqa: E402
 from megascale_moe.comm.axis import single  # noqa: E402
-from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import Config, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megascale_moe.engine.trace import now  # noqa: E402
 from megascale_moe.planner.cluster import Cluster, load  # noqa: E402
 from megascale_moe.planner.step import memory, price  # noqa: E402
 from megascale_moe.strategies import routing  # noqa: E402
+from megascale_moe.strategies.fit import mesh_of  # noqa: E402
 from megascale_moe.train.hardware import peak_memory  # noqa: E402
 from megascale_moe.train.trainer import Trainer  # noqa: E402
 

@@ -38,7 +38,6 @@ from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from megascale_moe.bench.timed import Timed, over_ranks, random_inputs, run_timed, spread  # noqa: E402
 from megascale_moe.comm.axis import connect, single  # noqa: E402
-from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig  # noqa: E402
 from megascale_moe.engine.executor import Observer, Program, resolve  # noqa: E402
 from megascale_moe.engine.gradient import Gradient  # noqa: E402
@@ -49,6 +48,7 @@ from megascale_moe.engine.remat import kept_names  # noqa: E402
 from megascale_moe.kernels.allocator import keep_freed_memory  # noqa: E402
 from megascale_moe.pipeline.program import Profile, StepPlan  # noqa: E402
 from megascale_moe.strategies import routing  # noqa: E402
+from megascale_moe.strategies.fit import mesh_of  # noqa: E402
 from megascale_moe.strategies.weights import initial, placements  # noqa: E402
 from megascale_moe.testing import run_ranks  # noqa: E402
 from megascale_moe.train.profiling import Profiler  # noqa: E402

@@ -34,7 +34,6 @@ from megascale_moe.bench.overlap import Variant  # noqa: E402
 from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm import collectives  # noqa: E402
 from megascale_moe.comm.axis import connect  # noqa: E402
-from megascale_moe.comm.mesh import mesh_of  # noqa: E402
 from megascale_moe.config import OverlapConfig, ParallelConfig, WireConfig  # noqa: E402
 from megascale_moe.engine.executor import Program, resolve  # noqa: E402
 from megascale_moe.engine.trace import Trace, now  # noqa: E402
@@ -42,6 +41,7 @@ from megascale_moe.optim import narrow_sums  # noqa: E402
 from megascale_moe.optim.sharded_adamw import flat_groups, gather_all  # noqa: E402
 from megascale_moe.optim.sync import given, reduce, shard_of, updated  # noqa: E402
 from megascale_moe.pipeline.program import StepPlan  # noqa: E402
+from megascale_moe.strategies.fit import mesh_of  # noqa: E402
 from megascale_moe.strategies.weights import placements  # noqa: E402
 
 FORMATS = ("fp32", "bf16", "fp8")

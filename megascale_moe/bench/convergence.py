@@ -31,7 +31,7 @@ from torch import Tensor
 from megascale_moe.bench.convergence_plots import can_draw, draw
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.local_ranks import fork_ranks
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, OverlapConfig, WireConfig, require
 from megascale_moe.data import Batch, micro_batches
 from megascale_moe.engine.executor import Program, resolve
@@ -40,6 +40,7 @@ from megascale_moe.optim.flat import FlatWeights, Formats
 from megascale_moe.optim.sharded_adamw import gather_all
 from megascale_moe.optim.sync import given, reduce, shard_of, updated
 from megascale_moe.pipeline.batches import check_batches
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.train.job import TIMEOUT, Job, join, local_rank_count
 from megascale_moe.train.loop import Loop, open_data
 from megascale_moe.train.progress import counted_progress

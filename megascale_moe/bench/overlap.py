@@ -29,7 +29,6 @@ from megascale_moe.bench.timed import Timed, barrier, over_ranks, random_inputs,
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.local_ranks import fork_ranks
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.executor import Observer, Program
 from megascale_moe.engine.gradient import Gradient
@@ -38,6 +37,7 @@ from megascale_moe.engine.trace import now
 from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.weights import initial, placements
 from megascale_moe.train.job import join, local_rank_count, number, under_launcher
 from megascale_moe.train.profiling import Profiler, needs_profile, plain

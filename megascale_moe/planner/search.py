@@ -28,6 +28,7 @@ from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.memory import RankBytes
 from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, placement_of, value
 from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
+from megascale_moe.strategies import registry
 
 TOP = 3
 """Placements that are searched for: no other is faster, up to what options make of it. They are refined."""
@@ -273,7 +274,8 @@ def _plan(layout: PricedLayout, *, update: bool = True) -> Plan:
     places = {place: layout.bytes(place, update=update) for place in {0, layout.mesh.pp - 1 if update else 0}}
     fullest = max(places, key=lambda place: places[place].peak)
     p, mesh = layout.config.parallel, layout.mesh
-    parallel = replace(p, dp=mesh.dp, node=mesh.node, ep=0 if p.ffn == "tp" else mesh.ep)  # nothing left to work out
+    asks = registry.named(registry.FFN, p.ffn, "parallel.ffn").asked(replace(p, ep=mesh.ep, etp=mesh.etp)) > 0
+    parallel = replace(p, dp=mesh.dp, node=mesh.node, ep=mesh.ep if asks else 0)  # nothing left to work out
     config = replace(layout.config, parallel=parallel)
     return Plan(config, mesh.world, layout.price, places[fullest], fullest)
 

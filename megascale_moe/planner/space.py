@@ -14,8 +14,10 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, ParallelConfig, require
+from megascale_moe.strategies import registry
+from megascale_moe.strategies.fit import mesh_of
 
 TOKENS = 2**15
 """Of a micro-batch at most, unless one sequence has more: products are no faster with more, activations are more."""
@@ -147,25 +149,23 @@ class Space:
         return found + [("interleaved", n) for n in deep if "interleaved" in names]
 
     def _attention(self, node: int) -> list[str]:
-        """On one rank both are the same."""
-        return self._some("parallel.attention", ["sp"] if node == 1 else ["sp", "tp"])
+        """On one rank all are the same."""
+        names = registry.names(registry.ATTENTION)
+        return self._some("parallel.attention", names[:1] if node == 1 else names)
 
     def _ffn(self, node: int, stage: int) -> Iterator[dict[str, Any]]:
         """Strategies of the experts with their sizes."""
-        model, names = self.config.model, self._some("parallel.ffn", ["ep", "tp", "ep+tp"])
+        model, names = self.config.model, self._some("parallel.ffn", registry.names(registry.FFN))
         dense = model.dense_layers == model.layers
-        widths = [n for n in _divisors(stage) if n % node == 0]
         for name in names:
-            if name == "tp":
-                if node > 1 or names == ["tp"]:
-                    yield {"ffn": "tp", "ep": 0, "etp": 1, "dispatch": "auto"}
+            ffn = registry.named(registry.FFN, name, "parallel.ffn")
+            if not ffn.pays(node) and len(names) > 1:
                 continue
-            slices = [1] if name == "ep" else [n for n in _divisors(self.node) if n > 1]
-            for etp in self._some("parallel.etp", slices):
-                sizes = [width // etp for width in widths if width % etp == 0]
-                fitting = [node] if dense else [size for size in sizes if model.experts % size == 0]
-                for ep in self._some("parallel.ep", fitting):
-                    ways = ["all_to_all", "all_gather"] if ep > 1 else ["auto"]
+            for etp in self._some("parallel.etp", ffn.etp_choices(self.node)):
+                sizes = ffn.ep_choices(node, stage, etp)
+                fitting = [size for size in sizes if size == 0 or model.experts % size == 0]
+                for ep in self._some("parallel.ep", [node] if dense and 0 not in sizes else fitting):
+                    ways = registry.names(registry.DISPATCH) if ep > 1 else [registry.AUTO]
                     for dispatch in self._some("parallel.dispatch", ways):
                         yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
 
@@ -186,7 +186,7 @@ def _divisors(number: int) -> tuple[int, ...]:
 def parallel_words(parallel: ParallelConfig) -> str:
     """A layout in a few words, as a table has room for: "pp 15 x dp 12 x node 8, sp + ep 8 all_to_all, 1f1b"."""
     p = parallel
-    experts = {"ep": f"ep {p.ep}", "tp": "tp", "ep+tp": f"ep {p.ep} x tp {p.etp}"}[p.ffn]
+    experts = registry.named(registry.FFN, p.ffn, "parallel.ffn").words(p)
     schedule = "" if p.pp == 1 else f", {p.schedule}" + (f" x {p.virtual_stages}" if p.virtual_stages > 1 else "")
-    dispatch = "" if p.dispatch == "auto" else f" {p.dispatch}"
+    dispatch = "" if p.dispatch == registry.AUTO else f" {p.dispatch}"
     return f"pp {p.pp} x dp {p.dp} x node {p.node}, {p.attention} + {experts}{dispatch}{schedule}"

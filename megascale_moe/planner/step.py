@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
 
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.order import UNDISTURBED
@@ -33,6 +33,7 @@ from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
 from megascale_moe.planner.stages import Kind, Once, Stages, Took, along, inner, simulated
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.stages import Part, parts_of_rank, together
 
 

@@ -19,7 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.comm.traffic import Traffic, as_rows
+from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, Phase, hang_backward, product
@@ -30,6 +32,24 @@ from megascale_moe.strategies.dense import linear
 from megascale_moe.strategies.heads import Chosen, heads_of_rank, pack, select, spans, within
 from megascale_moe.strategies.layer import SEQUENCES, Layer, Piece, pieces_of
 from megascale_moe.strategies.projection import Heads, deal, heads, shared
+from megascale_moe.strategies.refusals import divides
+from megascale_moe.strategies.strategy import AttentionStrategy
+
+
+class SequenceParallel(AttentionStrategy):
+    """Each rank its slice of the sequence, and inside of attention its share of the heads."""
+
+    name = "sp"
+    title = "sequence-parallel attention"
+
+    def check(self, mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
+        divides("model.heads", model.heads, "parallel.node", mesh.node)
+
+    def ops(self, layer: Layer, x: Value) -> tuple[list[Op], Value]:
+        return sequence_parallel_attention(layer, x)
+
+
+SEQUENCE_PARALLEL = SequenceParallel()
 
 
 def sequence_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:

@@ -8,15 +8,72 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig, ParallelConfig, require
 from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Phase
 from megascale_moe.engine.value import Keep, Shard, Value
 from megascale_moe.strategies.attention_core import core
+from megascale_moe.strategies.attention_sp import sequence_parallel_attention
 from megascale_moe.strategies.collective import gather_tokens, scatter_sums
 from megascale_moe.strategies.dense import linear
 from megascale_moe.strategies.heads import Chosen, spans
 from megascale_moe.strategies.layer import SEQUENCES, Layer, Piece, pieces_of
+from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.placement import Placement, columns, rows, share
 from megascale_moe.strategies.projection import heads, shared
+from megascale_moe.strategies.refusals import divides
+from megascale_moe.strategies.strategy import AttentionStrategy, Rules, Shape
+
+
+class TensorParallel(AttentionStrategy):
+    """Each rank a share of the heads; on one rank the same as any other attention."""
+
+    name = "tp"
+    title = "tensor-parallel attention"
+
+    def check(self, mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
+        node = mesh.node
+        divides("model.heads", model.heads, "parallel.node", node)
+        require(
+            node == 1 or model.qk_norm != "full" or model.attention == "mla",
+            "parallel.attention = 'tp' cuts between heads, model.qk_norm = 'full' spans them; use attention = 'sp'",
+        )
+        if model.attention == "gqa":
+            divides("model.kv_heads", model.kv_heads, "parallel.node", node, " (or parallel.attention = 'sp')")
+
+    def rotates_sequences(self, layout: Layout) -> bool:
+        return True
+
+    def ops(self, layer: Layer, x: Value) -> tuple[list[Op], Value]:
+        alone = layer.layout.node.size == 1
+        return sequence_parallel_attention(layer, x) if alone else tensor_parallel_attention(layer, x)
+
+    def rules(self, model: ModelConfig, layout: Layout) -> Rules:
+        """The rows of the rank's heads, and the columns of the output projection behind them."""
+        n, index, c = layout.node.size, layout.node.index, model
+        if n == 1:
+            return {}
+
+        def of_heads(whole: Shape) -> Placement:
+            return rows(whole, [share(whole[0], n, index)], REPLICAS)
+
+        def fused(whole: Shape) -> Placement:
+            ranges, start = [], 0
+            for size in (c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim):
+                mine = share(size, n, index)
+                ranges.append(range(start + mine.start, start + mine.stop))
+                start += size
+            return rows(whole, ranges, REPLICAS)
+
+        return {
+            "attention.qkv.weight": fused, "attention.q_up.weight": of_heads, "attention.kv_up.weight": of_heads,
+            "attention.out.weight": lambda whole: columns(whole, share(whole[1], n, index), REPLICAS),
+        }  # fmt: skip
+
+
+REPLICAS = ("", "tensor_data")
+TENSOR_PARALLEL = TensorParallel()
 
 
 def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
@@ -32,9 +89,9 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
         again = replace(gather, phase=Phase.R, writes=(twice,), backward=())
     chosen = Chosen.of_rank(node.index, node.size, c)
     made, found = heads(layer, [op.writes[0] for op in gathers], chosen, None, again)  # type: ignore[misc]
-    columns = spans(chosen.queries, c.value_dim)
-    shard = Shard(("attn",), SEQUENCES, columns=columns)
-    attn = layer.value("attn", (layer.node_tokens, sum(map(len, columns))), shard=shard)
+    mine = spans(chosen.queries, c.value_dim)
+    shard = Shard(("attn",), SEQUENCES, columns=mine)
+    attn = layer.value("attn", (layer.node_tokens, sum(map(len, mine))), shard=shard)
     partial = layer.value(
         "attn_partial", (layer.node_tokens, c.hidden), shard=Shard(("attn_out",), SEQUENCES, partial="node"),
         keep=Keep.NONE,
@@ -46,7 +103,7 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
         *made,
         core(layer, found, found.sizes, attn),
         linear(layer.name("out"), attn, partial, layer.name("attention.out.weight")),
-        scatter_sums(layer, layer.name("scatter_tokens"), partial, y, piece),
+        scatter_sums(layer.layout, layer.name("scatter_tokens"), partial, y, piece),
     ], y
 
 
@@ -56,4 +113,4 @@ def _gather(layer: Layer, x: Value, piece: Piece) -> Op:
     name = "gather_tokens" if layer.model.attention == "gqa" else f"gather_{tensor}"
     shard = Shard((tensor,), SEQUENCES, partial_gradient="node")
     y = layer.value(f"{tensor}_ag", (layer.node_tokens, x.shape[1]), shard=shard, keep=Keep.NONE)
-    return gather_tokens(layer, layer.name(name), x, y, piece)
+    return gather_tokens(layer.layout, layer.name(name), x, y, piece)

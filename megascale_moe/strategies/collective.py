@@ -53,19 +53,20 @@ def with_backward(forward: Op, backward: Op) -> Op:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def gather_tokens(layer: Layer, name: str, x: Value, y: Value, piece: Piece, dx: Value | None = None) -> Op:
+def gather_tokens(layout: Layout, name: str, x: Value, y: Value, piece: Piece, dx: Value | None = None) -> Op:
     """x [tokens, width] to the piece's ranks; y [ranks * tokens, width]: theirs, in the order of `piece.sources`.
 
     Args:
         y: of whole sequences, the slices of the node's ranks are put together to them.
         dx: where the piece is cut, what comes back of the gradient from each rank, [ranks * tokens, width].
     """
+    slope = dx or x.gradient
     return with_backward(
-        _spread(layer, name, Phase.F, x, y, piece), _collect(layer, name, Phase.B, y.gradient, dx or x.gradient, piece)
+        _spread(layout, name, Phase.F, x, y, piece), _collect(layout, name, Phase.B, y.gradient, slope, piece)
     )
 
 
-def scatter_sums(layer: Layer, name: str, x: Value, y: Value, piece: Piece, dy: str = "") -> Op:
+def scatter_sums(layout: Layout, name: str, x: Value, y: Value, piece: Piece, dy: str = "") -> Op:
     """Partial sums x [ranks * tokens, width] to where the tokens belong; y [tokens, width]: their sum over all ranks.
 
     Args:
@@ -74,13 +75,13 @@ def scatter_sums(layer: Layer, name: str, x: Value, y: Value, piece: Piece, dy: 
     """
     slope = y.named(dy) if dy else y.gradient
     return with_backward(
-        _collect(layer, name, Phase.F, x, y, piece), _spread(layer, name, Phase.B, slope, x.gradient, piece)
+        _collect(layout, name, Phase.F, x, y, piece), _spread(layout, name, Phase.B, slope, x.gradient, piece)
     )
 
 
-def _spread(layer: Layer, name: str, phase: Phase, x: Value, y: Value, piece: Piece) -> Op:
+def _spread(layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: Piece) -> Op:
     """The same tokens to every rank of a piece."""
-    layout, axis, width, count = layer.layout, piece.axis, y.shape[1], len(piece.distances)
+    axis, width, count = piece.axis, y.shape[1], len(piece.distances)
     shape, number = (layout.tokens, int(width)), tag(name, phase)
     ordered: Reorder = (lambda out: _swap(out, axis.size, layout.rows)) if _sequences(y) else (lambda out: out)
     traffic = Traffic(
@@ -92,9 +93,9 @@ def _spread(layer: Layer, name: str, phase: Phase, x: Value, y: Value, piece: Pi
     return communication(name, phase, (x,), (y,), traffic, layout.tokens * width * piece.sent, layout, native)
 
 
-def _collect(layer: Layer, name: str, phase: Phase, x: Value, y: Value, piece: Piece) -> Op:
+def _collect(layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: Piece) -> Op:
     """To every rank of a piece its part; the sum of what comes, unless the piece is cut."""
-    layout, axis, width, count = layer.layout, piece.axis, x.shape[1], len(piece.distances)
+    axis, width, count = piece.axis, x.shape[1], len(piece.distances)
     shape, number = (layout.tokens, int(width)), tag(name, phase)
     by_rank: Reorder = (lambda x: _swap(x, layout.rows, axis.size)) if _sequences(x) else (lambda x: x.contiguous())
     traffic = Traffic(

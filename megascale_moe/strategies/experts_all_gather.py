@@ -7,20 +7,42 @@ partial sums travel with those of the routed experts. On one rank the communicat
 
 from __future__ import annotations
 
+from megascale_moe.comm.axis import Axis
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.value import Value
 from megascale_moe.strategies.dense import add
 from megascale_moe.strategies.ffn import on_gathered_tokens, swiglu_ffn
 from megascale_moe.strategies.grouped import expert_input, expert_ops, gather, scatter
 from megascale_moe.strategies.layer import Layer, Piece
+from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.routing import Routing
+from megascale_moe.strategies.strategy import DispatchForm
+
+
+class AllGather(DispatchForm):
+    """Tokens to all ranks of the group, sums back."""
+
+    name = "all_gather"
+    title = "dispatch by all-gather"
+
+    def axis(self, layout: Layout) -> Axis:
+        return layout.group
+
+    def ops(self, layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:
+        return all_gather_experts(layer, x, routing)
+
+    def rows(self, top_k: int, ep: int, etp: int, relative_cost: float) -> float:
+        return ep * etp - 1  # one to each other rank
+
+
+ALL_GATHER = AllGather()
 
 
 def all_gather_experts(layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:
     """From x [tokens, hidden] to the sum of each token's experts, [tokens, hidden]."""
     c, layout = layer.model, layer.layout
     rows = dict(zip(routing.pieces, routing.rows, strict=True))
-    shares = layout.tensor_ffn and c.shared_hidden > 0
+    shares = layer.shares_width and c.shared_hidden > 0
 
     def work(piece: Piece, x: Value, partial: Value) -> list[Op]:
         of_experts, of_shared = partial, partial

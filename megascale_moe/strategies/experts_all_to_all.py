@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.traffic import Traffic, as_rows, sum_to
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, Phase, hang_backward
@@ -22,9 +23,31 @@ from megascale_moe.kernels.rows import RowMap, sum_rows, take_rows
 from megascale_moe.strategies.collective import communication, tag, with_backward
 from megascale_moe.strategies.grouped import expert_input, expert_ops, moved, scatter
 from megascale_moe.strategies.layer import Layer, Piece
+from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.routing import PieceRows, Routing, routed_rows
+from megascale_moe.strategies.strategy import DispatchForm
 
 Sizes = Callable[[PieceRows], list[int]]
+
+
+class AllToAll(DispatchForm):
+    """Each routed row to the ranks of its expert and back."""
+
+    name = "all_to_all"
+    title = "dispatch by all-to-all"
+    travels = True
+
+    def axis(self, layout: Layout) -> Axis:
+        return layout.ep
+
+    def ops(self, layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:
+        return all_to_all_experts(layer, x, routing)
+
+    def rows(self, top_k: int, ep: int, etp: int, relative_cost: float) -> float:
+        return top_k * ((ep - 1) / ep * relative_cost + etp - 1)  # to experts' ranks, then on to those that share them
+
+
+ALL_TO_ALL = AllToAll()
 
 
 def all_to_all_experts(layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:

@@ -49,7 +49,7 @@ def swiglu_ffn(
 def dense_ffn(layer: Layer, x: Value) -> tuple[list[Op], list[Value]]:
     """The FFN of a dense layer, its width shared out where the experts' is: from x [tokens, hidden] to the result."""
     c, layout = layer.model, layer.layout
-    if not layout.tensor_ffn:
+    if not layer.shares_width:
         y = layer.tokens("ffn_out", c.hidden, keep=Keep.NONE)
         return swiglu_ffn(layer, "", x, y, c.dense_ffn_hidden, Axis("")), [y]
 
@@ -89,21 +89,21 @@ def on_gathered_tokens(
     if pieces[0].uncut:
         (piece,), (partial,), everyone = pieces, partials, gathered(layer, x, pieces[0])
         return [
-            gather_tokens(layer, there, x, everyone, piece),
+            gather_tokens(layer.layout, there, x, everyone, piece),
             *work(piece, everyone, partial),
-            scatter_sums(layer, home, partial, y, piece),
+            scatter_sums(layer.layout, home, partial, y, piece),
         ], y
     fan, named = fan_out(layer, x, pieces)
     sends, sums = [], [partials[0]]
     inputs = [named[0][0]]
     for piece, (mine, slope) in zip(pieces[1:], named[1:], strict=True):
         inputs.append(gathered(layer, mine, piece))
-        sends.append(gather_tokens(layer, layer.name(names[0], piece), mine, inputs[-1], piece, slope))
+        sends.append(gather_tokens(layer.layout, layer.name(names[0], piece), mine, inputs[-1], piece, slope))
         shape = (len(piece.peers) * layout.tokens, width)
         sums.append(layer.value("ffn_sums", shape, piece=piece, keep=Keep.NONE))
     works = [work(*each) for each in zip(pieces, inputs, partials, strict=True)]
     returns = [
-        scatter_sums(layer, layer.name(names[1], piece), partial, total, piece, grad(y))
+        scatter_sums(layer.layout, layer.name(names[1], piece), partial, total, piece, grad(y))
         for piece, partial, total in zip(pieces[1:], partials[1:], sums[1:], strict=True)
     ]
     last = sum_pieces(layer, layer.name("sum_pieces"), sums, y, pieces)

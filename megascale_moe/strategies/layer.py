@@ -16,6 +16,7 @@ from megascale_moe.config import ModelConfig
 from megascale_moe.engine.names import in_layer
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.strategy import Strategies
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,21 @@ class Layer:
     """A layer of the model on a rank.
 
     Attributes:
+        strategies: how its modules are shared out.
         index: among the model's layers; None: a layer on its own, whose names have no prefix.
         dense: whether its FFN is a plain one instead of experts.
     """
 
     model: ModelConfig
     layout: Layout
+    strategies: Strategies
     index: int | None = None
     dense: bool = False
+
+    @property
+    def shares_width(self) -> bool:
+        """Whether dense and shared FFNs have their width over several ranks."""
+        return self.strategies.ffn.shares_width and self.layout.etp.size > 1
 
     def name(self, tensor: str, piece: Piece | None = None) -> str:
         """Return the full name of a tensor, a weight or an operator of this layer."""

@@ -29,6 +29,7 @@ from megascale_moe.model.transformer import Block, initialise
 from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import block_ops
+from megascale_moe.strategies.registry import strategies_of
 
 
 class MoEBlock(Block):
@@ -63,7 +64,8 @@ class MoEBlock(Block):
         layout = Layout(rows, length, self.axes, dtype)
         shape = (layout.tokens, self.config.hidden)
         x, y = (Value(name, shape, dtype, keep=Keep.FULL) for name in ("x", "y"))
-        forward = block_ops(Layer(self.config, layout, dense=self.dense), x, y)
+        strategies = strategies_of(layout, self.config)
+        forward = block_ops(Layer(self.config, layout, strategies, dense=self.dense), x, y)
         auxiliary = [] if self.dense or not (self.config.balance_loss or self.config.z_loss) else ["auxiliary"]
         back = backward(forward, [grad("y")])
         given = ("x", "rope", "segments")

@@ -12,8 +12,8 @@ checks, the planner's space, the layouts that `verify` runs, reports and documen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.mesh import Mesh
@@ -76,11 +76,13 @@ class FFNStrategy(Strategy):
 
     Attributes:
         shares_width: whether dense and shared FFNs have their width over etp ranks, too.
-        dispatches: names of the dispatch forms that it can have.
     """
 
     shares_width: ClassVar[bool] = False
-    dispatches: ClassVar[tuple[str, ...]] = ()
+
+    def asked(self, parallel: ParallelConfig) -> int:
+        """Return how many ranks a config asks for to share one set of all experts; 0 if it leaves that open."""
+        return parallel.ep * parallel.etp
 
     def sizes(self, parallel: ParallelConfig, node: int, stage: int) -> tuple[int, int]:
         """Return (ep, etp) of a layout, worked out where the config leaves them open.
@@ -90,12 +92,16 @@ class FFNStrategy(Strategy):
         """
         raise NotImplementedError
 
-    def candidates(self, node: int, stage: int, machine: int) -> Iterator[tuple[int, int]]:
-        """Yield the (ep, etp) that a search tries, as `[parallel]` has them.
+    def pays(self, node: int) -> bool:
+        """Whether a search tries it on nodes of so many ranks."""
+        return True
 
-        Args:
-            node: ranks of a node of the mesh. stage: of a pipeline stage. machine: GPUs that share a fast link.
-        """
+    def etp_choices(self, machine: int) -> Sequence[int]:
+        """Return the values of `parallel.etp` that a search tries, where so many GPUs share a fast link."""
+        return [1]
+
+    def ep_choices(self, node: int, stage: int, etp: int) -> Sequence[int]:
+        """Return the values of `parallel.ep` that a search tries for nodes and pipeline stages of so many ranks."""
         raise NotImplementedError
 
     def words(self, parallel: ParallelConfig) -> str:
@@ -143,3 +149,12 @@ class VocabularyStrategy(Strategy):
     def gathers_tokens(self, layout: Layout) -> bool:
         """Whether a rank reads the tokens and targets of all ranks of its node, in rank order."""
         return False
+
+
+class Strategies(NamedTuple):
+    """The strategy of each module of a layout."""
+
+    attention: AttentionStrategy
+    ffn: FFNStrategy
+    dispatch: DispatchForm
+    vocabulary: VocabularyStrategy

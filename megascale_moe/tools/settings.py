@@ -15,12 +15,11 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megascale_moe.config import Choices, ConfigError, Field, fields, json_schema
+from megascale_moe.config import ConfigError, Field, fields, json_schema
 from megascale_moe.config.fields import plain
 from megascale_moe.config.load import toml_value
-from megascale_moe.presets import PRESETS
+from megascale_moe.train.config_file import choices
 
-CHOICES: Choices = {"model.preset": ("", *PRESETS)}
 """What is known only here, above the configuration."""
 WIDTH = 100
 INDENT = "    "
@@ -33,9 +32,9 @@ def main(key: str, *, as_json: bool, schema: bool) -> int:
         ConfigError: there is no such key.
     """
     if schema:
-        _print(json.dumps(json_schema(CHOICES), indent=2, allow_nan=False))
+        _print(json.dumps(json_schema(choices()), indent=2, allow_nan=False))
         return 0
-    found = matching(key, fields(CHOICES))
+    found = matching(key, fields(choices()))
     if as_json:
         _print(json.dumps({field.name: document(field) for field in found}, allow_nan=False))
         return 0

@@ -41,6 +41,7 @@ from megascale_moe.strategies.model import (
     local_inputs,
     moe_layers,
 )
+from megascale_moe.strategies.registry import strategies_of
 from megascale_moe.strategies.weights import initial, placements
 from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
 
@@ -236,7 +237,8 @@ class Trainer:
         mine = torch.zeros(self.model.vocab, device=self.device)
         if self.part.last:
             logits = out[of_micro("logits", 0)]
-            if self.program(1, 1, "logits")[0].layout.shards_vocabulary:
+            layout = self.program(1, 1, "logits")[0].layout
+            if strategies_of(layout, self.model).vocabulary.gathers_tokens(layout):
                 width = logits.shape[1]
                 mine[node.index * width : (node.index + 1) * width] = logits[len(tokens) - 1]
             elif (len(tokens) - 1) // (length // node.size) == node.index:

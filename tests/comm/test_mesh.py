@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megascale_moe.comm.axis import axes_of, single
-from megascale_moe.comm.mesh import AXES, Mesh, mesh_of
+from megascale_moe.comm.mesh import AXES, Mesh
 from megascale_moe.config import ConfigError, ModelConfig, ParallelConfig
+from megascale_moe.strategies.fit import mesh_of
 
 MODEL = ModelConfig(heads=8, experts=8, sequence_length=64)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megascale_moe.comm.axis import axes_of, connect, single
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.executor import resolve
@@ -25,6 +25,7 @@ from megascale_moe.engine.trace import Trace
 from megascale_moe.model.transformer import build
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import of_micro
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.model import local_inputs
 from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks

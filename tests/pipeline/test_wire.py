@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megascale_moe.comm.axis import Axis, axes_of, connect
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.comm.traffic import Traffic, as_rows, sum_to
 from megascale_moe.config import OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.cost import Rates
@@ -27,6 +27,7 @@ from megascale_moe.engine.op import Cost, Op, Phase, Stream, check
 from megascale_moe.engine.wire import FORMATS, chooser, compress, in_format
 from megascale_moe.kernels.narrow import BFloat16, Float8
 from megascale_moe.pipeline.program import Profile, StepPlan
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
 from tests.pipeline.test_passes import MICROS, PARALLEL, SHARED, run_plan
 from tests.strategies.layouts import compare, wanted_of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import load
 from megascale_moe.planner.step import memory
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.tools.dryrun.step import dry_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "internal-352b.toml"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megascale_moe.comm.axis import axes_of
-from megascale_moe.comm.mesh import AXES, Mesh, mesh_of
+from megascale_moe.comm.mesh import AXES, Mesh
 from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Cost, Op, Stream, Work, product
@@ -23,6 +23,7 @@ from megascale_moe.planner.price import Peers, Prices
 from megascale_moe.planner.stages import Kind
 from megascale_moe.planner.step import Pricer, StepPrice, price, slowest
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.weights import placements
 
 H800 = load("h800")

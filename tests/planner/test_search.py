@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.op import Stream, Work
 from megascale_moe.pipeline.batches import check_batches
@@ -18,6 +17,7 @@ from megascale_moe.planner.search import Found, capacity, planned, search
 from megascale_moe.planner.space import KEYS, Space, changed, parallel_words, value
 from megascale_moe.planner.step import Pricer, memory, price
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 
 H800 = load("h800")
 MODEL = ModelConfig(

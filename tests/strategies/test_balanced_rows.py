@@ -21,6 +21,7 @@ from megascale_moe.kernels.rows import row_map
 from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import moe_ops
+from megascale_moe.strategies.registry import strategies_of
 from megascale_moe.strategies.routing import PieceRows
 
 # Experts, top-k, tokens of each rank: DeepSeek-V2's and Kimi-K2's ratios, primes, fewer assignments than experts.
@@ -47,7 +48,7 @@ def planned(choice: Tensor, model: ModelConfig, mesh: Mesh, rank: int, dispatch:
     """What a rank's operator `plan` makes of the routing of its group."""
     tokens = len(choice) // mesh.ffn
     layout = Layout(1, tokens * mesh.node, axes_of(mesh, rank), dispatch=dispatch, pieces=pieces)
-    layer = Layer(model, layout)
+    layer = Layer(model, layout, strategies_of(layout, model))
     (plan,) = [op for op in moe_ops(layer, layer.tokens("ln2_out", model.hidden))[0] if op.name == "plan"]
     found = plan.run(torch.empty(choice.shape, device=choice.device), choice)
     return found if isinstance(found, tuple) else (found,)

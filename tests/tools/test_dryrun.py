@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megascale_moe.comm.axis import axes_of, connect, single
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import (
     Config,
     ConfigError,
@@ -28,6 +28,7 @@ from megascale_moe.engine.memory import Meter
 from megascale_moe.pipeline.checker import bubble
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
 from megascale_moe.tools.dryrun import messages

@@ -17,10 +17,11 @@ from torch import Tensor
 from megascale_moe.checkpoint import Piece
 from megascale_moe.checkpoint.boxes import Box, flat_range
 from megascale_moe.comm.axis import connect, single
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megascale_moe.data import IGNORE, Row, micro_batches
 from megascale_moe.pipeline.batches import micro_batch
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import Trainer

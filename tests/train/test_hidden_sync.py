@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megascale_moe.comm.axis import axes_of, connect
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, OverlapConfig, ParallelConfig, TrainConfig, WireConfig
 from megascale_moe.data import Batch
 from megascale_moe.engine.op import Op, check
 from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.trainer import Trainer
 from tests.strategies.test_layouts import SMALL

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megascale_moe.comm.mesh import mesh_of
 from megascale_moe.config import Config, require
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.names import parse
@@ -26,6 +25,7 @@ from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.step import action_ops
 from megascale_moe.pipeline.storageless import step_inputs_without_storage
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.tools.dryrun.messages import Agreement, check_messages
 from megascale_moe.tools.storageless import trainer_without_storage
 from megascale_moe.train.trainer import Trainer

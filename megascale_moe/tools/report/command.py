@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megascale_moe.comm.mesh import mesh_of
-from megascale_moe.config import Config, ConfigError, load, require
+from megascale_moe.config import Config, ConfigError, require
 from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.batches import check_batches, micro_batch
-from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.tools.report.page import assemble, page
 from megascale_moe.tools.report.rehearsal import GPU, memory, planned
 from megascale_moe.tools.report.run import Run, read_run
 from megascale_moe.tools.storageless import trainer_without_storage
 from megascale_moe.train import metrics
+from megascale_moe.train.config_file import read_config
 from megascale_moe.train.job import local_rank_count
 from megascale_moe.train.timeline import record
 
@@ -43,7 +43,7 @@ def report(
         require(not given, f"override {given!r}: a run is reported as it was configured; leave it out")
         require(gpus is None, f"--gpus {gpus}: a run is reported as it was run; leave it out")
         return _written(run_data(read_run(source), rehearse), out or source / FILE)
-    config = load(source, list(overrides), PRESETS)
+    config = read_config(source, overrides)
     return _written(plan_data(config, gpus or local_rank_count(config), source), out or source.parent / FILE)
 
 

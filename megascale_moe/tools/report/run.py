@@ -12,12 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megascale_moe.comm.mesh import Mesh, mesh_of
-from megascale_moe.config import Config, ConfigError, load, require
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import Config, ConfigError, require
 from megascale_moe.engine.op import Phase, Stream
 from megascale_moe.engine.trace import Event
-from megascale_moe.presets import PRESETS
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.train import metrics
+from megascale_moe.train.config_file import read_config
 from megascale_moe.train.job import local_rank_count
 from megascale_moe.train.timeline import record
 
@@ -57,7 +58,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / "config.toml"
     require(path.is_file(), f"{folder}: no run, it has no config.toml; give a folder that train wrote, or a TOML file")
-    config = load(path, [], PRESETS)
+    config = read_config(path)
     records, timeline = _records(folder / metrics.FILE), _timeline(folder / record.FILE)
     return Run(folder, config, records, timeline, _traces(folder, config))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
+from megascale_moe.strategies import registry
 
 LATER = 2  # speeds are of the last half of a run: the first steps measure and warm up
 
@@ -67,8 +68,8 @@ def layout(config: Config, mesh: Mesh) -> str:
     if mesh.dp > 1:
         parts.append(f"{mesh.dp} data-parallel nodes")
     if mesh.node > 1:
-        attention = {"sp": "sequence", "tp": "tensor"}[p.attention]
-        parts.append(f"{mesh.node} ranks per node with {attention}-parallel attention")
+        attention = registry.named(registry.ATTENTION, p.attention, "parallel.attention")
+        parts.append(f"{mesh.node} ranks per node with {attention.title}")
     experts = [f"spread over {mesh.ep} ranks"] if mesh.ep > 1 else []
     experts += [f"cut in width over {mesh.etp}"] if mesh.etp > 1 else []
     return ", ".join([*parts, "experts " + " and ".join(experts)] if experts else parts)

@@ -21,17 +21,20 @@ from itertools import product
 import torch
 
 from megascale_moe.comm.axis import axes_of
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.pipeline.schedule import schedule
+from megascale_moe.strategies import registry
+from megascale_moe.strategies.experts_all_gather import ALL_GATHER
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import part_ops
+from megascale_moe.strategies.registry import dispatch_of, names
 from megascale_moe.strategies.stages import Part, stage_parts
 from megascale_moe.tools.verify.scale import scaled_down, with_layers
 
 ROWS_PER_RANK = 2
 SCHEDULES = (("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2))
-VOCABULARIES = ("replicated", "sharded")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def case_of(parallel: ParallelConfig, model: ModelConfig, ranks: int) -> Case:
     schedule(parallel.schedule, mesh.pp, micros, parallel.virtual_stages)
     exact = replace(parallel, pp=mesh.pp, dp=mesh.dp, node=mesh.node, ep=mesh.ep, etp=mesh.etp)
     if mesh.ep == 1:  # no experts elsewhere: one form only, or nothing to dispatch
-        exact = replace(exact, dispatch="all_gather" if mesh.etp > 1 else "auto")
+        only = ALL_GATHER.name if mesh.etp > 1 else registry.AUTO
+        exact = replace(exact, dispatch=only)  # type: ignore[arg-type]
     return Case(exact, mesh, small, share // micros, micros)
 
 
@@ -119,9 +123,8 @@ def own_case(config: Config, ranks: int) -> Case:
     parallel = replace(config.parallel, stage_layers=())
     mesh = mesh_of(parallel, config.model, ranks)
     layout = Layout.of(parallel, 1, config.model.sequence_length, axes_of(mesh, 0), torch.float32)
-    if parallel.dispatch == "auto" and mesh.ffn > 1:
-        form = layout.dispatch_for(config.model)
-        parallel = replace(parallel, dispatch="all_to_all" if form == "all_to_all" else "all_gather")
+    if parallel.dispatch == registry.AUTO and mesh.ffn > 1:
+        parallel = replace(parallel, dispatch=dispatch_of(layout, config.model).name)  # type: ignore[arg-type]
     return case_of(parallel, config.model, ranks)
 
 
@@ -129,8 +132,9 @@ def possible(model: ModelConfig, ranks: int) -> Iterator[Case]:
     """Every layout that fits, the same list more than once among them."""
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
     shapes = [(pp, dp, ranks // (pp * dp)) for pp, dp in product(sizes, sizes) if ranks % (pp * dp) == 0]
-    strategies = list(product(("sp", "tp"), ("ep", "tp", "ep+tp"), ("all_to_all", "all_gather")))
-    orders = [(vocabulary, *named) for vocabulary, named in product(VOCABULARIES, SCHEDULES)]
+    strategies = list(product(*map(names, (registry.ATTENTION, registry.FFN, registry.DISPATCH))))
+    orders = [(vocabulary, *named) for vocabulary, named in product(names(registry.VOCABULARY), SCHEDULES)]
+    choices = registry.choices()
     for (pp, dp, node), ep, etp in product(shapes, sizes, sizes):
         for (attention, ffn, dispatch), (vocabulary, name, virtual) in product(strategies, orders):
             try:
@@ -138,7 +142,7 @@ def possible(model: ModelConfig, ranks: int) -> Iterator[Case]:
                     pp=pp, dp=dp, node=node, attention=attention, ffn=ffn, ep=ep, etp=etp,  # type: ignore[arg-type]
                     dispatch=dispatch, vocabulary=vocabulary, schedule=name, virtual_stages=virtual,  # type: ignore[arg-type]
                 )  # fmt: skip
-                parallel.check()
+                parallel.check(choices)
                 yield case_of(parallel, model, ranks)
             except ConfigError:
                 continue

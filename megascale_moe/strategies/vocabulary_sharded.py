@@ -1,4 +1,4 @@
-"""Embedding, head and loss cut by vocabulary over the ranks of a node.
+"""Embedding, head and loss sharded by vocabulary over the ranks of a node.
 
 Each rank has the rows of V / n tokens of the vocabulary. The embedding looks up what it has, for all tokens of the
 node, and a reduce-scatter adds up and deals out; the head sees all tokens and a part of their logits, and one small
@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from megascale_moe.comm.collectives import Pending, all_gather, tag_of
-from megascale_moe.config import ModelConfig
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, Phase, product
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.kernels.cross_entropy import combine_statistics, partial_statistics, sharded_slope
 from megascale_moe.strategies.collective import gather_tokens, scatter_sums
-from megascale_moe.strategies.layer import Layer, pieces_of
+from megascale_moe.strategies.layer import pieces_of
 from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.placement import Placement, rows, share
+from megascale_moe.strategies.refusals import divides
+from megascale_moe.strategies.strategy import Head, Rules, Shape, VocabularyStrategy
+from megascale_moe.strategies.vocabulary_replicated import whole_embedding, whole_head
 
 GATHERED = Rows("gathered", "node")
 
@@ -55,7 +60,7 @@ def embedding_ops(y: Value, c: ModelConfig, layout: Layout) -> list[Op]:
         name="embedding", reads=("tokens",), writes=(partial,), weights=("embedding.weight",), cost=cost, run=run,
         backward=(backward,),
     )
-    return [look_up, scatter_sums(Layer(c, layout), "scatter_embedding", partial, y, piece)]
+    return [look_up, scatter_sums(layout, "scatter_embedding", partial, y, piece)]
 
 
 def head_ops(weight: str, head: str, x: Value, c: ModelConfig, layout: Layout) -> list[Op]:
@@ -65,7 +70,7 @@ def head_ops(weight: str, head: str, x: Value, c: ModelConfig, layout: Layout) -
     T = layout.tokens * node.size
     shard = Shard(("final",), GATHERED, partial_gradient="node")
     everyone = Value("final_ag", (T, c.hidden), dtype, shard=shard, keep=Keep.FULL)
-    gather = gather_tokens(Layer(c, layout), "gather_final", x, everyone, piece)
+    gather = gather_tokens(layout, "gather_final", x, everyone, piece)
     local = c.vocab // node.size
     mine = (range(node.index * local, (node.index + 1) * local),)
     name, kind = ("logits", torch.float32) if head == "logits" else ("head_logits", dtype)
@@ -133,7 +138,35 @@ def _loss(weight: str, head: str, given: tuple[Value, Value, Value], layout: Lay
     )
 
 
-def rank_order(x: Tensor, parts: int) -> Tensor:
-    """x [rows, length] -> [rows * length]: the slices of every row of rank 0, of rank 1, ..."""
-    rows, length = x.shape
-    return torch.movedim(x.view(rows, parts, length // parts), 1, 0).reshape(-1)
+class Sharded(VocabularyStrategy):
+    """Rows of the vocabulary over the ranks of a node; on one rank the same as replicated."""
+
+    name = "sharded"
+    title = "vocabulary sharded over the ranks of a node"
+
+    def check(self, mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
+        divides("model.vocab", model.vocab, "parallel.node", mesh.node, " (or parallel.vocabulary = 'replicated')")
+
+    def gathers_tokens(self, layout: Layout) -> bool:
+        return layout.node.size > 1
+
+    def rules(self, model: ModelConfig, layout: Layout) -> Rules:
+        if not self.gathers_tokens(layout):
+            return {}
+        node, inter = layout.node, "tied" if model.tied_embeddings else "tensor_data"
+
+        def mine(whole: Shape) -> Placement:
+            return rows(whole, [share(whole[0], node.size, node.index)], ("", inter))
+
+        return {"embedding.weight": mine, "head.weight": mine}
+
+    def embedding_ops(self, y: Value, model: ModelConfig, layout: Layout) -> list[Op]:
+        return embedding_ops(y, model, layout) if self.gathers_tokens(layout) else [whole_embedding(y)]
+
+    def head_ops(self, weight: str, head: Head, x: Value, model: ModelConfig, layout: Layout) -> list[Op]:
+        if self.gathers_tokens(layout):
+            return head_ops(weight, head, x, model, layout)
+        return [whole_head(weight, head, x, model.vocab)]
+
+
+SHARDED = Sharded()

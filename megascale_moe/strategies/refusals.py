@@ -1,0 +1,33 @@
+"""Refusals that name the sizes that would do."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from megascale_moe.config import require
+
+
+def divides(what: str, size: int, axis: str, parts: int, otherwise: str = "") -> None:
+    """Refuse a size that cannot be cut into equal parts.
+
+    Args:
+        what: the key of the size. axis: the key of the number of parts. otherwise: another way out.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if size % parts:
+        require(False, f"{what} = {size} is not divisible by {axis} = {parts}; use one of {divisors(size)}{otherwise}")
+
+
+@lru_cache  # a search asks for thousands of layouts
+def divisors(number: int) -> str:
+    """Return the divisors of a number as text."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return ", ".join(map(str, sorted({*small, *(number // d for d in small)})))
+
+
+@lru_cache
+def multiples(node: int, stage: int) -> str:
+    """Return the multiples of `node` that divide `stage` as text."""
+    return ", ".join(str(width) for width in range(node, stage + 1, node) if stage % width == 0)
