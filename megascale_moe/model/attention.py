@@ -34,7 +34,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         c, width = config, config.query_dim
-        self.qkv = nn.Linear(c.hidden, (c.heads + c.kv_heads) * width + c.kv_heads * c.value_dim, bias=False)
+        self.stacked = {"qkv.weight": (c.heads * width, c.kv_heads * width, c.kv_heads * c.value_dim)}
+        self.qkv = nn.Linear(c.hidden, sum(self.stacked["qkv.weight"]), bias=False)
         self.out = nn.Linear(c.heads * c.value_dim, c.hidden, bias=False)
         if c.qk_norm != "none":
             per_head = c.qk_norm == "head"
@@ -44,8 +45,7 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> q [T, heads, width], k [T, kv heads, width], v [T, kv heads, value width]."""
         c, T = self.config, x.shape[0]
-        sizes = [c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim]
-        q, k, v = self.qkv(x).split(sizes, dim=-1)
+        q, k, v = self.qkv(x).split(self.stacked["qkv.weight"], dim=-1)
         if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.view(T, c.heads, -1), k.view(T, c.kv_heads, -1), v.view(T, c.kv_heads, -1)
@@ -68,6 +68,7 @@ class LatentAttention(nn.Module):
         if c.q_lora_rank:
             self.q_down = nn.Linear(c.hidden, c.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(c.q_lora_rank, 1e-6)
+        self.stacked = {"kv_down.weight": (c.kv_lora_rank, c.qk_rope_head_dim)}
         self.q_up = nn.Linear(c.q_lora_rank or c.hidden, c.heads * c.query_dim, bias=False)
         self.kv_down = nn.Linear(c.hidden, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
         self.kv_norm = RMSNorm(c.kv_lora_rank, 1e-6)
@@ -78,7 +79,7 @@ class LatentAttention(nn.Module):
         """x [T, hidden] -> q, k [T, heads, nope + rope width], v [T, heads, value width]."""
         c = self.config
         q = self.q_up(self.q_norm(self.q_down(x)) if c.q_lora_rank else x)
-        latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_down(x).split(self.stacked["kv_down.weight"], dim=-1)
         return latent_heads(q, self.kv_up(self.kv_norm(latent)), k_rope, rope, c)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:

@@ -30,6 +30,27 @@ def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
+@lru_cache(maxsize=32)
+def parameter_matrices(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the matrices that every parameter of the whole model consists of, as their heights in rows.
+
+    The last two dimensions of a parameter are one matrix, or several on top of each other where a module says so
+    (its attribute `stacked`, by the name of the parameter). What is no matrix that maps one hidden state to another
+    has none: vectors and products with a vector, the embedding (a table of vectors) and the head.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    stacked = {
+        f"{prefix}.{name}": heights
+        for prefix, module in model.named_modules() for name, heights in getattr(module, "stacked", {}).items()
+    }  # fmt: skip
+    found: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        product = name.startswith("layers.") and parameter.dim() > 1 and min(parameter.shape[-2:]) > 1
+        found[name] = stacked.get(name, (parameter.shape[-2],)) if product else ()
+    return MappingProxyType(found)
+
+
 def counts(config: ModelConfig) -> Counts:
     """Count the model; a routed expert is active with probability top_k / experts.
 

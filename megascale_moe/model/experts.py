@@ -19,6 +19,7 @@ class DenseFFN(nn.Module):
 
     def __init__(self, hidden: int, width: int, gated: bool) -> None:
         super().__init__()
+        self.stacked = {"w13.weight": (width, width)}
         self.w13 = nn.Linear(hidden, 2 * width, bias=False)
         self.w2 = nn.Linear(width, hidden, bias=False)
         self.gate = nn.Linear(hidden, 1, bias=False) if gated else None
@@ -36,6 +37,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config
+        self.stacked = {"w13": (c.ffn_hidden, c.ffn_hidden)}
         self.w13 = nn.Parameter(torch.empty(c.experts, 2 * c.ffn_hidden, c.hidden))
         self.w2 = nn.Parameter(torch.empty(c.experts, c.hidden, c.ffn_hidden))
 

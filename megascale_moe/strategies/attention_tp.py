@@ -20,10 +20,10 @@ from megascale_moe.strategies.dense import linear
 from megascale_moe.strategies.heads import Chosen, spans
 from megascale_moe.strategies.layer import SEQUENCES, Layer, Piece, pieces_of
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.placement import Placement, columns, rows, share
+from megascale_moe.strategies.placement import tensor_rules
 from megascale_moe.strategies.projection import heads, shared
 from megascale_moe.strategies.refusals import divides
-from megascale_moe.strategies.strategy import AttentionStrategy, Rules, Shape
+from megascale_moe.strategies.strategy import AttentionStrategy, Rules
 
 
 class TensorParallel(AttentionStrategy):
@@ -51,28 +51,15 @@ class TensorParallel(AttentionStrategy):
 
     def rules(self, model: ModelConfig, layout: Layout) -> Rules:
         """The rows of the rank's heads, and the columns of the output projection behind them."""
-        n, index, c = layout.node.size, layout.node.index, model
-        if n == 1:
+        if layout.node.size == 1:
             return {}
-
-        def of_heads(whole: Shape) -> Placement:
-            return rows(whole, [share(whole[0], n, index)], REPLICAS)
-
-        def fused(whole: Shape) -> Placement:
-            ranges, start = [], 0
-            for size in (c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim):
-                mine = share(size, n, index)
-                ranges.append(range(start + mine.start, start + mine.stop))
-                start += size
-            return rows(whole, ranges, REPLICAS)
-
+        of_heads, out = tensor_rules(layout.node.size, layout.node.index)
         return {
-            "attention.qkv.weight": fused, "attention.q_up.weight": of_heads, "attention.kv_up.weight": of_heads,
-            "attention.out.weight": lambda whole: columns(whole, share(whole[1], n, index), REPLICAS),
+            "attention.qkv.weight": of_heads, "attention.q_up.weight": of_heads, "attention.kv_up.weight": of_heads,
+            "attention.out.weight": out,
         }  # fmt: skip
 
 
-REPLICAS = ("", "tensor_data")
 TENSOR_PARALLEL = TensorParallel()
 
 

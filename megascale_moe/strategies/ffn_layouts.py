@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, require
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.placement import Box, Placement, columns, rows, share
+from megascale_moe.strategies.placement import Box, Placement, rows, share, stacked_shares, tensor_rules
 from megascale_moe.strategies.refusals import divides, multiples
 from megascale_moe.strategies.strategy import FFNStrategy, Rules, Shape
 
-EXPERTS, TENSOR = ("", "expert_data"), ("", "tensor_data")
+EXPERTS = ("", "expert_data")
 
 
 class _Experts(FFNStrategy):
@@ -31,35 +31,27 @@ class _Experts(FFNStrategy):
     def rules(self, model: ModelConfig, layout: Layout) -> Rules:
         etp, mine = layout.etp, share(model.experts, layout.ep.size, layout.ep.index)
 
-        def up(whole: Shape) -> Placement:
+        def up(whole: Shape, matrices: Shape) -> Placement:
             if etp.size == 1:
                 return rows(whole, [mine], EXPERTS)
-            _, outputs, inputs = whole
-            halves = _halves(outputs, etp.size, etp.index)
+            inputs, ranges = whole[2], stacked_shares(matrices, etp.size, etp.index)
             boxes: tuple[Box, ...] = tuple(
-                ((expert, half.start, 0), (1, len(half), inputs)) for expert in mine for half in halves
+                ((expert, part.start, 0), (1, len(part), inputs)) for expert in mine for part in ranges
             )
-            return Placement(whole, (len(mine), sum(map(len, halves)), inputs), boxes, EXPERTS)
+            return Placement(whole, (len(mine), sum(map(len, ranges)), inputs), boxes, EXPERTS, cut="etp")
 
-        def down(whole: Shape) -> Placement:
+        def down(whole: Shape, _: Shape) -> Placement:
             if etp.size == 1:
                 return rows(whole, [mine], EXPERTS)
-            _, outputs, inputs = whole
-            width = share(inputs, etp.size, etp.index)
-            shape = (len(mine), outputs, len(width))
-            return Placement(whole, shape, (((mine.start, 0, width.start), shape),), EXPERTS)
+            width = share(whole[2], etp.size, etp.index)
+            shape = (len(mine), whole[1], len(width))
+            return Placement(whole, shape, (((mine.start, 0, width.start), shape),), EXPERTS, cut="etp")
 
         return {"ffn.experts.w13": up, "ffn.experts.w2": down}
 
     def ep_choices(self, node: int, stage: int, etp: int) -> Sequence[int]:
         widths = [width for width in range(node, stage + 1, node) if stage % width == 0]
         return [width // etp for width in widths if width % etp == 0]
-
-
-def _halves(size: int, parts: int, index: int) -> list[range]:
-    """A share of the gate rows and the same share of the up rows of a fused w13."""
-    half = share(size // 2, parts, index)
-    return [half, range(size // 2 + half.start, size // 2 + half.stop)]
 
 
 def _group(parallel: ParallelConfig, name: str, ep: int, node: int, stage: int) -> tuple[int, int]:
@@ -133,19 +125,13 @@ class TensorParallelFFN(_Experts):
         divides("model.dense_ffn_hidden", dense, self.width_key, mesh.etp)
 
     def rules(self, model: ModelConfig, layout: Layout) -> Rules:
-        n, index = layout.etp.size, layout.etp.index
-        if n == 1:
-            return super().rules(model, layout)
-
-        def up(whole: Shape) -> Placement:
-            return rows(whole, _halves(whole[0], n, index), TENSOR)
-
-        def down(whole: Shape) -> Placement:
-            return columns(whole, share(whole[1], n, index), TENSOR)
-
+        experts = super().rules(model, layout)
+        if layout.etp.size == 1:
+            return experts
+        up, down = tensor_rules(layout.etp.size, layout.etp.index)
         plain = {f"ffn.{kind}{name}.weight": rule for kind in ("", "shared.") for name, rule in
                  (("w13", up), ("w2", down))}  # fmt: skip
-        return {**super().rules(model, layout), **plain}
+        return {**experts, **plain}
 
     def pays(self, node: int) -> bool:
         return node > 1

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from megascale_moe.strategies.routing import Routing
 
 Shape = tuple[int, ...]
-Rule = Callable[[Shape], Placement]
-"""From the shape of a whole weight to this rank's part of it."""
+Rule = Callable[[Shape, Shape], Placement]
+"""From the shape of a whole weight, and the heights of the matrices that it stacks, to this rank's part of it."""
 
 Rules = Mapping[str, Rule]
 """By a weight's name inside its layer; weights without a rule lie whole on every rank."""

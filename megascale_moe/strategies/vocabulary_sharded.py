@@ -155,7 +155,7 @@ class Sharded(VocabularyStrategy):
             return {}
         node, inter = layout.node, "tied" if model.tied_embeddings else "tensor_data"
 
-        def mine(whole: Shape) -> Placement:
+        def mine(whole: Shape, _: Shape) -> Placement:
             return rows(whole, [share(whole[0], node.size, node.index)], ("", inter))
 
         return {"embedding.weight": mine, "head.weight": mine}

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.names import parse
-from megascale_moe.model.counts import parameter_shapes
+from megascale_moe.model.counts import parameter_matrices, parameter_shapes
 from megascale_moe.model.transformer import initialise
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement, everything
 from megascale_moe.strategies.registry import strategies_of
 from megascale_moe.strategies.stages import Part
-from megascale_moe.strategies.strategy import Rule
+from megascale_moe.strategies.strategy import Rule, Shape
 
 REPLICATED = ("node", "tensor_data")
 
@@ -30,8 +30,11 @@ def placements(config: ModelConfig, layout: Layout, part: Part) -> dict[str, Pla
     rules: dict[str, Rule] = {}
     for strategy in strategies_of(layout, config):
         rules |= strategy.rules(config, layout)
-    shapes = parameter_shapes(config)
-    return {name: _place(name, shape, config, rules) for name, shape in shapes.items() if _held(name, config, part)}
+    shapes, matrices = parameter_shapes(config), parameter_matrices(config)
+    return {
+        name: replace(_place(name, shape, matrices[name], config, rules), matrices=matrices[name])
+        for name, shape in shapes.items() if _held(name, config, part)
+    }  # fmt: skip
 
 
 def _held(name: str, c: ModelConfig, part: Part) -> bool:
@@ -43,10 +46,10 @@ def _held(name: str, c: ModelConfig, part: Part) -> bool:
     return part.last
 
 
-def _place(name: str, whole: tuple[int, ...], c: ModelConfig, rules: Mapping[str, Rule]) -> Placement:
+def _place(name: str, whole: Shape, matrices: Shape, c: ModelConfig, rules: Mapping[str, Rule]) -> Placement:
     rule = rules.get(parse(name).tensor)
     if rule is not None:
-        return rule(whole)
+        return rule(whole, matrices)
     tied = name == "embedding.weight" and c.tied_embeddings
     return everything(whole, ("node", "tied") if tied else REPLICATED)
 

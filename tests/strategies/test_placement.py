@@ -18,7 +18,7 @@ from torch import Tensor
 from megascale_moe.comm.axis import Axes, axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig
-from megascale_moe.model.counts import parameter_shapes
+from megascale_moe.model.counts import parameter_matrices, parameter_shapes
 from megascale_moe.model.transformer import build
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement, columns, everything, rows, share
@@ -108,6 +108,53 @@ def test_ranks_of_the_replica_axes_hold_the_same_part(model: str, layout: str) -
             same = {other for other, placed in enumerate(parts)
                     if name in placed and placed[name].boxes == placement.boxes}  # fmt: skip
             assert same == group, name
+
+
+def matrices_of(whole: Tensor, heights: tuple[int, ...]) -> list[Tensor]:
+    """The matrices of a weight, one expert after the other."""
+    return [matrix for each in whole.view(-1, *whole.shape[-2:]) for matrix in each.split(list(heights))]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_a_matrix_are_where_they_say(model: str, layout: str) -> None:
+    """Each is contiguous in the flattened part; the ranks of the axis that cuts it have equal shares of one side."""
+    config = MODELS[model]
+    heights = parameter_matrices(config)
+    for axes, placed in placed_by_rank(config, layout):
+        for name, placement in placed.items():
+            assert placement.matrices == heights[name]
+            whole, flat = numbered(placement.whole), placement.take(numbered(placement.whole)).flatten()
+            matrices = matrices_of(whole, heights[name]) if heights[name] else []
+            end = 0
+            for part in placement.matrix_parts:
+                values, end = flat[part.start : part.stop].view(part.size), part.stop
+                (matrix,) = [each for each in matrices if each[0, 0] <= values[0, 0] <= each[-1, -1]]
+                assert tuple(matrix.shape) == part.shape
+                (top, left), (rows_, columns_) = part.offset, part.size
+                assert torch.equal(matrix[top : top + rows_, left : left + columns_], values)
+                count, index = (axes[placement.cut].size, axes[placement.cut].index) if placement.cut else (1, 0)
+                shares = {(part.shape[0] // count, part.shape[1]): (index * part.shape[0] // count, 0),
+                          (part.shape[0], part.shape[1] // count): (0, index * part.shape[1] // count)}  # fmt: skip
+                assert shares[part.size] == part.offset, name
+            assert end == (len(flat) if heights[name] else 0), name  # all of a weight, or nothing
+
+
+def test_the_matrices_of_a_layer() -> None:
+    """Queries, keys and values, gate and up are one matrix each; vectors and the ends of the model are none."""
+    inside = {name.split(".", 2)[-1]: rows for name, rows in parameter_matrices(SMALL).items() if ".1." in name}
+    assert inside == {
+        "attention.qkv.weight": (16, 8, 8), "attention.out.weight": (16,), "attention.q_norm.weight": (),
+        "attention.k_norm.weight": (), "attention_norm.weight": (), "ffn_norm.weight": (), "ffn.router.weight": (8,),
+        "ffn.experts.w13": (8, 8), "ffn.experts.w2": (16,), "ffn.shared.w13.weight": (16, 16),
+        "ffn.shared.w2.weight": (16,), "ffn.shared.gate.weight": (),
+    }  # fmt: skip
+    whole = parameter_matrices(SMALL)
+    assert [name for name, rows in whole.items() if not name.startswith("layers.") and rows] == []
+    assert whole["layers.0.ffn.w13.weight"] == (12, 12)
+    latent = parameter_matrices(MODELS["mla"])
+    assert latent["layers.0.attention.kv_down.weight"] == (8, 2)  # the latent, and the key that all heads share
+    assert latent.keys() == parameter_shapes(MODELS["mla"]).keys()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
