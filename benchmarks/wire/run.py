@@ -38,7 +38,8 @@ from megascale_moe.config import OverlapConfig, ParallelConfig, WireConfig  # no
 from megascale_moe.engine.executor import Program, resolve  # noqa: E402
 from megascale_moe.engine.trace import Trace, now  # noqa: E402
 from megascale_moe.optim import narrow_sums  # noqa: E402
-from megascale_moe.optim.sharded_adamw import flat_groups, gather_all  # noqa: E402
+from megascale_moe.optim.groups import flat_groups  # noqa: E402
+from megascale_moe.optim.sharded import gather_all  # noqa: E402
 from megascale_moe.optim.sync import given, reduce, shard_of, updated  # noqa: E402
 from megascale_moe.pipeline.program import StepPlan  # noqa: E402
 from megascale_moe.strategies.fit import mesh_of  # noqa: E402

@@ -37,7 +37,7 @@ from megascale_moe.data import Batch, micro_batches
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.model.counts import parameter_shapes
 from megascale_moe.optim.flat import FlatWeights, Formats
-from megascale_moe.optim.sharded_adamw import gather_all
+from megascale_moe.optim.sharded import gather_all
 from megascale_moe.optim.sync import given, reduce, shard_of, updated
 from megascale_moe.pipeline.batches import check_batches
 from megascale_moe.strategies.fit import mesh_of

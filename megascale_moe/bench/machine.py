@@ -34,7 +34,8 @@ from megascale_moe.engine.op import Op, Stream, Work
 from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.optim.groups import flat_groups
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.strategies.weights import placements
@@ -196,7 +197,7 @@ class Meter:
         plan = StepPlan(model, ParallelConfig(), single(), dtype, rows, device=self.device)
         weights = placements(model, plan.layout, plan.part)
         groups = flat_groups(weights, plan.axes, dtype, self.device)
-        optimizer = ShardedAdamW(groups, plan.axes["world"], TrainConfig(dtype=self.dtype))  # type: ignore[arg-type]
+        optimizer = ShardedOptimizer(groups, plan.axes, TrainConfig(dtype=self.dtype))  # type: ignore[arg-type]
         random_weights(groups, model.init_std)
         inputs = {name: _to(value, self.device) for name, value in random_inputs(plan, 0).items()}
         lists = (plan.program(), Program(optimizer.ops, optimizer.given(0.0), ["norm"]))

@@ -54,6 +54,9 @@ class TrainConfig:
             ("precision", "mixed_precision", "torch_dtype", "bf16"),
         ),
     ] = "fp32"
+    optimizer: Annotated[
+        Literal["adamw"], Doc("Optimizer, with its state sharded over data-parallel ranks (ZeRO-1).", ("optim",))
+    ] = "adamw"
     learning_rate: Annotated[Amount, Doc("Learning rate after the warm-up.", ("lr", "max_lr", "peak_lr"))] = 1e-3
     min_learning_rate: Annotated[
         Amount, Doc("Learning rate at the end of a cosine or warm-up-stable-decay schedule.", ("min_lr", "lr_min"))

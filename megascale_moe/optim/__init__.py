@@ -1,1 +1,1 @@
-"""From gradients to new weights: synchronisation over replicas, sharded AdamW, learning-rate schedules."""
+"""From gradients to new weights: synchronisation over replicas, optimizer rules on shards, learning-rate schedules."""

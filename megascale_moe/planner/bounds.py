@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 from megascale_moe.config import Config, OverlapConfig
 from megascale_moe.engine.op import Stream
 from megascale_moe.engine.remat import kept_bytes
-from megascale_moe.model.counts import parameter_shapes
+from megascale_moe.model.counts import parameter_matrices, parameter_shapes
+from megascale_moe.optim.registry import rule_of
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.planner.space import Layout
 from megascale_moe.planner.stages import Kind, Once, Stages
 from megascale_moe.planner.step import Pricer
 
 ONE = (Kind(1, 0, first=False, last=False), Kind(0, 1, first=False, last=False))
-STATE_BYTES = 12
-"""Of master and moments of a parameter; those of its replicas share them."""
 GRADIENT_BYTES = 4
+MASTER_BYTES = 4
+"""Of the exact weight; those that hold the same weight share masters and the optimizer's state."""
 
 
 class Floors:
@@ -35,7 +37,7 @@ class Floors:
         model = config.model
         numbers = zip(ONE, (model.layers - model.dense_layers, model.dense_layers), strict=True)
         self.layers = {kind: number for kind, number in numbers if number}
-        self.experts, self.others = _parameters(config)
+        self.experts, self.others = _sizes_of(config)
         self._once = Once()
 
     def quick(self, layout: Layout) -> float:
@@ -77,10 +79,9 @@ class Floors:
 
     def weights(self, layout: Layout) -> float:
         """Bytes that stay from step to step on an average rank."""
-        mesh, itemsize = layout.mesh, DTYPES[self.config.train.dtype].itemsize + GRADIENT_BYTES
-        experts = self.experts / (mesh.pp * mesh.ffn) * (itemsize + STATE_BYTES * mesh.ffn / mesh.stage)
-        others = self.others / mesh.pp * (itemsize / mesh.node + STATE_BYTES / mesh.stage)
-        return experts + others
+        mesh, experts, others = layout.mesh, self.experts, self.others
+        copied = experts.copied / mesh.ffn + others.copied / mesh.node
+        return (copied + (experts.shared + others.shared) / mesh.stage) / mesh.pp
 
     def _took(self, layout: Layout, kind: Kind, phase: str, remat: str) -> dict[Stream, float]:
         """Seconds of a layer and micro-batch by stream."""
@@ -105,11 +106,24 @@ class Floors:
 
 def least_bytes(config: Config) -> float:
     """Of weights, gradients and optimizer on all ranks together, with nothing held twice."""
-    return (DTYPES[config.train.dtype].itemsize + GRADIENT_BYTES + STATE_BYTES) * sum(_parameters(config))
+    return float(sum(sizes.copied + sizes.shared for sizes in _sizes_of(config)))
 
 
-def _parameters(config: Config) -> tuple[int, int]:
-    """(of experts, others)."""
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    return experts, sum(sizes.values()) - experts
+class _Bytes(NamedTuple):
+    """Of some weights of the whole model: held by everyone who has the weight, and once by all of them together."""
+
+    copied: int
+    shared: int
+
+
+def _sizes_of(config: Config) -> tuple[_Bytes, _Bytes]:
+    """Weights and gradients, masters and the optimizer's state: of experts, and of the other weights."""
+    rule, matrices = rule_of(config.train), parameter_matrices(config.model)
+    itemsize = DTYPES[config.train.dtype].itemsize + GRADIENT_BYTES
+    found = {True: _Bytes(0, 0), False: _Bytes(0, 0)}
+    for name, shape in parameter_shapes(config.model).items():
+        size, expert = math.prod(shape), ".experts." in name
+        copied, shared = found[expert]
+        state = MASTER_BYTES + rule.of(matrices[name]).state_bytes
+        found[expert] = _Bytes(copied + itemsize * size, shared + state * size)
+    return found[True], found[False]

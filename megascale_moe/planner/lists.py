@@ -8,7 +8,9 @@ from __future__ import annotations
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, TrainConfig
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.optim.groups import flat_groups
+from megascale_moe.optim.registry import rule_of
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.pipeline.batches import DTYPES, micro_batch
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.storageless import META
@@ -32,7 +34,7 @@ def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = Non
 
 def optimizer_of(
     plan: StepPlan, train: TrainConfig, part: Part | None = None, *, by_layer: bool | None = None
-) -> ShardedAdamW:
+) -> ShardedOptimizer:
     """Of the weights of the rank that a plan is for, or of some layers.
 
     Args:
@@ -41,6 +43,6 @@ def optimizer_of(
     hides = plan.overlap.hides_synchronisation if by_layer is None else by_layer
     groups = flat_groups(
         placements(plan.model, plan.layout, part or plan.part), plan.axes, plan.dtype, META,
-        by_layer=hides, wire=plan.wire,
+        by_layer=hides, wire=plan.wire, rule=rule_of(train),
     )  # fmt: skip
-    return ShardedAdamW(groups, plan.axes["world"], train)
+    return ShardedOptimizer(groups, plan.axes, train)

@@ -16,7 +16,7 @@ from megascale_moe.config import TrainConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.names import grad
-from megascale_moe.optim.sharded_adamw import ShardedAdamW
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
@@ -105,7 +105,7 @@ def _hidden(stages: Stages, plan: StepPlan, train: TrainConfig, kind: Kind) -> f
     return float(meter.peak)
 
 
-def _update(optimizer: ShardedAdamW) -> int:
+def _update(optimizer: ShardedOptimizer) -> int:
     """The most that synchronisation and update have at once."""
     meter = Meter()
     with meter:

@@ -1,4 +1,4 @@
-"""A config file, read with all that is registered: presets, strategies."""
+"""A config file, read with all that is registered: presets, strategies, optimizers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megascale_moe.config import Choices, Config, load
+from megascale_moe.optim import registry as optimizers
 from megascale_moe.presets import PRESETS
 from megascale_moe.strategies import registry
 
 
 def choices() -> Choices:
     """Return the values that keys may have which name something registered, by "section.key"."""
-    return {"model.preset": ("", *PRESETS), **registry.choices()}
+    rules = tuple(rule.name for rule in optimizers.RULES)
+    return {"model.preset": ("", *PRESETS), **registry.choices(), "train.optimizer": rules}
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

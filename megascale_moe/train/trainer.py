@@ -17,18 +17,20 @@ from megascale_moe.checkpoint import Checkpoint, Piece
 from megascale_moe.comm.axis import Axes
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import Config, ModelConfig, OverlapConfig, WireConfig
+from megascale_moe.config import Config, ModelConfig, OverlapConfig, WireConfig, require
 from megascale_moe.data import Batch
 from megascale_moe.engine.executor import Observer, Program, resolve
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.allocator import keep_freed_memory
 from megascale_moe.kernels.blocks import Fusion
-from megascale_moe.model.counts import parameter_shapes
+from megascale_moe.model.counts import parameter_matrices, parameter_shapes
 from megascale_moe.model.router import updated_bias
 from megascale_moe.model.segments import Segments
 from megascale_moe.optim.flat import FlatWeights, Slot
+from megascale_moe.optim.groups import flat_groups
+from megascale_moe.optim.registry import rule_of
 from megascale_moe.optim.schedule import learning_rate
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.step import SHARED, of_micro
@@ -87,8 +89,10 @@ class Trainer:
         plan = self.plan(1)
         self.part, self.placements = plan.part, placements(self.model, plan.layout, plan.part)
         by_layer = config.overlap.hides_synchronisation
-        groups = flat_groups(self.placements, axes, self.dtype, device, by_layer=by_layer, wire=config.wire)
-        self.optimizer = ShardedAdamW(groups, axes["world"], config.train)
+        groups = flat_groups(
+            self.placements, axes, self.dtype, device, by_layer=by_layer, wire=config.wire, rule=rule_of(config.train)
+        )
+        self.optimizer = ShardedOptimizer(groups, axes, config.train)
         self.buffers = buffers_of(self.model, self.part, device)
         self.program = lru_cache(maxsize=None)(self._program)
 
@@ -249,13 +253,12 @@ class Trainer:
 
     def pieces(self) -> Iterable[Piece]:
         """This rank's part of the training state, keyed by global names; all ranks' parts cover everything once."""
-        state = {"parameters": [group.master for group in self.optimizer.groups], **self.optimizer.state()}
-        for index, group in enumerate(self.optimizer.groups):
+        for group, state in zip(self.optimizer.groups, self.optimizer.state(), strict=True):
             for slot in group.slots:
                 whole = slot.placement.whole
                 for owned in group.owned(slot):
-                    for kind, tensors in state.items():
-                        values = tensors[index][owned.place].cpu()
+                    for kind, tensor in {"parameters": group.master, **state}.items():
+                        values = tensor[owned.place].cpu()
                         yield Piece(f"{kind}.{slot.name}", whole, *owned.box, owned.first, values)
         if self.axes["data"].index == 0:
             for name, value in self.buffers.items():
@@ -266,27 +269,45 @@ class Trainer:
         """Take over a checkpoint of any layout.
 
         Raises:
-            ConfigError: it belongs to another model, or is damaged.
+            ConfigError: it belongs to another model or another optimizer, or is damaged.
         """
-        checkpoint.require(self.expected())
-        state = self.optimizer.state()
-        for index, group in enumerate(self.optimizer.groups):
+        self._require(checkpoint)
+        for group, state in zip(self.optimizer.groups, self.optimizer.state(), strict=True):
             for slot in group.slots:
                 parts = [checkpoint.read(f"parameters.{slot.name}", *box).flatten() for box, _, _ in slot.ranges]
                 group.set(slot, torch.cat(parts).view(slot.shape).to(self.device))
                 for owned in group.owned(slot):
                     length = owned.last - owned.first
-                    for kind, tensors in state.items():
+                    for kind, tensor in state.items():
                         part = checkpoint.read_flat(f"{kind}.{slot.name}", *owned.box, owned.first, length)
-                        tensors[index][owned.place].copy_(part)
+                        tensor[owned.place].copy_(part)
         for name, value in self.buffers.items():
             value.copy_(checkpoint.read(f"buffers.{name}", (0,), tuple(value.shape)))
         self.optimizer.restore(checkpoint.step)
         self._as_others_have_them()
         self.steps = checkpoint.step
 
+    def _require(self, checkpoint: Checkpoint) -> None:
+        expected = self.expected()
+        saved, wanted = _state_kinds(checkpoint.tensors), _state_kinds(expected)
+        here, there = (", ".join(kinds) or "nothing" for kinds in (wanted, saved))
+        require(
+            saved == wanted,
+            f"{checkpoint.folder} is a checkpoint of another optimizer: it keeps {there} of each weight, "
+            f"train.optimizer = {self.config.train.optimizer!r} keeps {here}; resume with the one that saved it",
+        )
+        checkpoint.require(expected)
+
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and global shape of everything a checkpoint of this model holds."""
-        kinds = ("parameters", "exp_avg", "exp_avg_sq")
-        shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in parameter_shapes(self.model).items()}
+        """Name and global shape of everything a checkpoint of this model and this optimizer holds."""
+        rule, matrices = rule_of(self.config.train), parameter_matrices(self.model)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in parameter_shapes(self.model).items():
+            kinds = ("parameters", *(state.name for state in rule.of(matrices[name]).state))
+            shapes |= {f"{kind}.{name}": shape for kind in kinds}
         return shapes | {f"buffers.{name}": shape for _, name, shape in buffer_shapes(self.model)}
+
+
+def _state_kinds(tensors: Iterable[str]) -> list[str]:
+    """What an optimizer keeps, by the names of a checkpoint's tensors; sorted."""
+    return sorted({name.partition(".")[0] for name in tensors} - {"parameters", "buffers"})

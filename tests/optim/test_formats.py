@@ -18,12 +18,13 @@ from megascale_moe.engine.memory import Meter
 from megascale_moe.engine.trace import Trace
 from megascale_moe.kernels.narrow import BLOCK, BFloat16, Float8, Format
 from megascale_moe.optim.flat import FlatWeights, Formats
+from megascale_moe.optim.groups import flat_groups
 from megascale_moe.optim.narrow_sums import CAST, FORMS
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.optim.sync import CHUNK, arrived, gather_job, given, pipelined, reduce, shard_of, updated
 from megascale_moe.strategies.placement import everything
 from megascale_moe.testing import run_ranks
-from tests.optim.test_sharded_adamw import CONFIG
+from tests.optim.test_sharded import CONFIG
 from tests.optim.test_sync import gather_ops
 
 MESHES = [Mesh(dp=2, node=2), Mesh(node=3), Mesh(dp=2)]
@@ -183,7 +184,7 @@ def update_on_rank(mesh: Mesh, wire: WireConfig) -> tuple[float, float, Tensor]:
     """(norm as the optimizer has it, as the shards' sums have it, this rank's masters)."""
     axes = connect(mesh)
     groups = flat_groups(PLACES, axes, torch.float32, torch.device("cpu"), wire=wire)
-    optimizer = ShardedAdamW(groups, axes["world"], replace(CONFIG, clip_norm=0.5), 200)
+    optimizer = ShardedOptimizer(groups, axes, replace(CONFIG, clip_norm=0.5), 200)
     (group,) = groups
     for name, sink in optimizer.gradients.items():
         sink.add(gradient(sink.buffer.numel(), dist.get_rank()).view(PLACES[name].shape))

@@ -14,7 +14,9 @@ from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.op import Op, Phase, Stream
 from megascale_moe.engine.trace import Trace
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.sharded_adamw import NORM_BYTES, ShardedAdamW, flat_groups
+from megascale_moe.optim.groups import flat_groups
+from megascale_moe.optim.norm import NORM_BYTES
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.optim.sync import CHUNK, gather, given, reduce, shard_of, updated_of
 from megascale_moe.strategies.placement import everything, rows
 from megascale_moe.testing import run_ranks
@@ -164,7 +166,7 @@ def reads_result_of(op: Op, ops: list[Op], part: str) -> bool:
 
 def test_a_step_starts_all_reductions_before_it_waits_for_one() -> None:
     groups = [flat(*axes(2, 2), name="a"), flat(*axes(1, 2), name="b")]
-    ops = ShardedAdamW(groups, Axis("world", 4), TrainConfig(), CHUNK).ops
+    ops = ShardedOptimizer(groups, {"world": Axis("world", 4)}, TrainConfig(), CHUNK).ops
     assert [op.name for op in ops] == [
         "gradients.a.intra_reduce_scatter", "gradients.b.inter_reduce_scatter", "gradients.a.inter_reduce_scatter",
         "gradients.a.squares", "gradients.b.squares", "gradients.norm_all_reduce", "gradients.norm",
@@ -209,7 +211,7 @@ def test_a_dry_run_counts_the_bytes_of_a_cluster() -> None:
     axes = axes_of(mesh, mesh.stage + 9, "nccl")
     places = {"w": everything((4096, 1024), REPLICAS), "x": everything((8, 512, 512), ("", "expert_data"))}
     groups = flat_groups(places, axes, torch.bfloat16, torch.device("meta"))
-    optimizer = ShardedAdamW(groups, axes["world"], TrainConfig(), chunk=1000)
+    optimizer = ShardedOptimizer(groups, axes, TrainConfig(), chunk=1000)
     optimizer.step(0.1, trace := Trace())
     declared = sum(op.cost.wire_bytes for op in optimizer.ops)
     p, q = (len(group.weights) for group in groups)

@@ -16,7 +16,8 @@ from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Cost, Op, Stream, Work, product
 from megascale_moe.engine.order import Interference, makespan, simulate
 from megascale_moe.model.counts import attention_flops_per_token, counts
-from megascale_moe.optim.sharded_adamw import ShardedAdamW, flat_groups
+from megascale_moe.optim.groups import flat_groups
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.planner.cluster import Cluster, Curve, load
 from megascale_moe.planner.price import Peers, Prices
@@ -177,7 +178,7 @@ def simulated(whole: Config, world: int) -> float:
     hidden = whole.overlap.hides_synchronisation
     weights = placements(whole.model, plan.layout, plan.part)
     groups = flat_groups(weights, plan.axes, torch.bfloat16, torch.device("meta"), by_layer=hidden)
-    optimizer = ShardedAdamW(groups, plan.axes["world"], whole.train)
+    optimizer = ShardedOptimizer(groups, plan.axes, whole.train)
     ops = optimizer.hidden(plan.ops) if hidden else [*plan.ops, *optimizer.ops]
     prices = Prices.of(H800, torch.bfloat16, mesh_of(whole.parallel, whole.model, world))
     return makespan(simulate([prices.placed(op) for op in ops], prices.seconds))

@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def _work(config: Config, ranks: int, only: bool) -> Work:
             raise ConfigError(f"--only: the config's own layout does not fit {ranks} ranks: {error}") from error
     else:
         cases, _, note = all_cases(config, ranks)
-    cases = [with_passes(case, config.overlap) for case in cases]
+    cases = [replace(with_passes(case, config.overlap), train=config.train) for case in cases]
     models = dict.fromkeys(case.model for case in cases)
     references = {model: reference(model, ROWS_PER_RANK * ranks, config.train.seed) for model in models}
     return Work(config, ranks, cases, references, note)

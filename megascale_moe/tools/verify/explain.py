@@ -83,7 +83,7 @@ def first_difference(run: RankOfLayout, errors: Errors) -> Difference | None:
         different = list(Comparison(run, recorder.values).differences())
         clear = [found for found in different if not found[1].error <= SINGLE]
         return _first(run, clear) or _first(run, _weight_gradients(run)) or _first(run, different)
-    recorder = Recorder()
+    recorder = Recorder(copies=True)
     run.step()
     run.synchronise(recorder)
     return _first(run, _synchronisation(run, recorder.values))

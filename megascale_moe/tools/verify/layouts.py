@@ -22,7 +22,7 @@ import torch
 
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig
+from megascale_moe.config import Config, ConfigError, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megascale_moe.pipeline.schedule import schedule
 from megascale_moe.strategies import registry
 from megascale_moe.strategies.experts_all_gather import ALL_GATHER
@@ -43,7 +43,7 @@ class Case:
 
     Attributes:
         rows: sequences per micro-batch. micros: micro-batches per data-parallel rank.
-        overlap: the passes that the list goes through.
+        overlap: the passes that the list goes through. train: the optimizer, and what it is set to.
     """
 
     parallel: ParallelConfig
@@ -52,6 +52,7 @@ class Case:
     rows: int
     micros: int
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
     def strategy(self) -> tuple[str, str, str]:

@@ -5,7 +5,9 @@ Trainer, StepPlan and optimizer are those of `megascale train`, with a small mod
     summed here     every rank adds its parts to a whole gradient of zeros, and one all-reduce over all ranks sums
                     them. It knows no axis and no replicas, so it cannot be wrong in the same way as the optimizer.
     by the list     the optimizer's own operators, in small chunks: shards of the reduced gradients, their norm, and
-                    the weights that an update leaves on every rank.
+                    the weights that an update leaves on every rank, beside the rule's plain form on whole weights.
+                    The update starts from random state: state in the wrong place shows, and a rule that works on
+                    matrices gets none that is singular, in which rounding would decide.
 
 TOLERANCE is 1e-5, relative, for norms: FP32 sums of a few hundred terms in another order differ by a few 2^-24 =
 6e-8, which 16 layers grow to 4e-6 (measured between the one-rank list and the plain model, all presets). A token at
@@ -25,25 +27,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale_moe.comm.axis import Axes
+from megascale_moe.comm.collectives import tag_of
 from megascale_moe.config import Config, TrainConfig
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.op import Op
+from megascale_moe.model.counts import parameter_matrices
 from megascale_moe.optim.flat import FlatWeights, Slot
-from megascale_moe.optim.sharded_adamw import ShardedAdamW
+from megascale_moe.optim.registry import rule_of
+from megascale_moe.optim.rule import State, Whole
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.optim.sync import shard_of
 from megascale_moe.pipeline.step import SHARED, of_micro
 from megascale_moe.strategies.model import auxiliary_names, local_inputs
 from megascale_moe.strategies.placement import Placement
 from megascale_moe.tools.verify.layouts import Case
-from megascale_moe.tools.verify.reference import Reference, floors, gradient_errors, relative
+from megascale_moe.tools.verify.reference import FLOOR, Recorder, Reference, floors, gradient_errors, relative
 from megascale_moe.train.trainer import Trainer
 
 TOLERANCE = 1e-5
 CHUNK = 1 << 10
 """Elements of a shard that travel together: a few chunks even of a small model."""
 
-# Epsilon of the size of one keeps the update smooth in the gradient, so that it can be compared.
-TRAIN = TrainConfig(dtype="fp32", compile="off", clip_norm=0.0, adam_eps=1.0, weight_decay=0.1)
 RATE = 1.0
 
 Observe = Callable[[Op, dict[str, Any]], None]
@@ -100,9 +104,10 @@ class RankOfLayout:
 
     def __init__(self, case: Case, axes: Axes, rank: int, device: torch.device, reference: Reference) -> None:
         self.case, self.axes, self.rank, self.reference = case, axes, rank, reference
-        config = Config(model=case.model, parallel=case.parallel, train=TRAIN)
+        self.train = _comparable(case.train)
+        config = Config(model=case.model, parallel=case.parallel, train=self.train)
         self.trainer = Trainer(config, case.mesh, axes, device)
-        self.optimizer = ShardedAdamW(self.trainer.optimizer.groups, axes["world"], TRAIN, chunk=CHUNK)
+        self.optimizer = ShardedOptimizer(self.trainer.optimizer.groups, axes, self.train, chunk=CHUNK)
         self.trainer.optimizer = self.optimizer
         self.plan = replace(self.trainer.plan(case.rows, case.micros), overlap=case.overlap)
 
@@ -156,16 +161,26 @@ class RankOfLayout:
             gradient.value()
         given = self.optimizer.given(RATE)
         self.optimizer.restore(0)
-        for moments in self.optimizer.state().values():
-            for moment in moments:
-                moment.zero_()
-        program = Program(self.optimizer.ops, given, ["norm", *map(shard_of, self.optimizer.groups)])
-        return program.run(given, {}, observe=observe)
+        for group, state in zip(self.optimizer.groups, self.optimizer.state(), strict=True):
+            for slot in group.slots:
+                self._fill(group, slot, state)
+        return Program(self.optimizer.ops, given, ["norm"]).run(given, {}, observe=observe)
+
+    def _fill(self, group: FlatWeights, slot: Slot, state: Mapping[str, Tensor]) -> None:
+        """This rank's part of a weight's random state."""
+        whole = self.state(slot.name)
+        for owned in group.owned(slot):
+            offset, size = owned.box
+            box = tuple(slice(first, first + width) for first, width in zip(offset, size, strict=True))
+            for kind, values in whole.items():
+                state[kind][owned.place].copy_(values[box].flatten()[owned.first : owned.last])
 
     def verify(self) -> Errors:
         """Run all of it and compare; the same errors on every rank."""
         errors = self._of_step(self.step())
-        self._of_sync(self.synchronise(), errors)
+        recorder = Recorder(copies=True)
+        norm = self.synchronise(recorder)["norm"]
+        self._of_sync(norm, recorder.values, errors)
         return errors
 
     # --- forward and backward ------------------------------------------------------------------------------------
@@ -206,16 +221,16 @@ class RankOfLayout:
 
     # --- the optimizer -------------------------------------------------------------------------------------------
 
-    def _of_sync(self, out: dict[str, Any], errors: Errors) -> None:
+    def _of_sync(self, found_norm: float, values: Mapping[str, Tensor], errors: Errors) -> None:
         wanted = self.reference.gradients
         least = dict(zip(wanted, floors(wanted), strict=True))
         mine: dict[str, dict[str, float]] = {"shards": {}, "update": {}}
         for group in self.optimizer.groups:
-            shard = resolve(out, shard_of(group)).cpu()
+            shard = values[shard_of(group)].cpu()
             mine["shards"][group.name] = self._shard_error(group, shard, least)
             mine["update"][group.name] = max(self.update_error(group, slot) for slot in group.slots)
         norm = math.sqrt(sum(float(value.double().square().sum()) for value in wanted.values()))
-        found = self.everyone({**mine, "norm": {"": _off(out["norm"], norm)}})
+        found = self.everyone({**mine, "norm": {"": _off(found_norm, norm)}})
         errors.norm = max(each["norm"][""] for each in found)
         for kind, target in (("shards", errors.shards), ("update", errors.update)):
             for each in found:
@@ -244,10 +259,22 @@ class RankOfLayout:
         return relative(found, slot.placement.take(self.updated(slot.name, group.decay)))
 
     def updated(self, name: str, decay: bool) -> Tensor:
-        """A whole weight after the first AdamW step: both moments, freed of their bias, are those of the gradient."""
+        """A whole weight after an update, by the rule's plain form."""
         weight, gradient = self.reference.weights[name], self.reference.gradients[name]
-        kept = 1.0 - RATE * TRAIN.weight_decay if decay else 1.0
-        return weight * kept - RATE * gradient / (gradient.abs() + TRAIN.adam_eps)
+        matrices = parameter_matrices(self.case.model)[name]
+        whole = Whole(weight, gradient, self.state(name), matrices, count=0, decay=decay)
+        return rule_of(self.train).of(matrices).plain(whole, RATE, self.train)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Random state of a whole weight before the update, the same on every rank: of the size of its gradient.
+
+        A gradient far below the others may be rounding; then state of the others' size decides, which is not.
+        """
+        gradients = self.reference.gradients
+        least = dict(zip(gradients, floors(gradients), strict=True))[name] / FLOOR
+        size = max(float(gradients[name].norm()), least) / math.sqrt(gradients[name].numel())
+        rule = rule_of(self.train).of(parameter_matrices(self.case.model)[name])
+        return {state.name: _random(f"{state.name}.{name}", gradients[name], state, size) for state in rule.state}
 
     def everyone(self, value: Any) -> list[Any]:
         """What each rank has to say."""
@@ -256,6 +283,19 @@ class RankOfLayout:
         found: list[Any] = [None] * self.case.mesh.world
         dist.all_gather_object(found, value)
         return found
+
+
+def _comparable(train: TrainConfig) -> TrainConfig:
+    """The optimizer of a config, with nothing that makes its update hard to compare."""
+    train = replace(train, dtype="fp32", compile="off", clip_norm=0.0, weight_decay=0.1)
+    return rule_of(train).comparable(train)
+
+
+def _random(name: str, like: Tensor, state: State, size: float) -> Tensor:
+    """Numbers of a size, by name; those that are never negative are squares, as of a second moment."""
+    generator = torch.Generator().manual_seed(tag_of(name))
+    values = torch.empty(like.shape).normal_(0.0, size, generator=generator)
+    return values.to(state.dtype) if state.signed else values.square().to(state.dtype)
 
 
 def _off(found: float, wanted: float) -> float:

@@ -36,9 +36,14 @@ SEEDS = 40
 
 
 class Recorder:
-    """An observer of `Program.run` that keeps every tensor, and which operator wrote it."""
+    """An observer of `Program.run` that keeps every tensor under its name.
 
-    def __init__(self) -> None:
+    Args:
+        copies: keep copies, where a tensor's last reader may overwrite it (the optimizer's list).
+    """
+
+    def __init__(self, *, copies: bool = False) -> None:
+        self.copies = copies
         self.values: dict[str, Tensor] = {}
 
     def __call__(self, op: Op, alive: dict[str, Any]) -> None:
@@ -46,7 +51,7 @@ class Recorder:
         for name in (*op.reads, *op.writes):
             value = alive.get(name)
             if isinstance(value, Tensor) and name not in self.values:
-                self.values[name] = value
+                self.values[name] = value.clone() if self.copies else value
 
 
 @dataclass(frozen=True)

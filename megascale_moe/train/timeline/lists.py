@@ -18,7 +18,7 @@ from megascale_moe.engine.trace import Event
 
 COLUMNS = ("name", "phase", "stream", "start", "end", "exposed", "bytes")
 OPTIMIZER = "O"
-"""Stands for the phase of what belongs to no micro-batch: sums over ranks, AdamW, weights sent back."""
+"""Stands for the phase of what belongs to no micro-batch: sums over ranks, the update, weights sent back."""
 
 OF_OPTIMIZER = ("gradients.", "update.", "parameters.")
 """How the names of its operators begin."""

@@ -1,4 +1,4 @@
-"""Sharded AdamW on several ranks against torch's AdamW on the full model."""
+"""The sharded optimizer with AdamW on several ranks against torch's AdamW on the full model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.trace import Trace
-from megascale_moe.optim.sharded_adamw import NORM_BYTES, ShardedAdamW, flat_groups
+from megascale_moe.optim.groups import flat_groups
+from megascale_moe.optim.norm import NORM_BYTES
+from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.strategies.placement import Placement, columns, everything, rows, share
 from megascale_moe.testing import run_ranks
 
@@ -97,19 +99,19 @@ def replicas(name: str, mesh: Mesh, rank: int) -> list[int]:
     return sorted(peer for member in near for peer in mesh.ranks(inter, member))
 
 
-def make(mesh: Mesh, config: TrainConfig, dtype: torch.dtype) -> ShardedAdamW:
+def make(mesh: Mesh, config: TrainConfig, dtype: torch.dtype) -> ShardedOptimizer:
     """A rank's optimizer with the initial weights; chunks are small, so that there are several."""
     axes, rank = (connect(mesh), dist.get_rank()) if mesh.world > 1 else (single(), 0)
     places = {name: place(name, mesh, rank) for name in SHAPES}
     groups = flat_groups(places, axes, dtype, torch.device("cpu"))
-    optimizer = ShardedAdamW(groups, axes["world"], config, CHUNK)
+    optimizer = ShardedOptimizer(groups, axes, config, CHUNK)
     for group in optimizer.groups:
         for slot in group.slots:
             group.set(slot, local(initial(slot.name), slot.name, mesh, rank))
     return optimizer
 
 
-def accumulate(optimizer: ShardedAdamW, mesh: Mesh, step: int, micro: int = 2) -> None:
+def accumulate(optimizer: ShardedOptimizer, mesh: Mesh, step: int, micro: int = 2) -> None:
     """This rank's share of the gradient, unlike that of others, in micro-batches."""
     rank = dist.get_rank() if mesh.world > 1 else 0
     for name, sink in optimizer.gradients.items():
@@ -214,7 +216,7 @@ def tied_step(mesh: Mesh) -> tuple[Weights, float]:
     for group in groups:
         for slot in group.slots:
             group.set(slot, torch.ones(slot.shape))
-    optimizer = ShardedAdamW(groups, axes["world"], TrainConfig(weight_decay=0.0, clip_norm=0.0), CHUNK)
+    optimizer = ShardedOptimizer(groups, axes, TrainConfig(weight_decay=0.0, clip_norm=0.0), CHUNK)
     for name, sink in optimizer.gradients.items():
         sink.add(torch.full(sink.buffer.shape, 3.0 if name == "embedding.weight" else 1.0))
     norm = optimizer.step(0.5)
@@ -241,7 +243,7 @@ def test_updates_below_a_bf16_step_are_not_lost() -> None:
     places, axes = {"w.weight": everything((4, 4), ("node", "tensor_data"))}, single()
     groups = flat_groups(places, axes, torch.bfloat16, torch.device("cpu"))
     groups[0].set(groups[0].slots[0], torch.ones(4, 4))
-    optimizer = ShardedAdamW(groups, axes["world"], TrainConfig(weight_decay=0.0))
+    optimizer = ShardedOptimizer(groups, axes, TrainConfig(weight_decay=0.0))
     for _ in range(100):
         optimizer.gradients["w.weight"].add(torch.ones(4, 4))
         optimizer.step(1e-4)
@@ -311,7 +313,7 @@ def test_order_of_the_groups_does_not_depend_on_that_of_the_weights() -> None:
 def test_a_step_on_meta_tensors_has_no_norm() -> None:
     places = {name: place(name, Mesh(), 0) for name in SHAPES}
     groups = flat_groups(places, single(), torch.bfloat16, torch.device("meta"))
-    optimizer = ShardedAdamW(groups, single()["world"], CONFIG)
+    optimizer = ShardedOptimizer(groups, single(), CONFIG)
     assert math.isnan(optimizer.step(RATE, trace := Trace()))
     assert len(trace.events) == len(optimizer.ops)
 
@@ -331,11 +333,11 @@ def test_restored_optimizer_continues_bit_for_bit() -> None:
         accumulate(first, Mesh(), step)
         first.step(RATE)
     second = make(Mesh(), CONFIG, torch.float32)
-    for mine, saved in zip(second.groups, first.groups, strict=True):
-        mine.weights.copy_(saved.weights)
-    for name, tensors in second.state().items():
-        for tensor, saved_tensor in zip(tensors, first.state()[name], strict=True):
-            tensor.copy_(saved_tensor)
+    for group, trained in zip(second.groups, first.groups, strict=True):
+        group.weights.copy_(trained.weights)
+    for mine, saved in zip(second.state(), first.state(), strict=True):
+        for name, tensor in mine.items():
+            tensor.copy_(saved[name])
     second.restore(2)
     for step in (3, 4):
         accumulate(second, Mesh(), step)
@@ -347,6 +349,6 @@ def test_norm_of_a_large_shard_keeps_its_digits() -> None:
     """It was 0.2 % too small for these four million elements, 1 % for sixteen: the CPU's norm is one running sum."""
     axes, places = single(), {"w.weight": everything((2048, 2048), ("node", "tensor_data"))}
     groups = flat_groups(places, axes, torch.float32, torch.device("cpu"))
-    optimizer = ShardedAdamW(groups, axes["world"], CONFIG)
+    optimizer = ShardedOptimizer(groups, axes, CONFIG)
     optimizer.gradients["w.weight"].add(torch.full((2048, 2048), 0.1))
     assert optimizer.step(0.0) == pytest.approx(204.8, rel=1e-6)  # 1024 terms of one size in float32: 4e-7

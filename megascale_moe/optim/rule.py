@@ -1,0 +1,107 @@
+"""What an optimizer is, apart from where its numbers lie and how they travel.
+
+A rule says which state it keeps for an element of a weight, how a flat shard of weights is updated from the summed
+gradients, and what that costs. Everything else reads these: the sharded buffers (`sharded.py`), checkpoints, the
+planner's and the dry run's bytes, and `megascale verify`, which compares the sharded update with the rule's own plain
+form on whole weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megascale_moe.config import TrainConfig
+from megascale_moe.engine.op import Cost
+
+
+@dataclass(frozen=True)
+class State:
+    """One number that a rule keeps for every element of a weight.
+
+    Attributes:
+        name: what checkpoints call it, such as "exp_avg"; without a dot. signed: whether it may be negative.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    signed: bool = True
+
+
+@dataclass
+class Shard:
+    """The elements of a group of weights that this rank updates.
+
+    Attributes:
+        master: exact weights, float32 [S]. state: by name, each [S], zeros before the first update.
+        count: updates done, float32 []; a rule that reads it adds one in `update`. decay: whether weights decay.
+    """
+
+    master: Tensor
+    state: dict[str, Tensor]
+    count: Tensor
+    decay: bool
+
+
+@dataclass
+class Whole:
+    """One weight of the model as a single device has it, to say plainly what an update is.
+
+    Attributes:
+        weight, gradient: float32, of the weight's shape. state: by name, of the same shape, before the update.
+        matrices: see `Placement.matrices`. count: updates done. decay: whether the weight decays.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor] = field(default_factory=dict)
+    matrices: tuple[int, ...] = ()
+    count: int = 0
+    decay: bool = True
+
+
+class Rule(ABC):
+    """How weights follow from their gradients. A rule has no numbers of its own, so one object serves all groups.
+
+    Attributes:
+        name: what the config calls it (`train.optimizer`). state: what it keeps.
+    """
+
+    name: str
+    state: tuple[State, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state for an element of a weight, the exact weight itself not included."""
+        return sum(state.dtype.itemsize for state in self.state)
+
+    def of(self, matrices: tuple[int, ...]) -> Rule:
+        """Return the rule for a weight that consists of these matrices (`Placement.matrices`): this one or another."""
+        return self
+
+    @abstractmethod
+    def update(self, shard: Shard, change: Tensor, rate: float, config: TrainConfig) -> None:
+        """Update the master weights and the state of a shard in place.
+
+        Args:
+            change: float32 [S], the summed gradients after clipping; it may be overwritten. rate: the learning rate of
+                this step.
+        """
+
+    @abstractmethod
+    def cost(self, elements: int) -> Cost:
+        """Return the memory traffic (and FLOPs, where they count) of `update` for so many elements."""
+
+    @abstractmethod
+    def plain(self, whole: Whole, rate: float, config: TrainConfig) -> Tensor:
+        """Return a whole weight after one update, float32: what all ranks together must come to, in plain PyTorch.
+
+        The same calculation written a second time for reading and for tests; nothing in it is sharded or in place.
+        """
+
+    def comparable(self, config: TrainConfig) -> TrainConfig:
+        """Return the config with which two updates from nearly equal gradients are nearly equal; for `verify`."""
+        return config
