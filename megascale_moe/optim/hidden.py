@@ -74,7 +74,7 @@ def _insert_reductions(
     jobs: list[Job] = [reduce_job(group) for _, group in additions]
     for hop in range(max(map(len, jobs), default=0)):  # first hops first: they start at once, later ones wait
         for index, ops in enumerate(job[hop] if hop < len(job) else [] for job in jobs):
-            at = additions[index + hop][0] + 1 if index + hop < len(additions) else end
+            at = min(additions[index + hop][0] + 1, end) if index + hop < len(additions) else end
             if additions[index][1].inter.name == "tied" and all(op.stream == Stream.COMPUTE for op in ops):
                 at = end  # the sum waits for another stage, which may wait for what this one is yet to send
             inserted.setdefault(at, []).extend(ops)
