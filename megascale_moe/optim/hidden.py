@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.sync import Job, arrived, gather_job, reduce_job
+from megascale_moe.optim.sync import Job, arrived, gather_job, pipelined, reduce_job
 
 AHEAD = 2
 """Groups between the one whose weights are asked for and the one that is used."""
@@ -80,6 +80,7 @@ def _insert_reductions(
             inserted.setdefault(at, []).extend(ops)
 
 
-def without_gathering(updates: Mapping[str, Op]) -> list[Op]:
-    """The operators that update, for a list that reads what they wrote only in the next step."""
-    return [replace(op, writes=()) for op in updates.values()]
+def without_gathering(updates: Mapping[str, Job]) -> list[Op]:
+    """The operators that update, for a list that reads what the last ones wrote only in the next step."""
+    jobs = [[*hops, [*last[:-1], replace(last[-1], writes=())]] for *hops, last in updates.values()]
+    return pipelined(jobs)

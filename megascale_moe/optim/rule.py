@@ -4,6 +4,10 @@ A rule says which state it keeps for an element of a weight, how a flat shard of
 gradients, and what that costs. Everything else reads these: the sharded buffers (`sharded.py`), checkpoints, the
 planner's and the dry run's bytes, and `megascale verify`, which compares the sharded update with the rule's own plain
 form on whole weights.
+
+Most rules work element by element, so that a shard may cut a weight anywhere. One that needs whole matrices
+(`MatrixRule`) gets them in the middle of its update: `whole.py` collects the parts of a matrix on one rank, and gives
+back what the rule makes of it.
 """
 
 from __future__ import annotations
@@ -87,8 +91,8 @@ class Rule(ABC):
         """Update the master weights and the state of a shard in place.
 
         Args:
-            change: float32 [S], the summed gradients after clipping; it may be overwritten. rate: the learning rate of
-                this step.
+            change: float32 [S], the summed gradients after clipping, or what a `MatrixRule` has made of them; it may be
+                overwritten. rate: the learning rate of this step.
         """
 
     @abstractmethod
@@ -105,3 +109,33 @@ class Rule(ABC):
     def comparable(self, config: TrainConfig) -> TrainConfig:
         """Return the config with which two updates from nearly equal gradients are nearly equal; for `verify`."""
         return config
+
+
+class MatrixRule(Rule):
+    """A rule whose update needs whole matrices: element by element, matrix by matrix, then element by element again.
+
+    It is only ever asked to update weights that are matrices; `of` must send others to another rule.
+    """
+
+    @abstractmethod
+    def prepare(self, shard: Shard, gradient: Tensor, config: TrainConfig) -> Tensor:
+        """Return what matrices are made of, float32 [S], and update the state; `gradient` [S] may be overwritten.
+
+        What lies between the weights of a shard is zero, and must come out as zero.
+        """
+
+    @abstractmethod
+    def transform(self, matrices: Tensor, config: TrainConfig) -> Tensor:
+        """Return what becomes of some whole matrices, [count, rows, columns] in `dtype`, which may be overwritten."""
+
+    @abstractmethod
+    def dtype(self, device: torch.device, config: TrainConfig) -> torch.dtype:
+        """Return the dtype in which matrices are transformed, and travel to where that is done and back."""
+
+    @abstractmethod
+    def prepare_cost(self, elements: int) -> Cost:
+        """Return the memory traffic of `prepare` for so many elements."""
+
+    @abstractmethod
+    def transform_cost(self, rows: int, columns: int) -> Cost:
+        """Return the FLOPs and memory traffic of `transform` for one matrix; ranks are balanced by its FLOPs."""

@@ -2,9 +2,9 @@
 
 A step is one list of operators: gradients summed in float32 over each weight's own replicas, so that every rank has a
 shard of each group (`sync`: inside of the node, then between nodes); one global norm over all shards (`norm`); clipping
-and the optimizer's rule on the shards (`rule`); weights gathered in the compute dtype. In the list all reductions start
-before anything waits, and a group is gathered while the next one is updated. It is built once, runs like any other
-list, and shows in the trace; on meta tensors it is a dry run.
+and the optimizer's rule on the shards (`rule`, and `whole` where it needs whole matrices); weights gathered in the
+compute dtype. In the list all reductions start before anything waits, and a group is gathered while the next one is
+updated. It is built once, runs like any other list, and shows in the trace; on meta tensors it is a dry run.
 
 Nothing here knows an optimizer: `registry.rule_of` finds the one that the config names.
 """
@@ -29,9 +29,10 @@ from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.optim.hidden import hide, without_gathering
 from megascale_moe.optim.norm import clipped, norm_ops
 from megascale_moe.optim.registry import rule_of
-from megascale_moe.optim.rule import Rule, Shard
+from megascale_moe.optim.rule import MatrixRule, Rule, Shard
 from megascale_moe.optim.sync import (
     CHUNK,
+    Job,
     arrived,
     gather,
     gather_job,
@@ -42,6 +43,7 @@ from megascale_moe.optim.sync import (
     updated,
     updated_of,
 )
+from megascale_moe.optim.whole import Loads, WholeMatrices
 
 
 class ShardedOptimizer:
@@ -146,8 +148,18 @@ class ShardedOptimizer:
 
     # --- operators ---------------------------------------------------------------------------------------------------
 
-    def _updates(self) -> dict[str, Op]:
-        return {group.name: self._update_op(index) for index, group in enumerate(self.groups)}
+    def _updates(self) -> dict[str, Job]:
+        """Of each group by name, what comes between the norm and the gathering of its weights."""
+        loads: Loads = {}
+        return {group.name: self._update_job(index, loads) for index, group in enumerate(self.groups)}
+
+    def _update_job(self, index: int, loads: Loads) -> Job:
+        group, rule = self.groups[index], self.rules[index]
+        if not isinstance(rule, MatrixRule):
+            return [[self._update_op(index)]]
+        whole = WholeMatrices(group, rule, self.axes, self.config, loads)
+        prepare = self._prepare_op(index, rule, whole.name("direction"))
+        return whole.job(prepare, lambda returned: self._finish_op(index, whole, returned))
 
     def _update_op(self, index: int) -> Op:
         """Clip, the rule on the shard of one group, and round the masters to the compute dtype."""
@@ -161,6 +173,33 @@ class ShardedOptimizer:
         return Op(
             name=f"update.{group.name}", reads=(shard_of(group), "norm", "learning_rate"), writes=(updated_of(group),),
             run=run, phase=Phase.W, cost=_more(cost, self._clipping_bytes(group) + _written_bytes(group)),
+        )  # fmt: skip
+
+    def _prepare_op(self, index: int, rule: MatrixRule, writes: str) -> Op:
+        """Clip, and the beginning of the rule; what it writes may lie where the sums were."""
+        group, shard = self.groups[index], self.shards[index]
+
+        def run(gradient: Tensor, norm: float) -> Tensor:
+            return rule.prepare(shard, clipped(gradient, norm, self.config.clip_norm), self.config)
+
+        cost = _more(rule.prepare_cost(group.master.numel()), self._clipping_bytes(group))
+        return Op(
+            name=f"update.{group.name}.prepare", reads=(shard_of(group), "norm"), writes=(writes,), run=run,
+            phase=Phase.W, cost=cost,
+        )  # fmt: skip
+
+    def _finish_op(self, index: int, whole: WholeMatrices, returned: str) -> Op:
+        """The end of the rule with whole matrices transformed, and round the masters to the compute dtype."""
+        group, rule, shard = self.groups[index], self.rules[index], self.shards[index]
+
+        def run(direction: Tensor, transformed: Sequence[Tensor], learning_rate: float) -> Tensor:
+            rule.update(shard, whole.settled(direction, transformed), learning_rate, self.config)
+            return _written(group)
+
+        return Op(
+            name=f"update.{group.name}", reads=(whole.name("direction"), returned, "learning_rate"),
+            writes=(updated_of(group),), run=run, phase=Phase.W,
+            cost=_more(rule.cost(group.master.numel()), _written_bytes(group)),
         )  # fmt: skip
 
     def _clipping_bytes(self, group: FlatWeights) -> int:

@@ -57,17 +57,19 @@ def reduce(groups: Sequence[FlatWeights], chunk: int = CHUNK) -> list[Op]:
     return [*pipelined(jobs), *(_assemble(flat, chunk) for flat in groups if len(_chunks(flat, chunk)) > 1)]
 
 
-def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Op], chunk: int = CHUNK) -> list[Op]:
+def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Job], chunk: int = CHUNK) -> list[Op]:
     """Fill the `weights` of every rank from the shards.
 
     Args:
-        updates: by name of the group, the operator that writes `updated_of` it. It comes right before the group's
-            first chunk, so that the group before it travels while it runs.
+        updates: by name of the group, the hops of its update, the last of which writes `updated_of` it. That comes
+            right before the group's first chunk, so that the group before it travels while it runs.
     """
     jobs: list[Job] = []
     for flat in groups:
         first, *rest = [_gather_job(part) for part in _chunks(flat, chunk)]
-        jobs += [[[updates[flat.name], *first[0]], *first[1:]], *rest]
+        *hops, last = updates[flat.name]
+        jobs.append([*hops, [*last, *first[0]], *first[1:]])
+        jobs += [[*([] for _ in hops), *job] for job in rest]
     in_place = [flat for flat in groups if _levels(flat) and _in_place(_chunks(flat, chunk)[0])]
     return [*pipelined(jobs), ready(in_place)]
 

@@ -39,7 +39,7 @@ def update_op(group: FlatWeights) -> Op:
 
 
 def gather_ops(groups: list[FlatWeights], chunk: int) -> list[Op]:
-    return gather(groups, {group.name: update_op(group) for group in groups}, chunk)
+    return gather(groups, {group.name: [[update_op(group)]] for group in groups}, chunk)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
