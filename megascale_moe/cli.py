@@ -96,7 +96,7 @@ def _main(arguments: list[str]) -> int:
         return _dryrun(config, options)
     if options.command == "bench" and options.name == "convergence":
         out = options.out or Path("runs/convergence")
-        order = bench_convergence.Order.of(options.variants, options.seeds, out)
+        order = bench_convergence.ConvergenceOptions.of(options.variants, options.seeds, out)
         return bench_convergence.bench(config, options.nproc, order, as_json=options.json)
     if options.command == "bench":
         return bench_overlap.bench(config, options.nproc, options.rounds, as_json=options.json)
@@ -280,7 +280,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     if not given:
         raise ConfigError("CONFIG.toml is missing: what is to be planned; see megascale plan --help")
     configs = [read_config(path, overrides) for path in given]
-    order = plan_command.Order.of(
+    order = plan_command.PlanOptions.of(
         configs, options.cluster, options.gpus, options.keep, fixed=options.fixed, out=options.out
     )
     return plan_command.plan(order, as_json=options.json)
@@ -292,7 +292,7 @@ def _profile(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"bench profile measures the machine, not a config; leave out {given[0]!r}")
     nproc = options.nproc or local_rank_count(Config())
     out = options.out or Path("profile.toml")
-    order = bench_profile.Order(nproc, options.node or 0, options.dtype or "", out, options.base)
+    order = bench_profile.ProfileOptions(nproc, options.node or 0, options.dtype or "", out, options.base)
     return bench_profile.bench(order, as_json=options.json)
 
 

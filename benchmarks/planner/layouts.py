@@ -35,7 +35,7 @@ from benchmarks.overlap.nodes import batches  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from benchmarks.planner import cores  # noqa: E402
 from megascale_moe.bench import overlap as bench_overlap  # noqa: E402
-from megascale_moe.bench.machine import Found, Meter  # noqa: E402
+from megascale_moe.bench.machine import MachineFigures, MachineMeter  # noqa: E402
 from megascale_moe.bench.profile import header, memory_of, profile  # noqa: E402
 from megascale_moe.bench.timed import over_ranks, spread  # noqa: E402
 from megascale_moe.comm.axis import Axes, connect  # noqa: E402
@@ -140,7 +140,7 @@ def meet(axes: Axes) -> None:
             dist.barrier(axis.group)
 
 
-def measured_profile(where: Cluster) -> Found:
+def measured_profile(where: Cluster) -> MachineFigures:
     """The cluster's, on every rank."""
     shape = where.shape
     mesh = Mesh(dp=shape.ranks // shape.node, node=shape.node, ep=shape.node)
@@ -154,7 +154,7 @@ def measured_profile(where: Cluster) -> Found:
             say(what)
         seen.add(what)
 
-    return Meter(axes, mesh, CPU, "fp32", progress=progress).everything()
+    return MachineMeter(axes, mesh, CPU, "fp32", progress=progress).everything()
 
 
 class Runner:

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from benchmarks.overlap.nodes import batches  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
 from benchmarks.planner.layouts import by_kind, sentence, summary, table  # noqa: E402
-from megascale_moe.bench.machine import Meter, random_weights  # noqa: E402
+from megascale_moe.bench.machine import MachineMeter, random_weights  # noqa: E402
 from megascale_moe.bench.profile import header, memory_of, profile  # noqa: E402
 from megascale_moe.bench.timed import spread  # noqa: E402
 from megascale_moe.comm.axis import single  # noqa: E402
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace, chosen: Sequence[Variant], device: torch.de
     begin = now()
     path: Path = options.profile or options.folder / f"profile-{options.base}.toml"
     if options.profile is None:
-        found = Meter(single(), mesh_of(ParallelConfig(dp=1), SMALL, 1), device, "bf16",
+        found = MachineMeter(single(), mesh_of(ParallelConfig(dp=1), SMALL, 1), device, "bf16",
                       progress=lambda what, done, total: None).everything()  # fmt: skip
         text = profile(found, memory_of(device, 1), header(device), options.base)
         path.write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from megascale_moe.model.counts import counts
 from megascale_moe.planner.cluster import Cluster, load
 from megascale_moe.planner.step import StepPrice, memory, price
 from megascale_moe.presets import PRESETS
-from megascale_moe.tools.validation.validate import Result, Validation, validate
+from megascale_moe.tools.validation.validate import RowResult, Validation, validate
 from megascale_moe.train.progress import counted_progress
 
 HERE = Path(__file__).parent
@@ -135,7 +135,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.1f} %"
 
 
-def _row(row: Result) -> list[object]:
+def _row(row: RowResult) -> list[object]:
     return [row.id, row.reference, row.predicted, row.unit, _percent(row.error), row.use]
 
 

@@ -36,7 +36,7 @@ from benchmarks.cluster.cluster import Shape, cluster  # noqa: E402
 from benchmarks.cluster.iso import NODES, balance, gemm_rates  # noqa: E402
 from benchmarks.cluster.ranks import run_on_cluster  # noqa: E402
 from benchmarks.overlap.run import balanced_route  # noqa: E402
-from megascale_moe.bench.timed import Timed, over_ranks, random_inputs, run_timed, spread  # noqa: E402
+from megascale_moe.bench.timed import TimedSteps, over_ranks, random_inputs, run_timed, spread  # noqa: E402
 from megascale_moe.comm.axis import connect, single  # noqa: E402
 from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig  # noqa: E402
 from megascale_moe.engine.executor import Observer, Program, resolve  # noqa: E402
@@ -171,7 +171,7 @@ class Bench:
             profiler.runs.append(self.run(program, profiler.observe).trace.events)
         return profiler.profile(self.plan, self.plan.overlap, self.plan.axes["data"])
 
-    def run(self, program: Program, observe: Observer | None = None) -> Timed:
+    def run(self, program: Program, observe: Observer | None = None) -> TimedSteps:
         """Forward and backward of all micro-batches."""
         return run_timed(program, self.values, self.weights, self.sinks, self.world, observe)
 

@@ -75,7 +75,7 @@ Errors = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Order:
+class ConvergenceOptions:
     """What to train.
 
     Attributes:
@@ -87,7 +87,7 @@ class Order:
     folder: Path
 
     @classmethod
-    def of(cls, names: str, seeds: int, folder: Path) -> Order:
+    def of(cls, names: str, seeds: int, folder: Path) -> ConvergenceOptions:
         """From the command line; "" is all.
 
         Raises:
@@ -99,7 +99,7 @@ class Order:
         return cls(wanted, seeds, folder)
 
 
-def bench(config: Config, nproc: int | None, order: Order, *, as_json: bool) -> int:
+def bench(config: Config, nproc: int | None, order: ConvergenceOptions, *, as_json: bool) -> int:
     """The command, on forked ranks. The exit status.
 
     Raises:
@@ -153,7 +153,7 @@ def described(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(parts))  # type: ignore[no-any-return]
 
 
-def _rank(config: Config, mesh: Mesh, order: Order) -> None:
+def _rank(config: Config, mesh: Mesh, order: ConvergenceOptions) -> None:
     job = join(config, mesh)
     document = kept(order.folder, config, job.world)
     done = {(run["variant"], run["seed"]) for run in document["runs"]}
@@ -163,7 +163,7 @@ def _rank(config: Config, mesh: Mesh, order: Order) -> None:
         for place, (name, seed) in enumerate(wanted):
             if (name, seed) in done:
                 continue
-            run = Run(config, mesh, job, name, seed)
+            run = VariantRun(config, mesh, job, name, seed)
             document["runs"].append(run.trained(partial(progress, f"{name} ({place + 1} of {len(wanted)})")))
             if job.leads:
                 document["rows"] = rows(document["runs"])
@@ -177,7 +177,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
     part.replace(path)
 
 
-class Run:
+class VariantRun:
     """One training run on one rank."""
 
     def __init__(self, config: Config, mesh: Mesh, job: Job, variant: str, seed: int) -> None:

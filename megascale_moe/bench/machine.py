@@ -93,7 +93,7 @@ def _layer(hidden: int, length: int, experts: int, ffn_hidden: int) -> ModelConf
 
 
 @dataclass(frozen=True)
-class Found:
+class MachineFigures:
     """What was measured on a rank of the machine, the mean of all.
 
     Attributes:
@@ -118,7 +118,7 @@ class Found:
     rings: bool
 
 
-class Meter:
+class MachineMeter:
     """Measures on one rank; all ranks call the same methods in the same order.
 
     Args:
@@ -132,7 +132,7 @@ class Meter:
         self.progress = progress
         self.world = mesh.world
 
-    def everything(self) -> Found:
+    def everything(self) -> MachineFigures:
         """All of it. Jitter is looked at three times: what disturbs a machine for seconds is not how it is."""
         peaks = {name: self.peak(DTYPES[name]) for name in DTYPES}
         overhead, jitters = self.overhead(), [self.jitter()]
@@ -141,7 +141,7 @@ class Meter:
         links = self.links()
         jitters.append(self.jitter())
         rings = self.axes["world"].native and self.device.type == "cuda"
-        return Found(
+        return MachineFigures(
             self.dtype, self.world, self.mesh.node, torch.get_num_threads(), peaks, samples, overhead, links,
             self.contention(links), median(jitters), self.step(), rings,
         )  # fmt: skip

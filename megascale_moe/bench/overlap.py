@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megascale_moe.bench.timed import Timed, barrier, over_ranks, random_inputs, run_timed, spread
+from megascale_moe.bench.timed import TimedSteps, barrier, over_ranks, random_inputs, run_timed, spread
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.local_ranks import fork_ranks
@@ -150,7 +150,7 @@ class Runner:
         self.computing_alone.append(self._run(self.computing).seconds)
         self.communicating_alone.append(self._communicate())
 
-    def _run(self, program: Program, observe: Observer | None = None) -> Timed:
+    def _run(self, program: Program, observe: Observer | None = None) -> TimedSteps:
         return run_timed(program, self.values, self.weights, self.sinks, self.world, observe)
 
     def _communicate(self) -> float:

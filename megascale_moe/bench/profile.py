@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megascale_moe.bench.machine import FORMULAS, Effort, Found, Meter
+from megascale_moe.bench.machine import FORMULAS, Effort, MachineFigures, MachineMeter
 from megascale_moe.bench.shares import Points, rising, shares
 from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.comm.mesh import Mesh
@@ -40,7 +40,7 @@ KINDS = (*PRODUCTS, *MOVING)
 
 
 @dataclass(frozen=True)
-class Order:
+class ProfileOptions:
     """What is asked for.
 
     Attributes:
@@ -75,7 +75,7 @@ class Order:
         return Mesh(dp=world // node, node=node, ep=node)
 
 
-def bench(order: Order, *, as_json: bool) -> int:
+def bench(order: ProfileOptions, *, as_json: bool) -> int:
     """The command: on forked ranks, or as one rank under a launcher; the first writes. The exit status.
 
     Raises:
@@ -98,14 +98,14 @@ def _check_place(path: Path) -> str:
     return ""
 
 
-def _rank(order: Order, mesh: Mesh, as_json: bool) -> None:
+def _rank(order: ProfileOptions, mesh: Mesh, as_json: bool) -> None:
     keep_freed_memory()
     job = join(Config(train=TrainConfig()), mesh)
     job.from_lead(lambda: _check_place(order.out))
     dtype = order.dtype or ("bf16" if job.device.type == "cuda" else "fp32")
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(counted_progress()) if job.leads else (lambda what, done, total: None)
-        found = Meter(job.axes, mesh, job.device, dtype, order.effort, progress).everything()
+        found = MachineMeter(job.axes, mesh, job.device, dtype, order.effort, progress).everything()
     if job.leads:
         text = profile(found, memory_of(job.device, mesh.node), header(job.device), order.base)
         order.out.write_text(text, encoding="utf-8")
@@ -131,7 +131,7 @@ def header(device: torch.device) -> list[str]:
     ]
 
 
-def profile(found: Found, memory: float, header: Sequence[str], base: str = "") -> str:
+def profile(found: MachineFigures, memory: float, header: Sequence[str], base: str = "") -> str:
     """The TOML file.
 
     Args:
@@ -159,7 +159,7 @@ def profile(found: Found, memory: float, header: Sequence[str], base: str = "") 
     return "\n".join(lines) + "\n"
 
 
-def _of_links(found: Found, base: str) -> Iterator[str]:
+def _of_links(found: MachineFigures, base: str) -> Iterator[str]:
     yield from ("", "[node]", f"ranks = {found.node}", f"rings = {'true' if found.rings else 'false'}")
     other = next(iter(found.links.values()))
     for stream in (Stream.INTRA, Stream.INTER):
@@ -180,7 +180,7 @@ def _pairs(points: Points) -> str:
     return "[" + ", ".join(f"[{size:.5g}, {share:.3g}]" for size, share in points) + "]"
 
 
-def document(found: Found, path: Path) -> dict[str, Any]:
+def document(found: MachineFigures, path: Path) -> dict[str, Any]:
     """For --json (interface of `bench`): medians are means over ranks here, spreads are not known."""
     rows: list[dict[str, Any]] = [
         {"variant": f"peak {name}", "median": rate / 1e12, "unit": "TFLOP/s"} for name, rate in found.peaks.items()

@@ -25,7 +25,7 @@ from megascale_moe.strategies.model import local_inputs
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedSteps:
     """A step. `seconds` until the last rank was done, `cpu_s`: CPU time of all ranks together."""
 
     trace: Trace
@@ -52,7 +52,7 @@ def run_timed(
     gradients: Mapping[str, Gradient],
     world: int,
     observe: Observer | None = None,
-) -> Timed:
+) -> TimedSteps:
     """Run a list once, until everything that it began has ended."""
     trace = Trace(device=next(iter(weights.values())).device)
     barrier(world)
@@ -62,7 +62,7 @@ def run_timed(
         resolve(out, name)
     trace.settle()
     took, used = now() - start, time.process_time() - cpu
-    return Timed(trace, over_ranks(took, world), over_ranks(used, world, dist.ReduceOp.SUM))
+    return TimedSteps(trace, over_ranks(took, world), over_ranks(used, world, dist.ReduceOp.SUM))
 
 
 def barrier(world: int) -> None:

@@ -23,9 +23,9 @@ and a step appears under its name by one rename after all of it is on the disk.
 `save` copies and writes while training waits; the folder must be one that all ranks see.
 """
 
-from megascale_moe.checkpoint.manifest import Piece
+from megascale_moe.checkpoint.manifest import TensorPiece
 from megascale_moe.checkpoint.reader import Checkpoint
 from megascale_moe.checkpoint.steps import latest
 from megascale_moe.checkpoint.writer import SaveError, save
 
-__all__ = ["Checkpoint", "Piece", "SaveError", "latest", "save"]
+__all__ = ["Checkpoint", "SaveError", "TensorPiece", "latest", "save"]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megascale_moe.checkpoint.manifest import CODES, Manifest, Piece, StoredFile
+from megascale_moe.checkpoint.manifest import CODES, Manifest, StoredFile, TensorPiece
 from megascale_moe.config import ConfigError
 
 BLOCK = 1 << 22
@@ -52,7 +52,7 @@ class Checksums:
             data = data[len(head) :]
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], part: Manifest) -> None:
+def write_pieces(path: Path, pieces: Iterable[TensorPiece], part: Manifest) -> None:
     """Write a file, force it to the disk and record it in `part`; raises ConfigError, OSError."""
     pieces = sorted(pieces, key=lambda piece: -piece.values.dtype.itemsize)  # each element aligned to its size
     for piece in pieces:
@@ -63,7 +63,7 @@ def write_pieces(path: Path, pieces: Iterable[Piece], part: Manifest) -> None:
     part.files[path.name] = _write(path, header, pieces)
 
 
-def _write(path: Path, header: bytes, pieces: Iterable[Piece]) -> StoredFile:
+def _write(path: Path, header: bytes, pieces: Iterable[TensorPiece]) -> StoredFile:
     sums = Checksums()
     with path.open("wb") as stream:
         for data in _contents(header, pieces):
@@ -74,13 +74,13 @@ def _write(path: Path, header: bytes, pieces: Iterable[Piece]) -> StoredFile:
     return StoredFile(sums.size, sums.blocks)
 
 
-def _contents(header: bytes, pieces: Iterable[Piece]) -> Iterator[memoryview]:
+def _contents(header: bytes, pieces: Iterable[TensorPiece]) -> Iterator[memoryview]:
     yield memoryview(header)
     for piece in pieces:
         yield piece.values.detach().cpu().view(torch.uint8).numpy().data
 
 
-def _lay_out(pieces: Iterable[Piece]) -> tuple[bytes, list[tuple[str, int]]]:
+def _lay_out(pieces: Iterable[TensorPiece]) -> tuple[bytes, list[tuple[str, int]]]:
     """The header of a safetensors file (length, then JSON padded to 8 bytes), and each piece's key and place."""
     entries = {}
     places = []

@@ -44,7 +44,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """What one rank saves of one tensor: a flat range of a box, `values` [length], 1-D, contiguous, on any device."""
 
     name: str  # of the global tensor: "parameters.layers.0.attention.qkv.weight", "exp_avg.layers...."

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale_moe.checkpoint.files import data_file, write_pieces
-from megascale_moe.checkpoint.manifest import MANIFEST, Manifest, Piece
+from megascale_moe.checkpoint.manifest import MANIFEST, Manifest, TensorPiece
 from megascale_moe.checkpoint.steps import clear, prune, publish, step_folder
 from megascale_moe.config import ConfigError
 
@@ -37,7 +37,7 @@ class SaveError(RuntimeError):
 def save(
     folder: Path,
     step: int,
-    pieces: Iterable[Piece],
+    pieces: Iterable[TensorPiece],
     extra: dict[str, Any],
     *,
     rank: int,
@@ -92,7 +92,7 @@ def _begin(folder: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _write(partial: Path, part: Manifest, rank: int, pieces: Iterable[Piece]) -> None:
+def _write(partial: Path, part: Manifest, rank: int, pieces: Iterable[TensorPiece]) -> None:
     write_pieces(partial / data_file(rank), pieces, part)
     part.write(_note(partial, rank, "json"))
 

@@ -31,7 +31,7 @@ class Special:
 
 
 @dataclass(frozen=True)
-class Form:
+class TextForm:
     """Ask for a text that matches a regular expression, and say in words what that is."""
 
     pattern: str

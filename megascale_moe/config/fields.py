@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
 
-from megascale_moe.config.declare import Doc, Form, Special
+from megascale_moe.config.declare import Doc, Special, TextForm
 from megascale_moe.config.errors import ConfigError
 
 Choices = Mapping[str, Sequence[str]]
@@ -112,8 +112,8 @@ class Field:
         return tuple(value) if self.kind == LIST and isinstance(value, list) else value
 
     @cached_property
-    def _form(self) -> Form | None:
-        return next((rule for rule in self.rules if isinstance(rule, Form)), None)
+    def _form(self) -> TextForm | None:
+        return next((rule for rule in self.rules if isinstance(rule, TextForm)), None)
 
     @cached_property
     def _may_be_empty(self) -> bool:
@@ -147,7 +147,7 @@ class Field:
                 return "must not be empty"
             if isinstance(rule, MaxLen) and len(value) > rule.max_length:
                 return f"must have at most {rule.max_length:,} characters"
-            if isinstance(rule, Form) and not rule.fits(value):
+            if isinstance(rule, TextForm) and not rule.fits(value):
                 return f"must be {rule.words}"
         return ""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from megascale_moe.config.declare import Doc, Form, Layers, Ranks, RanksOrZero, Special
+from megascale_moe.config.declare import Doc, Layers, Ranks, RanksOrZero, Special, TextForm
 from megascale_moe.config.errors import require
 from megascale_moe.config.fields import AS_DECLARED, Choices, checked
 
@@ -127,7 +127,7 @@ class OverlapConfig:
     ] = "serial"
     split: Annotated[
         str,
-        Form(r"none|auto|[1-9][0-9]{0,6}", "'none', 'auto' or a number of pieces"),
+        TextForm(r"none|auto|[1-9][0-9]{0,6}", "'none', 'auto' or a number of pieces"),
         Doc(
             "Pieces that a communication and the product next to it are cut into, by peer, so that they overlap.",
             ("tp_comm_overlap", "async_tensor_parallel"),

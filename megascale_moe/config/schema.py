@@ -6,7 +6,7 @@ from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
-from megascale_moe.config.declare import Form
+from megascale_moe.config.declare import TextForm
 from megascale_moe.config.fields import AS_DECLARED, LIST, Choices, Field, chosen, fields_of
 from megascale_moe.config.whole import sections
 
@@ -56,7 +56,7 @@ def _key(field: Field) -> dict[str, Any]:
 
 
 def _rule(rule: Any) -> dict[str, Any]:
-    if isinstance(rule, Form):
+    if isinstance(rule, TextForm):
         return {"pattern": f"^({rule.pattern})$"}
     attribute, keyword = _KEYWORDS[type(rule)]
     return {keyword: getattr(rule, attribute)}

@@ -18,9 +18,9 @@
 Everything takes plain arguments; errors that a user can cause are `ConfigError`s of one line.
 """
 
-from megascale_moe.data.batch import IGNORE, Batch, Row, micro_batches
-from megascale_moe.data.corpus import Corpus, Manifest, open_corpus
-from megascale_moe.data.loader import Loader, LoaderState, Step, Validation
+from megascale_moe.data.batch import IGNORE, Batch, TokenRow, micro_batches
+from megascale_moe.data.corpus import Corpus, CorpusManifest, open_corpus
+from megascale_moe.data.loader import HeldOutRows, Loader, LoaderState, LoaderStep
 from megascale_moe.data.packing import Packing
 from megascale_moe.data.preparation import prepare
 from megascale_moe.data.sources import find_source
@@ -31,15 +31,15 @@ __all__ = [
     "IGNORE",
     "Batch",
     "Corpus",
+    "CorpusManifest",
+    "HeldOutRows",
     "Loader",
     "LoaderState",
-    "Manifest",
+    "LoaderStep",
     "Packing",
-    "Row",
     "Split",
-    "Step",
+    "TokenRow",
     "Tokenizer",
-    "Validation",
     "find_source",
     "load_tokenizer",
     "micro_batches",

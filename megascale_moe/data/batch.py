@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class TokenRow:
     """One sequence."""
 
     tokens: NDArray[np.int64]
@@ -65,7 +65,7 @@ class Batch:
         return Batch(self.tokens.to(device), self.targets.to(device), self.boundaries)
 
 
-def micro_batches(rows: Sequence[Row], micro_batch: int) -> list[Batch]:
+def micro_batches(rows: Sequence[TokenRow], micro_batch: int) -> list[Batch]:
     """Cut rows into batches of `micro_batch` rows, in order.
 
     Raises:
@@ -79,7 +79,7 @@ def micro_batches(rows: Sequence[Row], micro_batch: int) -> list[Batch]:
     return [_stack(rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
 
 
-def _stack(rows: Sequence[Row]) -> Batch:
+def _stack(rows: Sequence[TokenRow]) -> Batch:
     tokens = np.stack([row.tokens for row in rows])
     targets = np.stack([row.targets for row in rows])
     length = tokens.shape[1]

@@ -34,7 +34,7 @@ _CHUNK = 1 << 22  # tokens verified at a time
 
 
 @dataclass(frozen=True)
-class Shard:
+class TokenShard:
     """One file of tokens."""
 
     file: str
@@ -43,7 +43,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class CorpusManifest:
     """What `manifest.json` holds."""
 
     format: int = FORMAT
@@ -55,7 +55,7 @@ class Manifest:
     eos: int
     dtype: str
     documents: int
-    shards: tuple[Shard, ...]
+    shards: tuple[TokenShard, ...]
 
     @property
     def tokens(self) -> int:
@@ -67,15 +67,15 @@ class Manifest:
         return json.dumps(asdict(self), indent=2)
 
     @staticmethod
-    def from_json(text: str) -> "Manifest":
+    def from_json(text: str) -> "CorpusManifest":
         """Read what `to_json` wrote.
 
         Raises:
             ValueError, TypeError, KeyError: the text is something else.
         """
         fields: dict[str, Any] = json.loads(text)
-        shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-        return Manifest(**fields, shards=shards)
+        shards = tuple(TokenShard(**shard) for shard in fields.pop("shards"))
+        return CorpusManifest(**fields, shards=shards)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Corpus:
     """All documents of a prepared folder, as token ids."""
 
     folder: Path
-    manifest: Manifest
+    manifest: CorpusManifest
     offsets: NDArray[np.int64]
     """int64 [documents + 1], mapped: where each document starts in the stream of all tokens."""
     shards: tuple[NDArray[Any], ...]
@@ -146,10 +146,10 @@ def vocabulary_message(where: str, tokenizer_vocab: int, model_vocab: int) -> st
     )
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> CorpusManifest:
     path = folder / MANIFEST
     try:
-        manifest = Manifest.from_json(path.read_text())
+        manifest = CorpusManifest.from_json(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{folder}: not a prepared corpus (it has no {MANIFEST})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -159,7 +159,7 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _map_shard(path: Path, shard: Shard, dtype: str) -> NDArray[Any]:
+def _map_shard(path: Path, shard: TokenShard, dtype: str) -> NDArray[Any]:
     expected = shard.tokens * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.is_file() else 0
     if found != expected:
@@ -168,7 +168,7 @@ def _map_shard(path: Path, shard: Shard, dtype: str) -> NDArray[Any]:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _map_index(path: Path, manifest: Manifest) -> NDArray[np.int64]:
+def _map_index(path: Path, manifest: CorpusManifest) -> NDArray[np.int64]:
     try:
         index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
@@ -178,7 +178,7 @@ def _map_index(path: Path, manifest: Manifest) -> NDArray[np.int64]:
     return index
 
 
-def _verify_shard(path: Path, shard: Shard, tokens: NDArray[Any], vocab: int) -> None:
+def _verify_shard(path: Path, shard: TokenShard, tokens: NDArray[Any], vocab: int) -> None:
     hasher = blake2b(digest_size=16)
     for start, chunk in _chunks(tokens):
         if int(chunk.max()) >= vocab:

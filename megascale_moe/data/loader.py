@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale_moe.config import ConfigError
-from megascale_moe.data.batch import Batch, Row, micro_batches
+from megascale_moe.data.batch import Batch, TokenRow, micro_batches
 from megascale_moe.data.packing import Packing
 from megascale_moe.data.split import Split
 
@@ -43,10 +43,10 @@ _MUST_MATCH = {
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class LoaderStep:
     """One training step as one data-parallel rank sees it."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
     """The rows of this rank; `micro_batches` cuts them into batches."""
     target_count: int
     """Target tokens of the whole step, of all ranks: what the sum of losses is divided by."""
@@ -93,7 +93,7 @@ class Loader:
         """The epoch of the next row, counted from 0."""
         return self._samples // self.rows_per_epoch
 
-    def next_step(self) -> Step:
+    def next_step(self) -> LoaderStep:
         """Return the next step's rows of this rank, and the step's number of targets on all ranks."""
         begin = self._samples
         self._samples += self._global_batch
@@ -101,7 +101,7 @@ class Loader:
         mine = begin + self._dp_rank * share
         rows = [packing.row(index) for packing, indices in self._places(mine, mine + share) for index in indices]
         counts = [packing.target_counts(indices).sum() for packing, indices in self._places(begin, self._samples)]
-        return Step(tuple(rows), int(sum(counts)))
+        return LoaderStep(tuple(rows), int(sum(counts)))
 
     def state_dict(self) -> LoaderState:
         """Return what `load_state_dict` needs to go on from here; plain JSON, the same on all ranks."""
@@ -140,7 +140,7 @@ class Loader:
             yield self._packing(epoch), np.arange(low, high)
 
 
-class Validation:
+class HeldOutRows:
     """The same held-out rows at every evaluation, shared out to the data-parallel ranks.
 
     Every rank gets the same number of batches, as collectives need; blank rows without targets fill them up. The scored

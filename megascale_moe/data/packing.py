@@ -19,7 +19,7 @@ rank knows the targets of all ranks without asking them.
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale_moe.data.batch import IGNORE, Row
+from megascale_moe.data.batch import IGNORE, TokenRow
 from megascale_moe.data.hashing import permutation
 from megascale_moe.data.split import Split
 
@@ -36,11 +36,11 @@ class Packing:
         self._starts = np.concatenate([[0], np.cumsum(split.lengths[order])]).astype(np.int64)
         self._row_order = permutation(self.rows, "rows", seed, epoch)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TokenRow:
         """Read the row drawn as number `index` of the epoch."""
         return self._cut(int(self._row_order[index]))
 
-    def blank(self) -> Row:
+    def blank(self) -> TokenRow:
         """Return a row without targets, to even out the number of rows between ranks."""
         return self._cut(self.rows)
 
@@ -53,7 +53,7 @@ class Packing:
         counts: NDArray[np.int64] = end - begin - (documents_ended[1] - documents_ended[0])
         return counts
 
-    def _cut(self, place: int) -> Row:
+    def _cut(self, place: int) -> TokenRow:
         """Cut row `place` out of the stream; past its end there are only EOS tokens."""
         begin = place * self.sequence_length
         end = begin + self.sequence_length
@@ -65,7 +65,7 @@ class Packing:
         targets[ends - 1] = IGNORE
         targets[max(int(self._starts[-1]) - begin, 0) :] = IGNORE
         starts = np.concatenate([[0], ends[ends < self.sequence_length]]).astype(np.int64)
-        return Row(stream[:-1], targets, starts)
+        return TokenRow(stream[:-1], targets, starts)
 
     def _read(self, first: int, last: int, begin: int, end: int) -> NDArray[np.int64]:
         """Return tokens [begin, end) of the stream, which lie in documents [first, last) as far as there are any."""

@@ -23,7 +23,7 @@ _DATASET_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """One file or dataset of a source: its size in bytes, a stamp that changes when it does, and how to read it."""
 
     size: int
@@ -36,7 +36,7 @@ class Source:
     """The documents that `data.path` means, in a fixed order."""
 
     path: str
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
 
     @cached_property
     def size(self) -> int:
@@ -116,16 +116,16 @@ def _from_files(path: str, files: list[Path], text_field: str, reader: Reader | 
     return Source(path, tuple(_file_part(file.resolve(), text_field, reader) for file in files))
 
 
-def _file_part(file: Path, text_field: str, reader: Reader | None) -> Part:
+def _file_part(file: Path, text_field: str, reader: Reader | None) -> SourcePart:
     facts = file.stat()
     read = reader or READERS.get(file.suffix, read_text)
     stamp = f"{file}|{facts.st_size}|{facts.st_mtime_ns}|{read.__name__}|{text_field}"
-    return Part(facts.st_size, stamp, partial(read, file, text_field))
+    return SourcePart(facts.st_size, stamp, partial(read, file, text_field))
 
 
 def _from_dataset(path: str, name: str, text_field: str) -> Source:
     dataset = open_dataset(path, name, text_field)
-    return Source(path, (Part(dataset.size, dataset.stamp, dataset.documents),))
+    return Source(path, (SourcePart(dataset.size, dataset.stamp, dataset.documents),))
 
 
 def _stdlib_files() -> list[Path]:
@@ -137,7 +137,7 @@ def _stdlib_files() -> list[Path]:
     return sorted(files)
 
 
-def _head(part: Part, characters: int) -> Iterator[str]:
+def _head(part: SourcePart, characters: int) -> Iterator[str]:
     for document in part.read():
         yield document.text[:characters]
         characters -= len(document.text)

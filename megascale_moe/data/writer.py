@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megascale_moe.data.corpus import INDEX, MANIFEST, TOKENIZER, Manifest, Shard
+from megascale_moe.data.corpus import INDEX, MANIFEST, TOKENIZER, CorpusManifest, TokenShard
 from megascale_moe.data.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 28
@@ -26,7 +26,7 @@ class Writer:
         self._dtype = "<u2" if tokenizer.vocab <= 1 << 16 else "<u4"
         self._ends = array("q", [0])  # eight bytes a document, where a list of int takes forty
         self._text = blake2b(digest_size=16)
-        self._shards: list[Shard] = []
+        self._shards: list[TokenShard] = []
         self._start_shard()
 
     def add(self, text: str, ids: Sequence[int]) -> None:
@@ -53,8 +53,8 @@ class Writer:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
 
-    def _manifest(self, path: str, source: str) -> Manifest:
-        return Manifest(
+    def _manifest(self, path: str, source: str) -> CorpusManifest:
+        return CorpusManifest(
             path=path,
             source=source,
             text=self._text.hexdigest(),
@@ -77,4 +77,4 @@ class Writer:
         if self.tokens == self._shard_start:
             name.unlink()  # an empty file cannot be mapped
             return
-        self._shards.append(Shard(name.name, self.tokens - self._shard_start, self._hasher.hexdigest()))
+        self._shards.append(TokenShard(name.name, self.tokens - self._shard_start, self._hasher.hexdigest()))

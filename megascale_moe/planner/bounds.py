@@ -18,7 +18,7 @@ from megascale_moe.engine.remat import kept_bytes
 from megascale_moe.model.counts import parameter_matrices, parameter_shapes
 from megascale_moe.optim.registry import rule_of
 from megascale_moe.pipeline.batches import DTYPES
-from megascale_moe.planner.space import Layout
+from megascale_moe.planner.space import CandidateLayout
 from megascale_moe.planner.stages import Kind, Once, Stages
 from megascale_moe.planner.step import Pricer
 
@@ -40,30 +40,30 @@ class Floors:
         self.experts, self.others = _sizes_of(config)
         self._once = Once()
 
-    def quick(self, layout: Layout) -> float:
+    def quick(self, layout: CandidateLayout) -> float:
         """Seconds with as little made again as is allowed; infinite if not even the weights fit."""
         if self.weights(layout) > self.capacity:
             return math.inf
         return self._seconds(layout, self.remats[0])
 
-    def of(self, layout: Layout) -> tuple[float, str]:
+    def of(self, layout: CandidateLayout) -> tuple[float, str]:
         """Seconds with the least that may fit made again, and how much that is; infinite if nothing fits."""
         for remat in self.remats:
             if self.bytes(layout, remat) <= self.capacity:
                 return self._seconds(layout, remat), remat
         return math.inf, ""
 
-    def bytes(self, layout: Layout, remat: str) -> float:
+    def bytes(self, layout: CandidateLayout, remat: str) -> float:
         """Of an average rank's weights and of what the micro-batches under way keep."""
         mesh, model = layout.mesh, self.config.model
         alive = model.layers // mesh.pp * min(mesh.pp, self._micros(layout)) / model.layers  # of a model's micro-batch
         kept = sum(n * self._kept(layout, kind, remat) for kind, n in self.layers.items())
         return self.weights(layout) + alive * kept
 
-    def _micros(self, layout: Layout) -> int:
+    def _micros(self, layout: CandidateLayout) -> int:
         return self.config.train.global_batch // layout.mesh.dp // layout.rows
 
-    def _seconds(self, layout: Layout, remat: str) -> float:
+    def _seconds(self, layout: CandidateLayout, remat: str) -> float:
         """Of a step."""
         forward, backward = (
             {stream: sum(n * self._took(layout, kind, phase, remat)[stream] for kind, n in self.layers.items())
@@ -77,19 +77,19 @@ class Floors:
         work = self._micros(layout) * busiest * steady
         return work + fills * max(forward.values()) + drains * max(backward.values())
 
-    def weights(self, layout: Layout) -> float:
+    def weights(self, layout: CandidateLayout) -> float:
         """Bytes that stay from step to step on an average rank."""
         mesh, experts, others = layout.mesh, self.experts, self.others
         copied = experts.copied / mesh.ffn + others.copied / mesh.node
         return (copied + (experts.shared + others.shared) / mesh.stage) / mesh.pp
 
-    def _took(self, layout: Layout, kind: Kind, phase: str, remat: str) -> dict[Stream, float]:
+    def _took(self, layout: CandidateLayout, kind: Kind, phase: str, remat: str) -> dict[Stream, float]:
         """Seconds of a layer and micro-batch by stream."""
         return self._once(
             ("took", kind, phase, remat, layout.inside), lambda: self._stages(layout, remat).totals(kind, phase)
         )
 
-    def _kept(self, layout: Layout, kind: Kind, remat: str) -> float:
+    def _kept(self, layout: CandidateLayout, kind: Kind, remat: str) -> float:
         """Bytes of a layer and micro-batch from forward to backward; in proportion to its sequences."""
         one = layout._replace(rows=1)
 
@@ -99,7 +99,7 @@ class Floors:
 
         return layout.rows * self._once(("kept", kind, remat, one.inside), kept)
 
-    def _stages(self, layout: Layout, remat: str) -> Stages:
+    def _stages(self, layout: CandidateLayout, remat: str) -> Stages:
         serial = replace(layout.of(self.config), overlap=OverlapConfig(remat=remat))  # type: ignore[arg-type]
         return self.pricer.layout(serial, self.gpus).stages
 

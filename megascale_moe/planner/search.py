@@ -26,7 +26,7 @@ from megascale_moe.config import Config, ConfigError, require
 from megascale_moe.planner.bounds import Floors, least_bytes
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.memory import RankBytes
-from megascale_moe.planner.space import OPTIONS, Layout, Placement, Space, changed, placement_of, value
+from megascale_moe.planner.space import OPTIONS, CandidateLayout, Placement, Space, changed, placement_of, value
 from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
 from megascale_moe.strategies import registry
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found, best first; of `layouts` in all, how many were priced."""
 
     plans: tuple[Plan, ...]
@@ -85,7 +85,7 @@ def planned(config: Config, cluster: Cluster, gpus: int) -> Plan:
 
 def search(
     space: Space, cluster: Cluster, *, top: int = TOP, workers: int | None = None, progress: Progress = lambda *_: None
-) -> Found:
+) -> SearchResult:
     """The fastest that fit.
 
     Raises:
@@ -107,12 +107,12 @@ def search(
     found, priced = _parallel(space, cluster, shares, top, lambda done: progress("layouts", done, total))
     if not found:
         raise ConfigError(_nothing_fits(space, cluster))
-    return Found(found, total, priced)
+    return SearchResult(found, total, priced)
 
 
-def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
+def _grouped(layouts: Iterable[CandidateLayout]) -> list[list[CandidateLayout]]:
     """By what lies where in a stage, which decides about its lists up to dispatch and micro-batch; largest first."""
-    groups: dict[Any, list[Layout]] = defaultdict(list)
+    groups: dict[Any, list[CandidateLayout]] = defaultdict(list)
     for layout in layouts:
         p, mesh = layout.parallel, layout.mesh
         groups[mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn].append(layout)
@@ -149,7 +149,8 @@ class _Shared:
 
 
 def _parallel(
-    space: Space, cluster: Cluster, shares: Sequence[Sequence[Layout]], top: int, progress: Callable[[int], None]
+    space: Space, cluster: Cluster, shares: Sequence[Sequence[CandidateLayout]], top: int,
+    progress: Callable[[int], None],
 ) -> tuple[tuple[Plan, ...], int]:  # fmt: skip
     """The best that fit, and how many layouts were priced."""
     shared, shown = _Shared(len(shares), top), max(top, SHOWN)
@@ -178,7 +179,7 @@ def _join(shared: _Shared) -> None:
 
 
 def _best(
-    space: Space, cluster: Cluster, layouts: Sequence[Layout], number: int, shared: _Shared | None = None
+    space: Space, cluster: Cluster, layouts: Sequence[CandidateLayout], number: int, shared: _Shared | None = None
 ) -> tuple[list[Plan], int]:  # fmt: skip
     """The best of each placement among the layouts of a worker, and how many were priced."""
     shared = shared or _JOINED[0]
@@ -220,7 +221,7 @@ class _Worker:
         remats = space.options("overlap.remat")
         self.floors = Floors(space.config, space.gpus, self.pricer, self.capacity, remats)
 
-    def least(self, layout: Layout, remat: str, bound: float = math.inf) -> Plan | None:
+    def least(self, layout: CandidateLayout, remat: str, bound: float = math.inf) -> Plan | None:
         """With the least rematerialization that fits, all other options as they are first tried.
 
         Args:

@@ -59,7 +59,7 @@ def placement_of(p: ParallelConfig) -> Placement:
     return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
 
 
-class Layout(NamedTuple):
+class CandidateLayout(NamedTuple):
     """One of them: `parallel` without its schedule, which is named beside it, and sequences of a micro-batch."""
 
     parallel: ParallelConfig
@@ -106,7 +106,7 @@ class Space:
             "--keep overlap.remat: 'budget' follows from measured sizes; keep 'none', 'paper' or 'full'",
         )
 
-    def layouts(self) -> Iterator[Layout]:
+    def layouts(self) -> Iterator[CandidateLayout]:
         """All that fit the ranks and the model."""
         for pp in self._some("parallel.pp", [n for n in _divisors(self.gpus) if n <= self.config.model.layers]):
             if self.gpus % pp:
@@ -117,7 +117,7 @@ class Space:
                 for attention, ffn in product(self._attention(node), self._ffn(node, stage)):
                     yield from self._placed(pp, node, attention, ffn)
 
-    def _placed(self, pp: int, node: int, attention: str, ffn: dict[str, Any]) -> Iterator[Layout]:
+    def _placed(self, pp: int, node: int, attention: str, ffn: dict[str, Any]) -> Iterator[CandidateLayout]:
         """One way to place weights, with each micro-batch and schedule, if it fits."""
         config, p = self.config, self.config.parallel
         parallel = replace(
@@ -136,7 +136,7 @@ class Space:
         for rows in self._some("train.micro_batch", [2**n for n in range(most.bit_length()) if share % 2**n == 0]):
             rows = rows or share if pp == 1 else rows or 1
             for schedule, virtual in self._schedules(pp, share // rows):
-                yield Layout(parallel, mesh, rows, schedule, virtual)
+                yield CandidateLayout(parallel, mesh, rows, schedule, virtual)
 
     def _schedules(self, pp: int, micros: int) -> list[tuple[str, int]]:
         """Schedules with their stages per rank, for so many micro-batches."""

@@ -21,9 +21,9 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, require, to_toml
 from megascale_moe.data import (
     Corpus,
+    HeldOutRows,
     Loader,
     Split,
-    Validation,
     micro_batches,
     open_corpus,
     prepare,
@@ -47,7 +47,7 @@ RECENT = 3
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainOutcome:
     """What a finished run reports (the --json document)."""
 
     step: int
@@ -111,7 +111,7 @@ def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
     return corpus, training, validation
 
 
-def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> Outcome:
+def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> TrainOutcome:
     """Train to the end; every rank calls it.
 
     Raises:
@@ -124,7 +124,7 @@ def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> Outcome:
     loop.run()
     loop.write_timeline()
     last = loop.last.record() if loop.last else _last_record(Path(config.run.folder))
-    return Outcome(
+    return TrainOutcome(
         step=loop.trainer.steps, loss=last.get("loss"), eval_loss=last.get("eval_loss"),
         tokens_per_s=last.get("tokens_per_s"), folder=config.run.folder, sample=loop.sample(corpus),
     )
@@ -159,9 +159,9 @@ class Loop:
         self.observe: Observer | None = None  # of the step that comes
         self.recent: list[list[Event]] = []  # of the last steps, on the rank that writes
 
-    def _validation(self) -> Validation:
+    def _validation(self) -> HeldOutRows:
         t = self.config.train
-        return Validation(
+        return HeldOutRows(
             self.held_out, rows=t.eval_rows, sequence_length=self.config.model.sequence_length,
             micro_batch=min(self.micro, -(-t.eval_rows // self.mesh.dp)), dp_rank=self.dp_rank, dp_size=self.mesh.dp,
             seed=t.seed,

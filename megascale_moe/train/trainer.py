@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale_moe.checkpoint import Checkpoint, Piece
+from megascale_moe.checkpoint import Checkpoint, TensorPiece
 from megascale_moe.comm.axis import Axes
 from megascale_moe.comm.collectives import all_reduce_sum
 from megascale_moe.comm.mesh import Mesh
@@ -251,7 +251,7 @@ class Trainer:
 
     # --- state -------------------------------------------------------------------------------------------------------
 
-    def pieces(self) -> Iterable[Piece]:
+    def pieces(self) -> Iterable[TensorPiece]:
         """This rank's part of the training state, keyed by global names; all ranks' parts cover everything once."""
         for group, state in zip(self.optimizer.groups, self.optimizer.state(), strict=True):
             for slot in group.slots:
@@ -259,11 +259,11 @@ class Trainer:
                 for owned in group.owned(slot):
                     for kind, tensor in {"parameters": group.master, **state}.items():
                         values = tensor[owned.place].cpu()
-                        yield Piece(f"{kind}.{slot.name}", whole, *owned.box, owned.first, values)
+                        yield TensorPiece(f"{kind}.{slot.name}", whole, *owned.box, owned.first, values)
         if self.axes["data"].index == 0:
             for name, value in self.buffers.items():
                 shape = tuple(value.shape)
-                yield Piece(f"buffers.{name}", shape, (0,) * len(shape), shape, 0, value.flatten().cpu())
+                yield TensorPiece(f"buffers.{name}", shape, (0,) * len(shape), shape, 0, value.flatten().cpu())
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of any layout.

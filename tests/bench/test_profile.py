@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megascale_moe.bench.machine import Effort
-from megascale_moe.bench.profile import Order, bench
+from megascale_moe.bench.profile import ProfileOptions, bench
 from megascale_moe.bench.shares import Sample, link_of, rising, shares
 from megascale_moe.cli import main
 from megascale_moe.config import ConfigError, ModelConfig
@@ -25,7 +25,7 @@ TINY = Effort(((MODEL, 1), (MODEL, 4)), (32, 64), 1 << 18, repeats=2, list_s=0.0
 
 def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "here.toml"
-    assert bench(Order(nproc=2, out=path, effort=TINY), as_json=False) == 0
+    assert bench(ProfileOptions(nproc=2, out=path, effort=TINY), as_json=False) == 0
     assert capfd.readouterr().out == f"profile: {path}\n"
     cluster = load(str(path))
     assert cluster.node == 2
@@ -52,7 +52,7 @@ def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytes
 
 def test_a_profile_of_one_rank_has_the_links_of_its_base(tmp_path: Path) -> None:
     path = tmp_path / "here.toml"
-    assert bench(Order(nproc=1, out=path, base="h100", effort=TINY), as_json=False) == 0
+    assert bench(ProfileOptions(nproc=1, out=path, base="h100", effort=TINY), as_json=False) == 0
     found, base = load(str(path)), load("h100")
     assert (found.links, found.node, found.rings, found.contention) == (base.links, 8, True, 1)
     assert found.peaks["fp8"] == base.peaks["fp8"]
@@ -64,14 +64,14 @@ def test_a_profile_of_one_rank_has_the_links_of_its_base(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("order", "reason"),
     [
-        (Order(nproc=1), "bench profile: 1 rank has no links to measure; start 2 or more with --nproc"),
-        (Order(nproc=1, base="h1"), "cluster profile 'h1' is unknown"),
-        (Order(nproc=4, node=3), "nodes of 3 do not divide the 4 ranks; use --node with one of 1, 2, 4"),
-        (Order(nproc=2, out=Path("profile.txt")), "--out profile.txt: a profile is a .toml file"),
-        (Order(nproc=2, out=Path("/no/such/folder/a.toml")), "cannot write to /no/such/folder"),
+        (ProfileOptions(nproc=1), "bench profile: 1 rank has no links to measure; start 2 or more with --nproc"),
+        (ProfileOptions(nproc=1, base="h1"), "cluster profile 'h1' is unknown"),
+        (ProfileOptions(nproc=4, node=3), "nodes of 3 do not divide the 4 ranks; use --node with one of 1, 2, 4"),
+        (ProfileOptions(nproc=2, out=Path("profile.txt")), "--out profile.txt: a profile is a .toml file"),
+        (ProfileOptions(nproc=2, out=Path("/no/such/folder/a.toml")), "cannot write to /no/such/folder"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_ranks_start(order: Order, reason: str) -> None:
+def test_what_cannot_be_measured_is_refused_before_ranks_start(order: ProfileOptions, reason: str) -> None:
     with pytest.raises(ConfigError) as refused:
         bench(order, as_json=False)
     assert reason in str(refused.value)

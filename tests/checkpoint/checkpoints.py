@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascale_moe.checkpoint import Checkpoint, Piece, save
+from megascale_moe.checkpoint import Checkpoint, TensorPiece, save
 from megascale_moe.checkpoint.boxes import Box
 
 EXPERTS, ROWS, COLUMNS = 8, 6, 5
 W13 = "parameters.layers.3.ffn.experts.w13"
 
 
-def whole(name: str, value: Tensor) -> Piece:
-    return Piece(name, tuple(value.shape), (0,) * value.dim(), tuple(value.shape), 0, value.flatten())
+def whole(name: str, value: Tensor) -> TensorPiece:
+    return TensorPiece(name, tuple(value.shape), (0,) * value.dim(), tuple(value.shape), 0, value.flatten())
 
 
-def boxed(name: str, value: Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Piece:
+def boxed(name: str, value: Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> TensorPiece:
     box = value[Box(offset, size).slices((0,) * value.dim())]
-    return Piece(name, tuple(value.shape), offset, size, 0, box.flatten())
+    return TensorPiece(name, tuple(value.shape), offset, size, 0, box.flatten())
 
 
 def shares(values: Tensor, ranks: int) -> list[tuple[int, Tensor]]:
@@ -46,7 +46,7 @@ def make_state(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def pieces_of(state: dict[str, Tensor], rank: int, ep: int, dp: int) -> list[Piece]:
+def pieces_of(state: dict[str, Tensor], rank: int, ep: int, dp: int) -> list[TensorPiece]:
     """What a rank of an ep x dp layout saves: its experts' weights, flat ranges of their moments, rank 0 the rest."""
     expert_rank, data_rank = divmod(rank, dp)
     count = EXPERTS // ep
@@ -54,7 +54,7 @@ def pieces_of(state: dict[str, Tensor], rank: int, ep: int, dp: int) -> list[Pie
     weights, moments = state[W13], state["exp_avg.layers.3.ffn.experts.w13"]
     box = moments[offset[0] : offset[0] + count].flatten()
     start, values = shares(box, dp)[data_rank]
-    pieces = [Piece("exp_avg.layers.3.ffn.experts.w13", tuple(moments.shape), offset, size, start, values)]
+    pieces = [TensorPiece("exp_avg.layers.3.ffn.experts.w13", tuple(moments.shape), offset, size, start, values)]
     if data_rank == 0:
         pieces.append(boxed(W13, weights, offset, size))
     if rank == 0:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megascale_moe.checkpoint import Checkpoint, Piece, SaveError, latest, save
+from megascale_moe.checkpoint import Checkpoint, SaveError, TensorPiece, latest, save
 from megascale_moe.checkpoint import files as files_module
 from megascale_moe.checkpoint.boxes import Box
 from tests.checkpoint.checkpoints import (
@@ -101,7 +101,7 @@ def test_ten_thousand_pieces(tmp_path: Path) -> None:
     experts = torch.arange(2000 * 2 * 2).view(2000, 2, 2)
     pieces = [boxed("layers.0.ffn.experts.w", experts, (index, 0, 0), (1, 2, 2)) for index in range(2000)]
     flat = torch.arange(4000).view(40, 100)
-    pieces += [Piece("flat", (40, 100), (0, 0), (40, 100), at, flat.view(-1)[at : at + 1]) for at in range(4000)]
+    pieces += [TensorPiece("flat", (40, 100), (0, 0), (40, 100), at, flat.view(-1)[at : at + 1]) for at in range(4000)]
     tensors = {f"small.{index}": torch.tensor([index]) for index in range(4000)}
     pieces += [whole(name, value) for name, value in tensors.items()]
     path = save(tmp_path, 1, pieces, {}, rank=0, world=1, barrier=lambda: None)
@@ -122,7 +122,7 @@ def test_experts_keyed_by_local_index_are_refused_on_all_ranks(tmp_path: Path) -
     local = torch.randn(4, 2, 2)
 
     def action(rank: int, barrier: Callable[[], None]) -> Path:
-        pieces = [Piece("layers.0.ffn.experts.w2", (8, 2, 2), (0, 0, 0), (4, 2, 2), 0, local.flatten())]
+        pieces = [TensorPiece("layers.0.ffn.experts.w2", (8, 2, 2), (0, 0, 0), (4, 2, 2), 0, local.flatten())]
         return save(tmp_path, 1, pieces, {}, rank=rank, world=2, barrier=barrier)
 
     for error in save_on(2, action):
@@ -133,7 +133,9 @@ def test_experts_keyed_by_local_index_are_refused_on_all_ranks(tmp_path: Path) -
 
 def test_missing_element_of_a_flat_range_is_named(tmp_path: Path) -> None:
     value = torch.randn(4, 6)
-    pieces = [Piece("w", (4, 6), (0, 0), (4, 6), start, value.view(-1)[start:end]) for start, end in [(0, 9), (10, 24)]]
+    pieces = [
+        TensorPiece("w", (4, 6), (0, 0), (4, 6), start, value.view(-1)[start:end]) for start, end in [(0, 9), (10, 24)]
+    ]
     with pytest.raises(SaveError, match=r"w: element \[1, 3\] of \[4, 6\] is missing"):
         save(tmp_path, 1, pieces, {}, rank=0, world=1, barrier=lambda: None)
 
@@ -141,15 +143,15 @@ def test_missing_element_of_a_flat_range_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        (Piece("w", (4,), (2,), (3,), 0, torch.zeros(3)), "no box inside"),
-        (Piece("w", (4,), (0, 0), (4, 1), 0, torch.zeros(4)), "no box inside"),
-        (Piece("w", (4,), (0,), (4,), 2, torch.zeros(3)), "no elements 2 to 5"),
-        (Piece("w", (2, 2), (0, 0), (2, 2), 0, torch.zeros(2, 2)), "must be 1-D"),
-        (Piece("w", (4,), (0,), (4,), 0, torch.zeros(8)[::2]), "contiguous"),
-        (Piece("w", (4,), (0,), (4,), 0, torch.zeros(4, dtype=torch.complex64)), "complex64 cannot be saved"),
+        (TensorPiece("w", (4,), (2,), (3,), 0, torch.zeros(3)), "no box inside"),
+        (TensorPiece("w", (4,), (0, 0), (4, 1), 0, torch.zeros(4)), "no box inside"),
+        (TensorPiece("w", (4,), (0,), (4,), 2, torch.zeros(3)), "no elements 2 to 5"),
+        (TensorPiece("w", (2, 2), (0, 0), (2, 2), 0, torch.zeros(2, 2)), "must be 1-D"),
+        (TensorPiece("w", (4,), (0,), (4,), 0, torch.zeros(8)[::2]), "contiguous"),
+        (TensorPiece("w", (4,), (0,), (4,), 0, torch.zeros(4, dtype=torch.complex64)), "complex64 cannot be saved"),
     ],
 )
-def test_pieces_that_contradict_themselves(tmp_path: Path, piece: Piece, message: str) -> None:
+def test_pieces_that_contradict_themselves(tmp_path: Path, piece: TensorPiece, message: str) -> None:
     with pytest.raises(SaveError, match=message):
         save(tmp_path, 1, [piece], {}, rank=0, world=1, barrier=lambda: None)
 
@@ -157,7 +159,7 @@ def test_pieces_that_contradict_themselves(tmp_path: Path, piece: Piece, message
 def test_ranks_that_disagree_about_a_tensor(tmp_path: Path) -> None:
     def action(rank: int, barrier: Callable[[], None]) -> Path:
         value = torch.zeros(2, dtype=(torch.float32, torch.bfloat16)[rank])
-        pieces = [Piece("w", (4,), (rank * 2,), (2,), 0, value)]
+        pieces = [TensorPiece("w", (4,), (rank * 2,), (2,), 0, value)]
         return save(tmp_path, 1, pieces, {}, rank=rank, world=2, barrier=barrier)
 
     assert all("w: pieces of two tensors, F32 [4] and BF16 [4]" in str(error) for error in save_on(2, action))

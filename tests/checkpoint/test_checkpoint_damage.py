@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megascale_moe.checkpoint import Checkpoint, Piece, save
+from megascale_moe.checkpoint import Checkpoint, TensorPiece, save
 from megascale_moe.checkpoint.manifest import _checksum
 from megascale_moe.config import ConfigError
 from tests.checkpoint.checkpoints import (
@@ -106,7 +106,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 def test_manifests_of_other_programs(tmp_path: Path, change: Callable[[Any], object], message: str) -> None:
     """The checksum is right, so this was no accident: nothing may be read that was not meant to be."""
     value = torch.arange(4.0)
-    parts = [Piece("w", (4,), (offset,), (2,), 0, value[offset : offset + 2]) for offset in (0, 2)]
+    parts = [TensorPiece("w", (4,), (offset,), (2,), 0, value[offset : offset + 2]) for offset in (0, 2)]
     path = save(tmp_path, 1, parts, {}, rank=0, world=1, barrier=lambda: None) / "manifest.json"
     document = json.loads(path.read_text())
     change(document["body"])

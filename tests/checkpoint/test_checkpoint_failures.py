@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megascale_moe.checkpoint import Checkpoint, Piece, SaveError, latest, save
+from megascale_moe.checkpoint import Checkpoint, SaveError, TensorPiece, latest, save
 from megascale_moe.checkpoint import files as files_module
 from tests.checkpoint.checkpoints import (
     assert_holds,
@@ -200,7 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_that_is_really_full(small_disk: Path) -> None:
     def action(rank: int, barrier: Callable[[], None], step: int, size: int) -> Path:
         value = torch.full((size,), float(step))
-        pieces = [Piece("w", (2 * size,), (rank * size,), (size,), 0, value)]
+        pieces = [TensorPiece("w", (2 * size,), (rank * size,), (size,), 0, value)]
         return save(small_disk, step, pieces, {}, rank=rank, world=2, barrier=barrier)
 
     save_on(2, lambda rank, barrier: action(rank, barrier, 1, 30_000))
@@ -214,8 +214,8 @@ def test_disk_that_is_really_full(small_disk: Path) -> None:
 def test_pieces_that_cannot_be_made(tmp_path: Path) -> None:
     """The iterable of one rank raises (out of memory): the others must not wait for it."""
 
-    def pieces(rank: int) -> Iterator[Piece]:
-        yield Piece("w", (2,), (rank,), (1,), 0, torch.zeros(1))
+    def pieces(rank: int) -> Iterator[TensorPiece]:
+        yield TensorPiece("w", (2,), (rank,), (1,), 0, torch.zeros(1))
         if rank == 1:
             raise RuntimeError("out of memory")
 
@@ -236,7 +236,7 @@ def test_ranks_that_see_different_folders(tmp_path: Path) -> None:
     def action(rank: int, barrier: Callable[[], None]) -> Path:
         folder = tmp_path / f"node{rank}"
         (folder / "step-1.partial").mkdir(parents=True, exist_ok=True)
-        pieces = [Piece("w", (2,), (rank,), (1,), 0, torch.zeros(1))]
+        pieces = [TensorPiece("w", (2,), (rank,), (1,), 0, torch.zeros(1))]
         return save(folder, 1, pieces, {}, rank=rank, world=2, barrier=barrier)
 
     results = save_on(2, action)

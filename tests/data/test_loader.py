@@ -11,11 +11,11 @@ from megascale_moe.config import ConfigError
 from megascale_moe.data import (
     IGNORE,
     Corpus,
+    HeldOutRows,
     Loader,
     LoaderState,
     Packing,
     Split,
-    Validation,
     micro_batches,
     open_corpus,
     prepare,
@@ -184,12 +184,12 @@ def test_validation_scores_the_same_rows_in_every_layout(
     rows: int, dp_size: int, micro_batch: int, validation: Split
 ) -> None:
     settings = {"rows": rows, "sequence_length": LENGTH}
-    alone = Validation(validation, **settings)
+    alone = HeldOutRows(validation, **settings)
     expected = [batch.tokens[0].tolist() for batch in alone]
     assert alone.rows == len(expected) == min(rows, -(-validation.tokens // LENGTH))
 
     ranks = [
-        Validation(validation, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size, **settings)
+        HeldOutRows(validation, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size, **settings)
         for rank in range(dp_size)
     ]
     batches = [list(one) for one in ranks]
@@ -202,7 +202,7 @@ def test_validation_scores_the_same_rows_in_every_layout(
 
 
 def test_validation_is_the_same_every_time_and_complete(validation: Split) -> None:
-    evaluation = Validation(validation, rows=1000, sequence_length=LENGTH)
+    evaluation = HeldOutRows(validation, rows=1000, sequence_length=LENGTH)
     first, second = ([batch.tokens.tolist() for batch in evaluation] for _ in range(2))
     assert first == second
     assert evaluation.target_count == validation.tokens - len(validation.documents)
@@ -229,4 +229,4 @@ def test_fewer_tokens_than_a_row(training: Split) -> None:
 
 def test_nothing_held_out(corpus: Corpus) -> None:
     with pytest.raises(ConfigError, match=r"data.validation_fraction = 0: there is nothing to evaluate on"):
-        Validation(split_corpus(corpus, 0)[1], rows=1, sequence_length=LENGTH)
+        HeldOutRows(split_corpus(corpus, 0)[1], rows=1, sequence_length=LENGTH)

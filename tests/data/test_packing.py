@@ -15,7 +15,7 @@ from megascale_moe.data import (
     IGNORE,
     Corpus,
     Packing,
-    Row,
+    TokenRow,
     micro_batches,
     open_corpus,
     split_corpus,
@@ -158,9 +158,9 @@ def test_digest_tells_parts_apart() -> None:
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def row(tokens: list[int], starts: list[int]) -> Row:
+def row(tokens: list[int], starts: list[int]) -> TokenRow:
     targets = np.array([*tokens[1:], IGNORE])
-    return Row(np.array(tokens), targets, np.array(starts))
+    return TokenRow(np.array(tokens), targets, np.array(starts))
 
 
 def test_batch_joins_boundaries_and_restarts_positions() -> None:

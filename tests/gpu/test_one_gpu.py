@@ -24,7 +24,7 @@ from megascale_moe.engine.trace import Trace, now
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.model.transformer import build
 from megascale_moe.strategies.moe_block import MoEBlock
-from megascale_moe.tools.verify.batch import Rows
+from megascale_moe.tools.verify.batch import BatchRows
 from megascale_moe.train.trainer import Trainer
 from tests.strategies.layouts import Result, compare, random_rows, reference, relative, run_model
 from tests.strategies.test_layouts import SMALL, VARIANTS
@@ -44,7 +44,7 @@ def switch_restored() -> Iterator[None]:
     Fusion.enabled = before
 
 
-def run(config: ModelConfig, batch: Rows, dtype: torch.dtype) -> Result:
+def run(config: ModelConfig, batch: BatchRows, dtype: torch.dtype) -> Result:
     """The whole batch through the list on the GPU; gradients in float32."""
     return run_model(build(config), batch, Mesh(), "all_to_all", device=DEVICE, dtype=dtype)
 

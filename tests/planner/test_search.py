@@ -13,7 +13,7 @@ from megascale_moe.pipeline.batches import check_batches
 from megascale_moe.planner.bounds import Floors
 from megascale_moe.planner.cluster import load
 from megascale_moe.planner.explain import WORDS, Shares, explain
-from megascale_moe.planner.search import Found, capacity, planned, search
+from megascale_moe.planner.search import SearchResult, capacity, planned, search
 from megascale_moe.planner.space import KEYS, Space, changed, parallel_words, value
 from megascale_moe.planner.step import Pricer, memory, price
 from megascale_moe.presets import PRESETS
@@ -83,11 +83,11 @@ def test_memory_floors_are_below_memory() -> None:
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
+def found() -> SearchResult:
     return search(space(4, "parallel.attention"), H800, workers=2)
 
 
-def test_a_search_finds_what_trying_everything_finds(found: Found) -> None:
+def test_a_search_finds_what_trying_everything_finds(found: SearchResult) -> None:
     pricer = Pricer(H800)
     tried = []
     for layout in space(4, "parallel.attention").layouts():
@@ -101,7 +101,7 @@ def test_a_search_finds_what_trying_everything_finds(found: Found) -> None:
     assert len({parallel_words(plan.config.parallel) for plan in found.plans}) == len(found.plans) == 6
 
 
-def test_found_plans_are_what_their_configs_say(found: Found) -> None:
+def test_found_plans_are_what_their_configs_say(found: SearchResult) -> None:
     for plan in found.plans:
         plan.config.check()
         assert price(plan.config, H800, 4).seconds == pytest.approx(plan.price.seconds, rel=1e-9)
@@ -129,7 +129,7 @@ def test_a_batch_that_no_layout_divides_is_refused() -> None:
         search(space(128, config=odd), H800)
 
 
-def test_an_explanation_adds_up(found: Found) -> None:
+def test_an_explanation_adds_up(found: SearchResult) -> None:
     for config in (found.plans[0].config, replace(WHOLE, parallel=ParallelConfig(pp=2, node=2, ep=2))):
         layout = Pricer(H800).layout(config, 4)
         why = explain(layout)

@@ -23,7 +23,7 @@ from megascale_moe.strategies.model import INPUTS, auxiliary_names, load_names, 
 from megascale_moe.strategies.placement import Placement
 from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.weights import placements
-from megascale_moe.tools.verify.batch import Rows
+from megascale_moe.tools.verify.batch import BatchRows
 from megascale_moe.tools.verify.batch import random_rows as random_rows  # for the tests that import it from here
 
 SCALE = 0.01
@@ -42,7 +42,7 @@ class Result:
     placements: dict[str, Placement] = field(default_factory=dict)
 
 
-def reference(config: ModelConfig, batch: Rows, seed: int = 0) -> Result:
+def reference(config: ModelConfig, batch: BatchRows, seed: int = 0) -> Result:
     """The plain modules on the whole batch."""
     model = build(config, seed)
     loss, auxiliary = model.losses(*batch.part(slice(None)))
@@ -58,14 +58,14 @@ def wanted_of(config: ModelConfig, rows: int) -> Result:
 
 
 def run_rank(
-    config: ModelConfig, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0, **strategies: str
+    config: ModelConfig, batch: BatchRows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0, **strategies: str
 ) -> Result:
     """`run_model` with initial weights from the seed."""
     return run_model(build(config, seed), batch, mesh, dispatch, micro, **strategies)
 
 
 def run_model(
-    model: Transformer, batch: Rows, mesh: Mesh, dispatch: str, micro: int = 0,
+    model: Transformer, batch: BatchRows, mesh: Mesh, dispatch: str, micro: int = 0,
     device: torch.device = CPU, dtype: torch.dtype = torch.float32, **strategies: str,
 ) -> Result:  # fmt: skip
     """One rank's share through the list, in micro-batches of `micro` rows; gradients (float32, on the CPU) summed over

@@ -30,7 +30,7 @@ from megascale_moe.tools.report.page import curves, page
 from megascale_moe.tools.report.run import read_run
 from megascale_moe.tools.report.words import count, duration, size
 from megascale_moe.train.timeline import record
-from megascale_moe.train.timeline.lists import Row, kinds, totals
+from megascale_moe.train.timeline.lists import TimelineRow, kinds, totals
 from megascale_moe.train.timeline.seconds import timed
 from megascale_moe.train.timeline.thin import thinned
 from tests.runs import Place, make_place, start
@@ -358,10 +358,10 @@ def test_the_command(trained: Place, copy: Path, tmp_path: Path) -> None:
 def test_a_message_is_hidden_only_while_something_is_computed() -> None:
     """Two travel at a time from 1 to 3; computation waits for one of them from 2 to 3."""
     rows = [
-        Row("a", "F", "compute", 0.0, 2.0, 0.0, 0),
-        Row("layers.0.x@1", "F", "intra", 1.0, 3.0, 1.0, 7),
-        Row("layers.1.x@2", "F", "intra", 3.0, 3.5, 0.0, 7),
-        Row("y", "B", "inter", 1.0, 3.0, 0.0, 5),
+        TimelineRow("a", "F", "compute", 0.0, 2.0, 0.0, 0),
+        TimelineRow("layers.0.x@1", "F", "intra", 1.0, 3.0, 1.0, 7),
+        TimelineRow("layers.1.x@2", "F", "intra", 3.0, 3.5, 0.0, 7),
+        TimelineRow("y", "B", "inter", 1.0, 3.0, 0.0, 5),
     ]
     x, y = kinds(rows)
     assert (x["name"], x["count"], x["bytes"], x["seconds"], x["exposed"]) == ("x", 2, 14, 2.5, 1.0)

@@ -10,9 +10,9 @@ import pytest
 from megascale_moe.config import ConfigError
 from megascale_moe.model.counts import counts
 from megascale_moe.tools.validation import validate as module
-from megascale_moe.tools.validation.rows import Row, read
+from megascale_moe.tools.validation.rows import PublishedRow, read
 from megascale_moe.tools.validation.validate import (
-    Result,
+    RowResult,
     Validation,
     case_of,
     predict,
@@ -87,16 +87,17 @@ def test_what_cannot_be_predicted_says_why() -> None:
         found = predict(ROWS[id_])
         assert (found.use, found.predicted, found.error) == ("excluded", None, None)
         assert reason in found.reason
-    other = Row("rows.csv", {**ROWS["MSM-240"].cells, "model": "A new model"})
+    other = PublishedRow("rows.csv", {**ROWS["MSM-240"].cells, "model": "A new model"})
     assert "is not known; known: 1t, deepseek-v2" in predict(other).reason
-    unfit = predict(Row("rows.csv", {**ROWS["MPF3-1"].cells, "gpus": "241"}))
+    unfit = predict(PublishedRow("rows.csv", {**ROWS["MPF3-1"].cells, "gpus": "241"}))
     assert (unfit.use, unfit.error) == ("excluded", None)
     assert "no layout of this system: parallel.pp = 8 does not divide the 241 ranks" in unfit.reason
-    assert "no profile for GPU 'TPU'" in predict(Row("rows.csv", {**other.cells, "gpu": "TPU", "stack": "?"})).reason
+    unknown = PublishedRow("rows.csv", {**other.cells, "gpu": "TPU", "stack": "?"})
+    assert "no profile for GPU 'TPU'" in predict(unknown).reason
 
 
 def test_software_that_is_not_known_is_priced_with_its_hardware() -> None:
-    case = case_of(Row("rows.csv", {**ROWS["MPF3-1"].cells, "stack": "Something else"}))
+    case = case_of(PublishedRow("rows.csv", {**ROWS["MPF3-1"].cells, "stack": "Something else"}))
     assert (case.stack.cluster.name, case.stack.name) == ("h100", "Something else on H100 (not calibrated)")
 
 
@@ -115,8 +116,8 @@ def test_units_agree() -> None:
     assert module.in_unit("tflops_gpu", 21.61, case) == pytest.approx(0.3248 * 989, rel=1e-3)
 
 
-def result(name: str, error: float, use: module.Use = "test", stack: str = "a") -> Result:
-    return Result(name, stack, 1 + error, 1.0, "s", error, use, "")
+def result(name: str, error: float, use: module.Use = "test", stack: str = "a") -> RowResult:
+    return RowResult(name, stack, 1 + error, 1.0, "s", error, use, "")
 
 
 def test_errors_are_of_test_rows() -> None:
@@ -139,7 +140,7 @@ def test_at_most_a_third_of_a_stacks_rows_chose_its_profile() -> None:
         assert len(stack.habits.calibration) <= len(mine) / 3, stack.name
 
 
-def _predictable(row: Row) -> bool:
+def _predictable(row: PublishedRow) -> bool:
     try:
         reference_of(row)
         case_of(row)

@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes  # autograd imports it at its first use, 0.4 s in every rank
 from torch import Tensor
 
-from megascale_moe.checkpoint import Piece
+from megascale_moe.checkpoint import TensorPiece
 from megascale_moe.checkpoint.boxes import Box, flat_range
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from megascale_moe.data import IGNORE, Row, micro_batches
+from megascale_moe.data import IGNORE, TokenRow, micro_batches
 from megascale_moe.pipeline.batches import micro_batch
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
@@ -51,7 +51,7 @@ class Story:
     loads: list[Tensor] = field(default_factory=list)
     evaluation: float = 0.0
     sample: list[int] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[TensorPiece] = field(default_factory=list)
 
 
 def config_of(model: ModelConfig = MODEL, train: TrainConfig = TRAIN, **parallel: object) -> Config:
@@ -70,7 +70,7 @@ def mesh_for(config: Config) -> Mesh:
     return mesh_of(p, config.model, p.pp * p.dp * p.node)
 
 
-def rows_of(model: ModelConfig, count: int, seed: int) -> list[Row]:
+def rows_of(model: ModelConfig, count: int, seed: int) -> list[TokenRow]:
     """Rows of a noisy progression, which a model can learn, every second one of two documents."""
     chooser, length = np.random.default_rng(seed), model.sequence_length
     rows = []
@@ -80,7 +80,7 @@ def rows_of(model: ModelConfig, count: int, seed: int) -> list[Row]:
         targets = stream[1:].copy()
         starts = np.array([0] if index % 2 else [0, int(chooser.integers(1, length))])
         targets[starts[1:] - 1] = IGNORE
-        rows.append(Row(stream[:-1], targets, starts))
+        rows.append(TokenRow(stream[:-1], targets, starts))
     return rows
 
 
@@ -90,7 +90,7 @@ def trainer_of(config: Config) -> Trainer:
     return Trainer(config, mesh, connect(mesh) if mesh.world > 1 else single(), torch.device("cpu"))
 
 
-def own(rows: Sequence[Row], trainer: Trainer) -> list[Row]:
+def own(rows: Sequence[TokenRow], trainer: Trainer) -> list[TokenRow]:
     """The share of the rank's data-parallel place."""
     mesh = trainer.mesh
     place = (dist.get_rank() if mesh.world > 1 else 0) % mesh.stage // mesh.node

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale_moe.checkpoint import Checkpoint, Piece, SaveError, save
+from megascale_moe.checkpoint import Checkpoint, SaveError, TensorPiece, save
 from megascale_moe.checkpoint.boxes import Box, flat_range
 from megascale_moe.checkpoint.manifest import MANIFEST, Manifest, StoredTensor
 from megascale_moe.config import Config, ConfigError
@@ -72,7 +72,7 @@ def on_ranks(config: Config, function: Any, *arguments: Any) -> list[Any]:
     return run_ranks(world, function, config, *arguments) if world > 1 else [function(config, *arguments)]
 
 
-def save_to(folder: Path, trainer: Trainer, pieces: Sequence[Piece] | None = None) -> None:
+def save_to(folder: Path, trainer: Trainer, pieces: Sequence[TensorPiece] | None = None) -> None:
     world = trainer.mesh.world
     save(
         folder, trainer.steps, list(trainer.pieces()) if pieces is None else pieces, {"note": "short"},
@@ -188,14 +188,14 @@ def test_loaded_and_saved_again_is_the_same(saved: Saved, layout: str) -> None:
 # --- what is missing or doubled --------------------------------------------------------------------------------------
 
 
-def without(piece: Piece, expert: int) -> list[Piece]:
+def without(piece: TensorPiece, expert: int) -> list[TensorPiece]:
     """A piece of a stack of experts without one of them."""
     if not (".experts." in piece.name and piece.offset[0] <= expert < piece.offset[0] + piece.size[0]):
         return [piece]
     return [part for part in by_expert(piece) if part.offset[0] != expert]
 
 
-def by_expert(piece: Piece) -> list[Piece]:
+def by_expert(piece: TensorPiece) -> list[TensorPiece]:
     """The same elements as pieces of one expert each."""
     parts, begin = [], 0
     for box in flat_range(Box(piece.offset, piece.size), piece.start, len(piece.values)):
@@ -203,7 +203,7 @@ def by_expert(piece: Piece) -> list[Piece]:
         begin += box.volume
         for index, slab in enumerate(values):
             offset = (box.offset[0] + index, *box.offset[1:])
-            parts.append(Piece(piece.name, piece.shape, offset, (1, *box.size[1:]), 0, slab.flatten()))
+            parts.append(TensorPiece(piece.name, piece.shape, offset, (1, *box.size[1:]), 0, slab.flatten()))
     return parts
 
 

@@ -26,7 +26,7 @@ from megascale_moe.train.progress import counted_progress
 
 
 @dataclass(frozen=True)
-class Order:
+class PlanOptions:
     """What is asked for.
 
     Attributes:
@@ -44,7 +44,7 @@ class Order:
     @classmethod
     def of(
         cls, configs: Sequence[Config], cluster: str | None, gpus: int | None, keep: str, *, fixed: bool, out: Path
-    ) -> Order:  # fmt: skip
+    ) -> PlanOptions:  # fmt: skip
         """From the command line.
 
         Raises:
@@ -59,7 +59,7 @@ class Order:
         return cls(tuple(configs), cluster, gpus, kept, fixed, out)
 
 
-def plan(order: Order, *, as_json: bool) -> int:
+def plan(order: PlanOptions, *, as_json: bool) -> int:
     """Do it.
 
     Raises:

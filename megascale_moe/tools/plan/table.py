@@ -10,7 +10,7 @@ from rich.table import Table
 from megascale_moe.config import Config
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.explain import WORDS, Explanation
-from megascale_moe.planner.search import Found, Plan, capacity
+from megascale_moe.planner.search import Plan, SearchResult, capacity
 from megascale_moe.planner.space import parallel_words
 from megascale_moe.tools.dryrun.table import size
 from megascale_moe.tools.validation.validate import Validation
@@ -53,7 +53,7 @@ def show(
         console.print(f"  R = {each.criterion:.2f}: an expert {verdict} its tokens travel", markup=False)
 
 
-def show_search(found: Found, seconds: float, console: Console) -> None:
+def show_search(found: SearchResult, seconds: float, console: Console) -> None:
     """One line about what was looked at."""
     console.print(f"{found.layouts:,} layouts looked at, {found.priced:,} priced, in {seconds:.1f} s", markup=False)
 

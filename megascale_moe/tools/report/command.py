@@ -15,7 +15,7 @@ from megascale_moe.pipeline.batches import check_batches, micro_batch
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.tools.report.page import assemble, page
 from megascale_moe.tools.report.rehearsal import GPU, memory, planned
-from megascale_moe.tools.report.run import Run, read_run
+from megascale_moe.tools.report.run import FinishedRun, read_run
 from megascale_moe.tools.storageless import trainer_without_storage
 from megascale_moe.train import metrics
 from megascale_moe.train.config_file import read_config
@@ -53,7 +53,7 @@ def outdated(folder: Path) -> bool:
     return not (page.exists() and steps.exists() and page.stat().st_mtime_ns >= steps.stat().st_mtime_ns)
 
 
-def run_data(run: Run, rehearse: bool) -> dict[str, Any]:
+def run_data(run: FinishedRun, rehearse: bool) -> dict[str, Any]:
     """Data of a run's page; what had to be worked out is kept in the run folder."""
     config, mesh = run.config, run.mesh
     timeline = run.timeline

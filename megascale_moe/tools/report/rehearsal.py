@@ -20,7 +20,7 @@ from megascale_moe.pipeline.storageless import (
 )
 from megascale_moe.strategies.model import INPUTS
 from megascale_moe.train.profiling import best_pieces
-from megascale_moe.train.timeline.record import PART, WHOLE, Step, part, part_ops, part_size
+from megascale_moe.train.timeline.record import PART, WHOLE, RankStep, part, part_ops, part_size
 from megascale_moe.train.timeline.watch import Watch
 from megascale_moe.train.trainer import Trainer
 
@@ -28,13 +28,13 @@ GPU = Rates(flops=5e14, memory=2.5e12, links={Stream.INTRA: 1.6e11, Stream.INTER
 """About half to three quarters of what an H800 has on paper: 990 TFLOP/s, 3,350 GB/s, 200 GB/s, 50 GB/s."""
 
 
-def planned(trainer: Trainer, rows: int, micros: int, cost: Priced, source: str) -> Step:
+def planned(trainer: Trainer, rows: int, micros: int, cost: Priced, source: str) -> RankStep:
     """The step that a config asks for, with seconds that are known from somewhere else than a run: `source` says it."""
     overlap = trainer.config.overlap
     trainer.overlap, trainer.profile = overlap, Profile(cost)
     if overlap.split == "auto":
         trainer.profile = replace(trainer.profile, pieces=best_pieces(trainer.plan(rows), overlap, trainer.profile))
-    return Step(trainer.plan(rows, micros), trainer.config.train, cost, source)
+    return RankStep(trainer.plan(rows, micros), trainer.config.train, cost, source)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

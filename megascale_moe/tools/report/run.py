@@ -28,7 +28,7 @@ RANKS = 8
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """What a run left.
 
     Attributes:
@@ -50,7 +50,7 @@ class Run:
         return mesh_of(self.config.parallel, self.config.model, local_rank_count(self.config))
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
@@ -60,7 +60,7 @@ def read_run(folder: Path) -> Run:
     require(path.is_file(), f"{folder}: no run, it has no config.toml; give a folder that train wrote, or a TOML file")
     config = read_config(path)
     records, timeline = _records(folder / metrics.FILE), _timeline(folder / record.FILE)
-    return Run(folder, config, records, timeline, _traces(folder, config))
+    return FinishedRun(folder, config, records, timeline, _traces(folder, config))
 
 
 def _read(path: Path) -> bytes:

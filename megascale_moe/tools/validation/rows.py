@@ -17,7 +17,7 @@ UNITS = {"step_s": "s", "tokens_per_s_gpu": "tokens/s/GPU", "tflops_gpu": "TFLOP
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """A line of the file, by column."""
 
     file: str
@@ -58,7 +58,7 @@ class Row:
         return f"{self.file}: row {self.id}: {column} = {self.text(column)!r}: must be {wanted}"
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[PublishedRow]:
     """The rows of a file.
 
     Raises:
@@ -82,12 +82,12 @@ def read(path: Path) -> list[Row]:
     return _checked(path, lines)
 
 
-def _checked(path: Path, lines: Sequence[tuple[int, Mapping[Any, Any]]]) -> list[Row]:
-    rows: dict[str, Row] = {}
+def _checked(path: Path, lines: Sequence[tuple[int, Mapping[Any, Any]]]) -> list[PublishedRow]:
+    rows: dict[str, PublishedRow] = {}
     for number, line in lines:
         at = f"{path}: line {number}"
         require(None not in line, f"{at}: more cells than the first line has columns; put text with commas in quotes")
-        row = Row(str(path), {column: (cell or "").strip() for column, cell in line.items()})
+        row = PublishedRow(str(path), {column: (cell or "").strip() for column, cell in line.items()})
         require(row.id != "", f"{at}: id is empty; give each row a name")
         require(row.id not in rows, f"{at}: id = {row.id!r} is there twice; give each row its own")
         rows[row.id] = row

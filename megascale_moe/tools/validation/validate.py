@@ -35,7 +35,7 @@ from megascale_moe.model.counts import attention_flops_per_token, counts
 from megascale_moe.planner.cluster import Cluster, load
 from megascale_moe.planner.step import price
 from megascale_moe.presets import PRESETS
-from megascale_moe.tools.validation.rows import UNITS, Row, read
+from megascale_moe.tools.validation.rows import UNITS, PublishedRow, read
 
 Use = Literal["test", "calibration", "excluded"]
 
@@ -105,7 +105,7 @@ def _stack(item: Traversable) -> Stack:
     return Stack(Habits(name=raw["stack"], **rows), load(item.name.removesuffix(".toml")))
 
 
-def stack_of(row: Row) -> Stack | None:
+def stack_of(row: PublishedRow) -> Stack | None:
     """The stack that a row was measured with, or its hardware's own profile where no stack is known; None: neither."""
     for stack in stacks():
         patterns = {"stack": stack.habits.software, "gpu": stack.habits.gpu, "precision": stack.habits.precision}
@@ -130,7 +130,7 @@ def _published() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Case:
+class PricedRow:
     """What is priced for a row.
 
     Attributes:
@@ -144,7 +144,7 @@ class Case:
     flops: float
 
 
-def case_of(row: Row) -> Case:
+def case_of(row: PublishedRow) -> PricedRow:
     """Map a row.
 
     Raises:
@@ -178,10 +178,10 @@ def case_of(row: Row) -> Case:
     flops = counts(counted).flops_per_token
     if habits.flops == "full":
         flops += 3 * counted.layers * attention_flops_per_token(counted)
-    return Case(stack, config, gpus, products, flops)
+    return PricedRow(stack, config, gpus, products, flops)
 
 
-def model_of(row: Row) -> ModelConfig:
+def model_of(row: PublishedRow) -> ModelConfig:
     """The model that a row names, with the row's sequence length."""
     name = re.sub(r"\([^)]*\)|w/o mtp|\bdense\b", " ", row.text("model").lower())
     cut = re.search(r"\b(\d+)l\b", name)
@@ -201,7 +201,7 @@ def model_of(row: Row) -> ModelConfig:
     return model
 
 
-def _has_mtp(row: Row, habits: Habits) -> bool:
+def _has_mtp(row: PublishedRow, habits: Habits) -> bool:
     name = row.text("model").lower()
     return habits.mtp and name.startswith("deepseek-v3") and "w/o mtp" not in name
 
@@ -212,7 +212,7 @@ def _with_mtp(model: ModelConfig) -> ModelConfig:
     return replace(model, layers=model.layers + 1, vocab=2 * model.vocab)
 
 
-def _parallel(row: Row, habits: Habits, model: ModelConfig) -> ParallelConfig:
+def _parallel(row: PublishedRow, habits: Habits, model: ModelConfig) -> ParallelConfig:
     tp, sp, ep, pp = (row.count(column) for column in ("tp", "sp", "ep", "pp"))
     sequence = sp > 1 and tp == 1
     node = max(tp, sp)
@@ -251,7 +251,7 @@ def _in_whole_groups(config: Config, gpus: int) -> Config:
     return replace(config, parallel=replace(p, schedule="1f1b", virtual_stages=1))
 
 
-def _batches(row: Row, gpus: int, p: ParallelConfig) -> TrainConfig:
+def _batches(row: PublishedRow, gpus: int, p: ParallelConfig) -> TrainConfig:
     """Where a source gives no batch, the number of micro-batches may stand in the text of the layout."""
     text = row.text("layout_text")
     named = re.search(r"mbs\s*=?\s*(\d+)", text)
@@ -269,7 +269,7 @@ def _batches(row: Row, gpus: int, p: ParallelConfig) -> TrainConfig:
     return TrainConfig(dtype="bf16", global_batch=found, micro_batch=micro)
 
 
-def _remat(row: Row, habits: Habits) -> Literal["none", "paper", "full", "budget"]:
+def _remat(row: PublishedRow, habits: Habits) -> Literal["none", "paper", "full", "budget"]:
     """Selective recomputation makes attention scores again, which fused attention does anyway: nothing more."""
     stated: dict[str, Literal["none", "full"]] = {"full": "full", "selective": "none", "none": "none"}
     return stated.get(row.text("recompute"), habits.remat)
@@ -279,7 +279,7 @@ def _remat(row: Row, habits: Habits) -> Literal["none", "paper", "full", "budget
 
 
 @dataclass(frozen=True)
-class Result:
+class RowResult:
     """A row, compared.
 
     Attributes:
@@ -302,7 +302,7 @@ class Result:
 class Validation:
     """All rows of a file."""
 
-    rows: tuple[Result, ...] = field(default_factory=tuple)
+    rows: tuple[RowResult, ...] = field(default_factory=tuple)
 
     def errors(self, stack: str = "", use: Use = "test") -> list[float]:
         """Absolute relative errors, of one stack or of all."""
@@ -327,7 +327,7 @@ class Validation:
 
     def document(self) -> dict[str, Any]:
         """For a file."""
-        names = [each.name for each in fields(Result) if each.name != "seconds"]
+        names = [each.name for each in fields(RowResult) if each.name != "seconds"]
         return {
             "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
             "mean_error": self.mean_error,
@@ -339,7 +339,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def reference_of(row: Row) -> tuple[float, str]:
+def reference_of(row: PublishedRow) -> tuple[float, str]:
     """(value, column) of what was measured.
 
     Raises:
@@ -352,7 +352,7 @@ def reference_of(row: Row) -> tuple[float, str]:
     raise Unpredictable("the source gives no speed")
 
 
-def predict(row: Row) -> Result:
+def predict(row: PublishedRow) -> RowResult:
     """One row.
 
     Raises:
@@ -367,16 +367,16 @@ def predict(row: Row) -> Result:
     except Unpredictable as reason:
         stack = stack_of(row)
         name = stack.name if stack else row.text("stack")
-        return Result(row.id, name, None, value, unit, None, "excluded", str(reason))
+        return RowResult(row.id, name, None, value, unit, None, "excluded", str(reason))
     predicted = in_unit(column, seconds, case)
     calibrates = row.id in case.stack.habits.calibration
-    return Result(
+    return RowResult(
         row.id, case.stack.name, predicted, value, unit, predicted / value - 1,
         "calibration" if calibrates else "test", "used to choose the profile" if calibrates else "", seconds,
     )  # fmt: skip
 
 
-def _seconds(row: Row, case: Case) -> float:
+def _seconds(row: PublishedRow, case: PricedRow) -> float:
     try:
         return price(
             case.config, case.stack.cluster, case.gpus, products=case.products,
@@ -386,7 +386,7 @@ def _seconds(row: Row, case: Case) -> float:
         raise Unpredictable(f"no layout of this system: {error}") from error
 
 
-def in_unit(column: str, seconds: float, case: Case) -> float:
+def in_unit(column: str, seconds: float, case: PricedRow) -> float:
     """A step's seconds as a column has them."""
     model, train = case.config.model, case.config.train
     tokens = train.global_batch * model.sequence_length / seconds / case.gpus

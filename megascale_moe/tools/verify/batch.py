@@ -12,7 +12,7 @@ from megascale_moe.model.segments import Segments
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """Sequences: tokens and targets int64 [rows, length], and where documents start in each row."""
 
     tokens: Tensor
@@ -32,7 +32,7 @@ class Rows:
         return int((self.targets >= 0).sum())
 
 
-def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> Rows:
+def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> BatchRows:
     """Rows with random tokens, every second one packed from several documents, one target in nine missing."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, config.sequence_length)
@@ -40,4 +40,4 @@ def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> Rows:
     targets = torch.randint(0, config.vocab, shape, generator=generator)
     targets[torch.rand(shape, generator=generator) < 1 / 9] = -100
     starts = [(0,) if row % 2 else (0, 5, config.sequence_length // 2 + 1) for row in range(rows)]
-    return Rows(tokens, targets, tuple(starts))
+    return BatchRows(tokens, targets, tuple(starts))

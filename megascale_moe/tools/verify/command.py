@@ -27,7 +27,7 @@ from megascale_moe.tools.verify.explain import first_difference
 from megascale_moe.tools.verify.layouts import ROWS_PER_RANK, Case, all_cases, own_case, with_passes
 from megascale_moe.tools.verify.rank import RankOfLayout
 from megascale_moe.tools.verify.reference import Reference, reference
-from megascale_moe.tools.verify.report import Outcome, Result, show
+from megascale_moe.tools.verify.report import LayoutResult, VerifyOutcome, show
 from megascale_moe.train.job import Job, check_device, join, local_rank_count, number, under_launcher
 from megascale_moe.train.progress import counted_progress
 
@@ -37,7 +37,7 @@ TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
-class Work:
+class VerifyWork:
     """What the ranks do: every case against the reference of its model."""
 
     config: Config
@@ -60,7 +60,7 @@ def verify(config: Config, nproc: int | None, *, only: bool = False, as_json: bo
     start = time.monotonic()
     ranks = _rank_count(config, nproc, only)
     work = _work(config, ranks, only)
-    outcome = Outcome(work.config, ranks, len(work.cases), work.note, [*work.references.values()])
+    outcome = VerifyOutcome(work.config, ranks, len(work.cases), work.note, [*work.references.values()])
     if under_launcher():
         return _under_launcher(work, outcome, as_json, start)
     with tempfile.TemporaryDirectory(prefix="megascale-verify-") as name, counted_progress() as progress:
@@ -92,7 +92,7 @@ def _rank_count(config: Config, nproc: int | None, only: bool) -> int:
     return ranks
 
 
-def _work(config: Config, ranks: int, only: bool) -> Work:
+def _work(config: Config, ranks: int, only: bool) -> VerifyWork:
     if only:
         try:
             cases, note = [own_case(config, ranks)], ""
@@ -103,13 +103,15 @@ def _work(config: Config, ranks: int, only: bool) -> Work:
     cases = [replace(with_passes(case, config.overlap), train=config.train) for case in cases]
     models = dict.fromkeys(case.model for case in cases)
     references = {model: reference(model, ROWS_PER_RANK * ranks, config.train.seed) for model in models}
-    return Work(config, ranks, cases, references, note)
+    return VerifyWork(config, ranks, cases, references, note)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def run_cases(work: Work, job: Job, report: Callable[[int, Result], None], begin: Callable[[int], None]) -> None:
+def run_cases(
+    work: VerifyWork, job: Job, report: Callable[[int, LayoutResult], None], begin: Callable[[int], None]
+) -> None:
     """All cases on this rank; the leading one reports. Ranks come here together."""
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     for index, case in enumerate(work.cases):
@@ -121,14 +123,14 @@ def run_cases(work: Work, job: Job, report: Callable[[int, Result], None], begin
         difference = None if errors.passed else first_difference(run, errors)
         if job.leads:
             own = index == 0 and not work.note
-            report(index, Result(case, errors, own, time.monotonic() - start, difference))
+            report(index, LayoutResult(case, errors, own, time.monotonic() - start, difference))
 
 
-def _forked(work: Work, folder: Path, rank: int) -> None:
+def _forked(work: VerifyWork, folder: Path, rank: int) -> None:
     """A forked rank: results and the first error go to files."""
     current = [0]
 
-    def report(index: int, result: Result) -> None:
+    def report(index: int, result: LayoutResult) -> None:
         hidden = folder / f".result-{index:05}"
         hidden.write_bytes(pickle.dumps(result))
         hidden.rename(folder / f"result-{index:05}")
@@ -144,11 +146,11 @@ def _forked(work: Work, folder: Path, rank: int) -> None:
         os._exit(1)
 
 
-def _under_launcher(work: Work, outcome: Outcome, as_json: bool, start: float) -> int:
+def _under_launcher(work: VerifyWork, outcome: VerifyOutcome, as_json: bool, start: float) -> int:
     job = join(work.config, Mesh(dp=work.ranks))
     with counted_progress() as progress:
 
-        def report(index: int, result: Result) -> None:
+        def report(index: int, result: LayoutResult) -> None:
             outcome.results.append(result)
             progress(f"verifying {len(work.cases)} layouts on {work.ranks} ranks", index + 1, len(work.cases))
 

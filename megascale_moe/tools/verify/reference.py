@@ -27,7 +27,7 @@ from megascale_moe.model.transformer import Transformer, build
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import SHARED, of_micro
 from megascale_moe.strategies.model import local_inputs, moe_layers
-from megascale_moe.tools.verify.batch import Rows, random_rows
+from megascale_moe.tools.verify.batch import BatchRows, random_rows
 
 NOISE = 2e-5
 """On router logits of size one: FP32 rounding of the sums before them comes to about 1e-6."""
@@ -68,7 +68,7 @@ class Reference:
     """
 
     model: ModelConfig
-    batch: Rows
+    batch: BatchRows
     seed: int
     weights: dict[str, Tensor]
     loss: float
@@ -112,7 +112,7 @@ def drawn(model: ModelConfig, seed: int) -> Transformer:
     return built
 
 
-def _plain(model: ModelConfig, batch: Rows, seed: int) -> Reference:
+def _plain(model: ModelConfig, batch: BatchRows, seed: int) -> Reference:
     built = drawn(model, seed)
     part = batch.part(slice(None))
     loss, auxiliary = built.losses(*part)

@@ -25,7 +25,7 @@ SIZES = (
 
 
 @dataclass(frozen=True)
-class Result:
+class LayoutResult:
     """What came of one layout; `own` if it is that of the config."""
 
     case: Case
@@ -65,7 +65,7 @@ class Result:
 
 
 @dataclass
-class Outcome:
+class VerifyOutcome:
     """What came of all.
 
     Attributes:
@@ -78,7 +78,7 @@ class Outcome:
     count: int
     note: str
     references: list[Reference]
-    results: list[Result] = field(default_factory=list)
+    results: list[LayoutResult] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
 
@@ -88,7 +88,7 @@ class Outcome:
         return max(reference.list_error for reference in self.references)
 
     @property
-    def failed(self) -> list[Result]:
+    def failed(self) -> list[LayoutResult]:
         """Layouts that differ."""
         return [result for result in self.results if not result.errors.passed]
 
@@ -121,7 +121,7 @@ class Outcome:
         }  # fmt: skip
 
 
-def show(outcome: Outcome, as_json: bool) -> int:
+def show(outcome: VerifyOutcome, as_json: bool) -> int:
     """Print everything; the exit status. With JSON the table goes to standard error."""
     stream = sys.stderr if as_json else sys.stdout
     # Through a pipe nothing tells the width: do not cut lines for a terminal that is not there.
@@ -134,7 +134,7 @@ def show(outcome: Outcome, as_json: bool) -> int:
     return 0 if outcome.passed else 1
 
 
-def _table(results: list[Result]) -> Table:
+def _table(results: list[LayoutResult]) -> Table:
     table = Table(box=None, pad_edge=False)
     names = ("pp", "dp", "node", "attention", "ffn", "ep", "etp", "dispatch", "vocabulary", "schedule")
     for column in (*names, "output", "loss", "gradient", "worst parameter", "optimizer", "verdict"):
@@ -152,7 +152,7 @@ def _table(results: list[Result]) -> Table:
     return table
 
 
-def _summary(outcome: Outcome) -> list[str]:
+def _summary(outcome: VerifyOutcome) -> list[str]:
     model, good = outcome.references[0].model, len(outcome.results) - len(outcome.failed)
     lines = [
         f"verified with {outcome.ranks} ranks and the model scaled down to hidden {model.hidden}, {model.heads} heads, "
@@ -181,11 +181,11 @@ def _summary(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _words(result: Result) -> str:
+def _words(result: LayoutResult) -> str:
     return " ".join(f"{name}={value}" for name, value in result.case.words.items())
 
 
-def _why(result: Result) -> str:
+def _why(result: LayoutResult) -> str:
     if result.difference:
         return result.difference.text
     e = result.errors

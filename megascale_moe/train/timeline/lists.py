@@ -27,7 +27,7 @@ DIGITS = 9  # of seconds: nanoseconds
 
 
 @dataclass(frozen=True)
-class Row:
+class TimelineRow:
     """One operator; times in seconds from the start of the step."""
 
     name: str
@@ -49,18 +49,18 @@ class Row:
         return self.stream != Stream.COMPUTE
 
 
-def simulated(ops: Sequence[Op], spans: Sequence[Span]) -> list[Row]:
+def simulated(ops: Sequence[Op], spans: Sequence[Span]) -> list[TimelineRow]:
     """Rows of a list that was simulated."""
     return [
-        Row(op.name, phase_of(op), str(op.stream), span.start, span.end, span.exposed, int(op.cost.wire_bytes))
+        TimelineRow(op.name, phase_of(op), str(op.stream), span.start, span.end, span.exposed, int(op.cost.wire_bytes))
         for op, span in zip(ops, spans, strict=True)
     ]
 
 
-def happened(events: Sequence[Event], origin: float) -> list[Row]:
+def happened(events: Sequence[Event], origin: float) -> list[TimelineRow]:
     """Rows of what a rank did in a step that began at `origin`."""
     return [
-        Row(e.name, phase_of(e), str(e.stream), e.start - origin, e.end - origin, e.exposed, e.wire_bytes)
+        TimelineRow(e.name, phase_of(e), str(e.stream), e.start - origin, e.end - origin, e.exposed, e.wire_bytes)
         for e in events
     ]
 
@@ -70,12 +70,12 @@ def phase_of(op: Op | Event) -> str:
     return OPTIMIZER if op.name.startswith(OF_OPTIMIZER) else str(op.phase)
 
 
-def table(rows: Iterable[Row]) -> dict[str, Any]:
+def table(rows: Iterable[TimelineRow]) -> dict[str, Any]:
     """To be drawn."""
     return {"columns": list(COLUMNS), "rows": [row.values() for row in rows]}
 
 
-def totals(rows: Sequence[Row]) -> dict[str, Any]:
+def totals(rows: Sequence[TimelineRow]) -> dict[str, Any]:
     """Seconds of the whole list: until its end, of computation, of communication, and of waiting for it."""
     return {
         "operators": len(rows),
@@ -87,7 +87,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def kinds(rows: Sequence[TimelineRow]) -> list[dict[str, Any]]:
     """Communications by what they are: layers, pieces and micro-batches added up, in the order of the list.
 
     `exposed` is how long they travelled while computation stood still, whichever of them it stood still for: of two
@@ -107,7 +107,7 @@ def kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _common(row: Row, waits: Sequence[tuple[float, float]]) -> float:
+def _common(row: TimelineRow, waits: Sequence[tuple[float, float]]) -> float:
     """Seconds of a row inside of stretches that are sorted and apart from each other."""
     total, place = 0.0, max(bisect_right(waits, (row.start, row.start)) - 1, 0)
     while place < len(waits) and waits[place][0] < row.end:

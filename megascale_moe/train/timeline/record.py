@@ -22,7 +22,7 @@ from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.planner.lists import optimizer_of
 from megascale_moe.strategies.stages import Part
-from megascale_moe.train.timeline.lists import Row, happened, kinds, simulated, table, totals
+from megascale_moe.train.timeline.lists import TimelineRow, happened, kinds, simulated, table, totals
 from megascale_moe.train.timeline.seconds import first_of, timed
 from megascale_moe.train.trainer import Trainer
 
@@ -36,7 +36,7 @@ PART = 400
 
 
 @dataclass(frozen=True)
-class Step:
+class RankStep:
     """What a rank does in a step.
 
     Attributes:
@@ -49,7 +49,7 @@ class Step:
     source: str
 
     @property
-    def plain(self) -> Step:
+    def plain(self) -> RankStep:
         """The same work without overlap: as it was written down, uncut, with as much made again."""
         o = self.plan.overlap
         overlap = OverlapConfig(remat=o.remat, activation_bytes=o.activation_bytes)
@@ -62,7 +62,7 @@ class Step:
         return plain and any(op.stream != Stream.COMPUTE for op in self.ops)
 
     @property
-    def scheduled(self) -> Step:
+    def scheduled(self) -> RankStep:
         """The same work in the order that the scheduler would make of it."""
         plan = self.plan
         profile = replace(plan.profile, cost=self.cost)
@@ -76,7 +76,7 @@ class Step:
         return optimizer.hidden(plan.ops) if hidden else [*plan.ops, *optimizer.ops]
 
 
-def step_of(trainer: Trainer, rows: int, micros: int, runs: Sequence[Sequence[Event]]) -> Step:
+def step_of(trainer: Trainer, rows: int, micros: int, runs: Sequence[Sequence[Event]]) -> RankStep:
     """The step that a trainer has run; `runs`: traces of its last steps."""
     plan, program = trainer.program(rows, micros, "train")
     ops = [*program.ops, *(() if trainer.hides else trainer.optimizer.ops)]
@@ -87,10 +87,10 @@ def step_of(trainer: Trainer, rows: int, micros: int, runs: Sequence[Sequence[Ev
         how = "in the last steps of this run"
     config = trainer.config
     wanted = replace(plan, overlap=config.overlap, wire=config.wire)  # the run may have ended before it got there
-    return Step(wanted, trainer.config.train, found, f"Seconds of operators were measured {how}.")
+    return RankStep(wanted, trainer.config.train, found, f"Seconds of operators were measured {how}.")
 
 
-def document(step: Step, mesh: Mesh, rank: int) -> dict[str, Any]:
+def document(step: RankStep, mesh: Mesh, rank: int) -> dict[str, Any]:
     """The two lists of a step; of one that overlaps nothing, the second is what it could be."""
     plan, shown = step.plan, step.scheduled if step.hides_nothing else step
     steps = {"plain": step.plain, "overlapped": shown}
@@ -112,7 +112,7 @@ def document(step: Step, mesh: Mesh, rank: int) -> dict[str, Any]:
     return found
 
 
-def _rows(ops: Sequence[Op], seconds: Seconds) -> list[Row]:
+def _rows(ops: Sequence[Op], seconds: Seconds) -> list[TimelineRow]:
     return simulated(ops, simulate(ops, seconds))
 
 

@@ -20,7 +20,7 @@ WAITED = 0.1
 """Share of its time for which a communication must have been waited for, so that its end is known."""
 
 
-class Timed(Measured):
+class ObservedSeconds(Measured):
     """Seconds per kind of operator, and the work that one such operator declared: others take in proportion.
 
     Unlike a profile, which knows whole operators and is asked for pieces of them, this one knows what ran, also pieces
@@ -36,7 +36,7 @@ class Timed(Measured):
         return OVERHEAD + self.seconds_of[kind] * (work_of(op) / whole if whole and work_of(op) else 1.0)
 
 
-def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> Timed:
+def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> ObservedSeconds:
     """From traces of any list."""
     waited: dict[Kind, list[float]] = defaultdict(list)
     others: dict[Kind, list[float]] = defaultdict(list)
@@ -52,11 +52,11 @@ def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> Timed:
             work[kind].append(work_of(op))
     found = {kind: min(values) for kind, values in others.items()}
     found |= {kind: median(values) for kind, values in waited.items()}
-    return Timed(found, {kind: median(values) for kind, values in work.items()})
+    return ObservedSeconds(found, {kind: median(values) for kind, values in work.items()})
 
 
-def first_of(profile: Priced, rest: Timed) -> Timed:
+def first_of(profile: Priced, rest: ObservedSeconds) -> ObservedSeconds:
     """What was profiled, and else what the last steps show."""
     if not isinstance(profile, Measured):
         return rest
-    return Timed({**rest.seconds_of, **profile.seconds_of}, {**rest.work, **profile.work})
+    return ObservedSeconds({**rest.seconds_of, **profile.seconds_of}, {**rest.work, **profile.work})
