@@ -64,7 +64,7 @@ VARIANTS: dict[str, WireConfig] = {
     "bf16 + activations fp8": WireConfig(gradients="bf16", activations="fp8", parameters="bf16"),
     "all fp8": WireConfig(gradients="fp8", activations="fp8", parameters="fp8"),
 }
-"""What is trained, by name; those with "_" are what the paper rejects."""
+"""The variants that are trained, by name; the paper rejects those with "_"."""
 CONTROLS = {f"fp32 other weights {number}": number for number in (1, 2, 3)}
 """FP32 on the same text from other initial weights: how far losses differ by luck, which a format must not exceed.
 (Another seed has other held-out text as well, whose losses differ by far more.)"""
@@ -76,7 +76,7 @@ Errors = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class ConvergenceOptions:
-    """What to train.
+    """The arguments of the command.
 
     Attributes:
         variants: names of `VARIANTS`. seeds: how many; they count from the config's. folder: where results are kept.
@@ -148,7 +148,7 @@ def kept(folder: Path, config: Config, world: int) -> dict[str, Any]:
 
 
 def described(config: Config) -> dict[str, Any]:
-    """What decides about the losses."""
+    """Return all that the losses depend on."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "parallel", "train", "data")}
     return json.loads(json.dumps(parts))  # type: ignore[no-any-return]
 

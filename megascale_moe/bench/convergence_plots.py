@@ -95,7 +95,7 @@ def _losses(
 
 
 def _gaps(runs: Sequence[dict[str, Any]], variant: str, plain: Mapping[int, tuple[Any, Any]]) -> list[Any]:
-    """Of a variant's runs to those of FP32 on the same text, smoothed."""
+    """Return the smoothed differences of a variant's runs to those of the baseline on the same text."""
     same = [run for run in runs if run["variant"] == variant and run["seed"] in plain]
     return [_smooth(run["losses"])[1] - plain[run["seed"]][1] for run in same]
 

@@ -72,7 +72,7 @@ class Effort:
 
     @classmethod
     def of(cls, device: torch.device) -> Effort:
-        """What takes one to three minutes."""
+        """Return the effort that takes one to three minutes."""
         if device.type == "cuda":
             layers = [(_layer(hidden, length, experts, 16 * hidden // experts), rows) for hidden in (1024, 4096)
                       for length, rows in ((1024, 1), (4096, 1), (4096, 4)) for experts in (8, 32)]  # fmt: skip
@@ -94,7 +94,7 @@ def _layer(hidden: int, length: int, experts: int, ffn_hidden: int) -> ModelConf
 
 @dataclass(frozen=True)
 class MachineFigures:
-    """What was measured on a rank of the machine, the mean of all.
+    """Measurements of the machine, the mean of all ranks.
 
     Attributes:
         peaks: FLOP/s of the best product by dtype. samples: of operators, in `dtype`. overhead: seconds of an operator
@@ -222,7 +222,7 @@ class MachineMeter:
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def links(self) -> dict[Stream, LinkFound]:
-        """Of the axis inside the node and of that between nodes, as far as there are any."""
+        """Return the links inside the node and between nodes, as far as there are any."""
         axes = {Stream.INTRA: self.axes["node"], Stream.INTER: self.axes["tensor_data"]}
         peer = self._peer()
         return {stream: self._link(axis, peer) for stream, axis in axes.items() if axis.size > 1}
@@ -245,7 +245,7 @@ class MachineMeter:
         return self._behind_work(lambda: form(x, axis))
 
     def _payload(self, size: float, axis: Axis) -> Tensor:
-        """What sends so many bytes to each peer."""
+        """Return an operator that sends so many bytes to each peer."""
         dtype = DTYPES[self.dtype]
         return torch.ones(max(int(size) // dtype.itemsize, 1) * axis.size, dtype=dtype, device=self.device)
 
@@ -397,7 +397,7 @@ class MachineMeter:
         return lambda: a @ b
 
     def _mean_seconds(self, work: Callable[[], object], least_s: float, least: int = 1) -> float:
-        """Of one call, over at least so many seconds and calls. Ranks may differ in how often they call."""
+        """Return the seconds of one call, over at least so many seconds and calls; ranks may differ in their number."""
         self._synchronize()
         begin, count = now(), 0
         while count < least or now() - begin < least_s:
@@ -433,7 +433,7 @@ def _apart(trace: Trace) -> list[float]:
 
 
 def _sample(op: Op, seconds: float) -> Sample | None:
-    """What an operator shows; None of one that declares no work, or too little to be seen."""
+    """Return the sample that an operator gives; None if it declares no work, or too little to be seen."""
     cost = op.cost
     if cost.work == Work.ROWS:
         kind = FORMULAS if cost.flops else str(Work.ROWS)

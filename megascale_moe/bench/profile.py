@@ -41,7 +41,7 @@ KINDS = (*PRODUCTS, *MOVING)
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What is asked for.
+    """The arguments of the command.
 
     Attributes:
         nproc: ranks to start here; under a launcher there are as many as it has started. node: ranks of a node, 0: all

@@ -34,7 +34,7 @@ class TimedSteps:
 
 
 def random_inputs(plan: StepPlan, seed: int) -> dict[str, Any]:
-    """What the list of a plan reads besides weights: random tokens, every row one document."""
+    """Return what the list of a plan reads besides weights: random tokens, every row one document."""
     generator = torch.Generator().manual_seed(seed)
     shape = (plan.rows, plan.model.sequence_length)
     values: dict[str, Any] = {"loss_scale": 1e-3, "auxiliary_scale": torch.tensor(1e-3)}
@@ -66,7 +66,7 @@ def run_timed(
 
 
 def barrier(world: int) -> None:
-    """Of all ranks; one rank has nobody to wait for."""
+    """Wait for all ranks; one rank has nobody to wait for."""
     if world > 1:
         dist.barrier()
 

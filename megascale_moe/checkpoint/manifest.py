@@ -38,14 +38,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What can be saved, under the names of safetensors."""
+"""The dtypes that can be saved, under the names of safetensors."""
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """What one rank saves of one tensor: a flat range of a box, `values` [length], 1-D, contiguous, on any device."""
+    """A rank's part of a saved tensor: a flat range of a box, `values` [length], 1-D, contiguous, on any device."""
 
     name: str  # of the global tensor: "parameters.layers.0.attention.qkv.weight", "exp_avg.layers...."
     shape: tuple[int, ...]  # of the global tensor
@@ -62,7 +62,7 @@ class TensorPiece:
         check_range(self.name, self.shape, Box(self.offset, self.size), self.start, v.numel())
 
     def stored(self, file: str, key: str, at: int) -> StoredPiece:
-        """What the manifest says of it."""
+        """Return its entry in the manifest."""
         return StoredPiece(file, key, at, tuple(self.offset), tuple(self.size), self.start, self.values.numel())
 
 
@@ -205,7 +205,7 @@ def _checksum(body: Any) -> int:
 
 
 def _describe_fault(name: str, shape: Index, index: Index, count: int) -> str:
-    """What is wrong with an element that is there `count` times."""
+    """Return what is wrong with an element that is there `count` times."""
     what = "is missing" if count == 0 else f"is there {count} times"
     element = f"element {[*index]} of {[*shape]}"
     if "experts" in name.split(".") and len(shape) > 1:

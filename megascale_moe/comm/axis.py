@@ -85,7 +85,7 @@ def connect(mesh: Mesh, *, made: dict[tuple[int, ...], dist.ProcessGroup | None]
 
 
 def _timeout() -> timedelta | None:
-    """Of the group of all ranks: torch gives every further group its own default, 10 or 30 minutes."""
+    """Return the timeout of the group of all ranks: torch gives every further group a default, 10 or 30 minutes."""
     world = dist.distributed_c10d._get_default_group()
     options = getattr(world._get_backend(world._device_types[0]), "options", None)
     return getattr(options, "_timeout", None)

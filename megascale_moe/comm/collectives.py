@@ -46,7 +46,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class _Message:
-    """What is under way to or from a peer, or with all peers (None), whose failure names them."""
+    """A message under way to or from a peer, or with all peers (None); its failure names them."""
 
     work: Any
     axis: Axis
@@ -59,7 +59,7 @@ class _Message:
 
 
 class _Nothing:
-    """What is under way to or from a rank that exists on paper."""
+    """A message to or from a peer without a process group: nothing is sent."""
 
     def wait(self) -> None:
         """There is nothing to wait for."""
@@ -181,7 +181,7 @@ def send(x: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) 
 
 
 def receive(out: Tensor, peer: int, axis: Axis, tag: int, *, backward: bool = False) -> Pending:
-    """What `peer` sends, into `out`; finishes with `out`."""
+    """Receive what `peer` sends into `out`; finishes with `out`."""
     return Pending([_receive(out, axis, peer, tag, axis.link(peer, backward))], lambda: out, 0)
 
 

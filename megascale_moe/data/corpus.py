@@ -24,7 +24,7 @@ from megascale_moe.config import ConfigError
 from megascale_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
-"""Of the files; part of the key in the cache, so that another release prepares its own."""
+"""Version of the files; part of the key in the cache, so that another release prepares its own."""
 
 MANIFEST = "manifest.json"
 INDEX = "documents.npy"
@@ -44,7 +44,7 @@ class TokenShard:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
-    """What `manifest.json` holds."""
+    """The contents of `manifest.json`."""
 
     format: int = FORMAT
     path: str  # data.path as it was given, for messages

@@ -21,7 +21,7 @@ from megascale_moe.data.split import Split
 
 
 class LoaderState(TypedDict):
-    """What a checkpoint holds of a loader, as JSON. All but the first two must be the same when resuming."""
+    """The state of a loader in a checkpoint, as JSON. All but the first two must be the same when resuming."""
 
     samples: int
     epoch: int  # for people; follows from samples

@@ -25,7 +25,7 @@ from megascale_moe.data.writer import Writer
 
 DEFAULT_CACHE = "~/.cache/megascale_moe"
 SAMPLE_CHARACTERS = 20_000_000
-"""What a tokenizer is trained on at most: seconds of work, and more text does not change the merges much."""
+"""Most text that a tokenizer is trained on: it takes seconds, and more text does not change the merges much."""
 
 _BATCH_CHARACTERS = 1 << 20  # encoded at a time by a thread: long enough to hide the hand-over, short for progress
 

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
-"""Of a byte-level BPE: the 256 bytes and the end of a document."""
+"""The smallest vocabulary of a byte-level BPE: the 256 bytes and the end of a document."""
 
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]")
 

@@ -33,12 +33,12 @@ class Priced(Protocol):
     """Whoever knows how long operators take: rates, measurements, a cluster's profile."""
 
     def seconds(self, op: Op, /) -> float:
-        """Of one operator."""
+        """Return the seconds of one operator."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank can do, per second; links as this rank's sending rate.
+    """Rates of a rank, per second; links as this rank's sending rate.
 
     Attributes:
         flops: of matrix products. memory: bytes read and written. links: bytes by stream. latency: seconds a message.
@@ -50,7 +50,7 @@ class Rates:
     latency: float = 1e-4
 
     def seconds(self, op: Op) -> float:
-        """Of one operator."""
+        """Return the seconds of one operator."""
         cost = op.cost
         if op.stream != Stream.COMPUTE:
             return self.latency + cost.wire_bytes / self.links[op.stream]
@@ -70,7 +70,7 @@ class Measured:
     rates: Rates = Rates()
 
     def seconds(self, op: Op) -> float:
-        """Of one operator, also of a piece of one that was measured whole."""
+        """Return the seconds of one operator, also of a piece of one that was measured whole."""
         kind = kind_of(op)
         if kind not in self.seconds_of:
             return self.rates.seconds(op)

@@ -41,7 +41,7 @@ class Phase(StrEnum):
 
 
 class Work(StrEnum):
-    """What an operator's FLOPs are made of, which decides about the share of a processor's peak that it reaches."""
+    """The kind of work that an operator's FLOPs are, which decides which share of the peak it reaches."""
 
     ROWS = "rows"  # element by element, or moving rows: bound by memory
     PRODUCT = "product"
@@ -51,7 +51,7 @@ class Work(StrEnum):
 
 @dataclass(frozen=True)
 class Cost:
-    """What an operator takes, with balanced routing: FLOPs, bytes of memory traffic, bytes this rank sends.
+    """The cost of an operator when routing is balanced: FLOPs, bytes of memory traffic, bytes that this rank sends.
 
     Attributes:
         size: what the reached share of the peak depends on: of products the harmonic mean of m, n and k, of grouped

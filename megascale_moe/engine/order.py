@@ -25,7 +25,7 @@ from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Phase, Stream
 
 ROUNDING = 1e-9
-"""Of sums of thousands of seconds in float64, relative."""
+"""Relative rounding of sums of thousands of seconds in float64."""
 
 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
@@ -53,7 +53,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Interference:
-    """What computation and communication do to each other while both are under way.
+    """How computation and communication slow each other down while both are under way.
 
     Attributes:
         slower: how many times as long computation takes. late: by stream, how many seconds later a communication ends

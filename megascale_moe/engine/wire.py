@@ -38,7 +38,7 @@ FORMATS: dict[str, tuple[Format, Format]] = {
 
 
 def chooser(wire: str, seconds: Seconds) -> Choose:
-    """What `[wire] activations` says, for the communications of layers.
+    """Return the choice of a format that `[wire] activations` makes for the communications of layers.
 
     Args:
         wire: a name of `FORMATS`; "fp32" for nothing narrower than what is computed; "auto" for FP8 where sending less

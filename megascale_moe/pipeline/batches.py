@@ -10,7 +10,7 @@ from megascale_moe.pipeline.schedule import require_legal
 from megascale_moe.strategies.stages import stage_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What `train.dtype` names."""
+"""The dtypes that `train.dtype` names."""
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:

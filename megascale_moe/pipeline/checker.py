@@ -225,7 +225,7 @@ def _circle(heads: dict[int, Action], last: int, pp: int) -> list[int]:
 
 
 def _wait(lists: Lists, heads: dict[int, Action], last: int, rank: int) -> str:
-    """What `rank` waits for, and what its sender stands at instead."""
+    """Return what `rank` waits for, and which action its sender is at instead."""
     message = awaited(heads[rank], last)
     assert message is not None
     owner = message.stage % len(lists)

@@ -54,7 +54,7 @@ def collecting_nothing(make: Callable[Arguments, Made]) -> Callable[Arguments, M
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of a rank's operators when a plan is made.
+    """Measurements of a rank's operators that a plan is made with.
 
     Attributes:
         cost: how long they take. pieces: what `split = "auto"` is.
@@ -101,7 +101,7 @@ class StepPlan:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """What each stage of the pipeline has, of all ranks."""
+        """The layers of each stage of the pipeline."""
         return stage_parts(self.parallel, self.model)
 
     @cached_property
@@ -153,7 +153,7 @@ class StepPlan:
 
     @property
     def message(self) -> Message:
-        """What travels between stages."""
+        """The message between two stages."""
         return Message((self.layout.tokens, self.model.hidden), self.dtype, self.device)
 
     @cached_property

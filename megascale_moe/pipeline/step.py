@@ -36,7 +36,7 @@ SHARED = frozenset({"loss_scale", "auxiliary_scale"})
 
 @dataclass(frozen=True)
 class Stage:
-    """What a rank runs for one of its stages.
+    """The lists of one of a rank's stages.
 
     Attributes:
         reads, writes: the hidden states that come in and go out, "" where the model begins and ends.
@@ -126,7 +126,7 @@ class _Builder:
         return in_micro_batch(action_ops(self.stages[action.stage], action.phase), action.micro)
 
     def receives(self, actions: Sequence[Action]) -> list[Op]:
-        """What actions need from other ranks."""
+        """Return the receives of what actions need from other ranks."""
         return [op for action in actions for op in self._receive(action)]
 
     def _receive(self, action: Action) -> list[Op]:
@@ -144,7 +144,7 @@ class _Builder:
                    phase=Phase.B if backward else Phase.F, cost=Cost(axis="pp"))]  # fmt: skip
 
     def sends(self, action: Action) -> list[Op]:
-        """What another rank needs from an action."""
+        """Return the send of what another rank needs from an action."""
         transfer = outgoing(action, self.last, self.pp.size)
         if transfer is None:
             return []
@@ -170,7 +170,7 @@ class Transfer:
 
     @property
     def what(self) -> str:
-        """What travels."""
+        """The kind of message, as operators are named."""
         return "gradient" if self.backward else "hidden"
 
 

@@ -1,4 +1,4 @@
-"""What no order of a layout's operators can beat, from the lists of one layer: a floor of its time and of its memory.
+"""Lower bounds of a layout's time and memory, from the lists of one layer: no order of its operators can beat them.
 
 Time: the computation of the busiest rank, or its communication over one link where that takes longer, and the way of
 the first micro-batch to it and of the last back. Memory: weights, gradients and optimizer of an average rank, and what
@@ -25,11 +25,11 @@ from megascale_moe.planner.step import Pricer
 ONE = (Kind(1, 0, first=False, last=False), Kind(0, 1, first=False, last=False))
 GRADIENT_BYTES = 4
 MASTER_BYTES = 4
-"""Of the exact weight; those that hold the same weight share masters and the optimizer's state."""
+"""Bytes of the FP32 master of an element; ranks that hold the same weight share masters and optimizer state."""
 
 
 class Floors:
-    """Of the layouts of a space, which share what is inside of a stage."""
+    """Lower bounds of the layouts of a space, which share the lists inside of a stage."""
 
     def __init__(self, config: Config, gpus: int, pricer: Pricer, capacity: float, remats: list[str]) -> None:
         """`remats`: what may be made again, least first. `capacity`: bytes of a rank."""
@@ -54,7 +54,7 @@ class Floors:
         return math.inf, ""
 
     def bytes(self, layout: CandidateLayout, remat: str) -> float:
-        """Of an average rank's weights and of what the micro-batches under way keep."""
+        """Return the bytes of an average rank's weights and of what micro-batches under way keep for backward."""
         mesh, model = layout.mesh, self.config.model
         alive = model.layers // mesh.pp * min(mesh.pp, self._micros(layout)) / model.layers  # of a model's micro-batch
         kept = sum(n * self._kept(layout, kind, remat) for kind, n in self.layers.items())
@@ -64,7 +64,7 @@ class Floors:
         return self.config.train.global_batch // layout.mesh.dp // layout.rows
 
     def _seconds(self, layout: CandidateLayout, remat: str) -> float:
-        """Of a step."""
+        """Return a lower bound of the seconds of a step."""
         forward, backward = (
             {stream: sum(n * self._took(layout, kind, phase, remat)[stream] for kind, n in self.layers.items())
              for stream in Stream} for phase in ("F", "BW")
@@ -105,12 +105,12 @@ class Floors:
 
 
 def least_bytes(config: Config) -> float:
-    """Of weights, gradients and optimizer on all ranks together, with nothing held twice."""
+    """Return the bytes of weights, gradients and optimizer on all ranks together, with nothing held twice."""
     return float(sum(sizes.copied + sizes.shared for sizes in _sizes_of(config)))
 
 
 class _Bytes(NamedTuple):
-    """Of some weights of the whole model: held by everyone who has the weight, and once by all of them together."""
+    """Bytes of some weights of the model: on every rank that holds the weight, and shared out over all of them."""
 
     copied: int
     shared: int

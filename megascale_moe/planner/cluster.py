@@ -78,7 +78,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Link:
-    """What one rank sends.
+    """The link that a rank sends over.
 
     Attributes:
         rate: bytes per second. latency: seconds of a collective, whatever it sends. peer: seconds more for each rank
@@ -140,7 +140,7 @@ class Cluster:
 
     @cached_property
     def interference(self) -> Interference:
-        """Of computation and communication."""
+        """How computation and communication slow each other down on this cluster."""
         late = {stream: link.beside for stream, link in self.links.items() if link.beside}
         return Interference(self.contention, late)
 

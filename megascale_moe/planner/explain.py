@@ -42,7 +42,7 @@ class Shares(NamedTuple):
 
 @dataclass(frozen=True)
 class Gain:
-    """What a better cluster would make of a step."""
+    """How much shorter a step would be on a better cluster."""
 
     what: str
     seconds: float
@@ -51,7 +51,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of a plan.
+    """Why a plan takes as long as it does.
 
     Attributes:
         seconds: of a rank of the middle of the pipeline, by what they go to (keys of `WORDS`); they add up to the step.
@@ -74,7 +74,7 @@ def explain(layout: PricedLayout) -> Explanation:
 
 
 def most(layout: PricedLayout) -> str:
-    """What takes most of a plan's step, in words: quicker to say than what limits it, which asks for more prices."""
+    """Return what takes most of a plan's step, in words; quicker to find than its limit, which needs more prices."""
     seconds, largest = shares(layout)
     name = max(seconds, key=seconds.__getitem__)
     ops = f", most in {largest[name]}" if name in largest else ""
@@ -169,7 +169,7 @@ RESOURCES = {
     "balanced experts and equal ranks": ("imbalance and jitter", ("waits",)),
     "a batch twice as large, per sequence": ("the pipeline's bubble", ("bubble",)),
 }
-"""What a gain says about the limit, and the shares it is seen in."""
+"""For each gain the limit that it points to, and the shares of the step that show it."""
 
 
 def _limit(seconds: Mapping[str, float], largest: Mapping[str, str], gains: tuple[Gain, ...]) -> str:

@@ -19,7 +19,7 @@ from megascale_moe.strategies.weights import placements
 
 
 def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = None) -> StepPlan:
-    """What a rank does in a step.
+    """Return the plan of a rank's step.
 
     Args:
         profile: how long its operators take, for what is derived from times.
@@ -35,7 +35,7 @@ def plan_of(config: Config, mesh: Mesh, rank: int, profile: Profile | None = Non
 def optimizer_of(
     plan: StepPlan, train: TrainConfig, part: Part | None = None, *, by_layer: bool | None = None
 ) -> ShardedOptimizer:
-    """Of the weights of the rank that a plan is for, or of some layers.
+    """Return the optimizer of the weights of the rank that a plan is for, or of some of its layers.
 
     Args:
         by_layer: whether a layer's gradients travel on their own; None: as the plan's order says.

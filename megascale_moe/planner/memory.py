@@ -28,7 +28,7 @@ from megascale_moe.strategies.stages import Part, parts_of_rank, together
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Of one rank.
+    """Bytes that one rank holds.
 
     Attributes:
         activations: the most that micro-batches take at once. update: the most at the end of a step, when gradients
@@ -46,7 +46,7 @@ class RankBytes:
 def rank_bytes(
     stages: Stages, plan: StepPlan, train: TrainConfig, place: int, actions: Sequence[Action], *, update: bool = True
 ) -> RankBytes:  # fmt: skip
-    """Of the ranks at a place of a plan's pipeline, which go through these actions, or these many times.
+    """Return what the ranks at a place of a plan's pipeline hold while they go through these actions.
 
     Args:
         update: look at the end of the step, too, which takes longest; else it counts as nothing.
@@ -90,7 +90,7 @@ def _last_micro(stages: Stages, plan: StepPlan, train: TrainConfig, whole: Part)
 
 
 def _hidden(stages: Stages, plan: StepPlan, train: TrainConfig, kind: Kind) -> float:
-    """Of a forward, its backward and all that happens to the weights, in one list."""
+    """Return the peak bytes of a forward, its backward, synchronisation and update, in one list."""
     plan, stage = kind.of_model(plan), stages.lists(kind)
     optimizer = optimizer_of(plan, train, kind.part)
     weights = optimizer.weights | buffers_of(plan.model, kind.part, META)

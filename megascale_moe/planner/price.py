@@ -40,7 +40,7 @@ class Peers:
 
     @classmethod
     def of(cls, mesh: Mesh, axis: str, node: int) -> Peers:
-        """Of rank 0, which every rank's are like; ranks are not listed, an axis may have ten thousand.
+        """Return the peers of rank 0, which stand for every rank's; they are not listed, an axis may have ten thousand.
 
         Args:
             node: ranks that share a fast link.
@@ -62,7 +62,7 @@ def _peers(mesh: Mesh, node: int) -> Mapping[str, Peers]:
 
 @dataclass(frozen=True)
 class Prices:
-    """Of the operators of one rank.
+    """Prices of the operators of one rank.
 
     Attributes:
         dtype: of activations. axes: the peers of a rank on each axis. products: the format in which products with
@@ -90,11 +90,11 @@ class Prices:
         return peaks[name]
 
     def seconds(self, op: Op) -> float:
-        """Of one operator."""
+        """Return the seconds of one operator."""
         return self._computation(op) if op.stream == Stream.COMPUTE else self._communication(op)
 
     def hop(self, sent: float) -> float:
-        """Of a message to the next stage of a pipeline."""
+        """Return the seconds of a message to the next stage of a pipeline."""
         return self._link(self.axes["pp"].next).seconds(sent, 1)
 
     def placed(self, op: Op) -> Op:

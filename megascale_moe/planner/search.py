@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, best first; of `layouts` in all, how many were priced."""
+    """The plans that a search found, best first; how many layouts there are, and how many of them were priced."""
 
     plans: tuple[Plan, ...]
     layouts: int
@@ -123,7 +123,7 @@ def _grouped(layouts: Iterable[CandidateLayout]) -> list[list[CandidateLayout]]:
 
 
 class _Shared:
-    """What workers tell each other: the step times of their best placements, and how many layouts are done with."""
+    """State that workers share: the step times of their best placements, and how many layouts are done with."""
 
     def __init__(self, workers: int, top: int) -> None:
         context = multiprocessing.get_context("fork")
@@ -170,7 +170,7 @@ def _parallel(
 
 
 _JOINED: list[_Shared] = []
-"""What a worker process shares with the others: locks are inherited, they cannot be sent with a job."""
+"""The shared state of a worker process: locks are inherited, they cannot be sent with a job."""
 
 
 def _join(shared: _Shared) -> None:

@@ -20,7 +20,7 @@ from megascale_moe.strategies import registry
 from megascale_moe.strategies.fit import mesh_of
 
 TOKENS = 2**15
-"""Of a micro-batch at most, unless one sequence has more: products are no faster with more, activations are more."""
+"""Most tokens of a micro-batch, unless one sequence has more: beyond it activations grow and products get no faster."""
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8, 10, 12)
 LAYOUT = (
     "parallel.pp", "parallel.dp", "parallel.node", "parallel.attention", "parallel.ffn", "parallel.ep", "parallel.etp",
@@ -33,13 +33,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "overlap.micro_batches": (1, 2),
     "wire.gradients": ("fp32", "bf16"),
 }
-"""What is tried, by key."""
+"""The values that a search tries, by key."""
 KEYS = (*LAYOUT, *OPTIONS)
-"""What a search may change."""
+"""The keys that a search may change."""
 
 
 def value(config: Config, key: str) -> Any:
-    """Of a key such as "parallel.pp"."""
+    """Return the value of a key such as "parallel.pp"."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 
@@ -55,7 +55,7 @@ Placement = tuple[Any, ...]
 
 
 def placement_of(p: ParallelConfig) -> Placement:
-    """Of a layout with nothing left to work out."""
+    """Return where the weights of a layout with no open sizes lie."""
     return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
 
 
@@ -70,7 +70,7 @@ class CandidateLayout(NamedTuple):
 
     @property
     def inside(self) -> tuple[Any, ...]:
-        """What decides about the lists of a layer: layouts that agree in it differ between stages or between nodes."""
+        """All that the lists of a layer depend on: layouts that agree in it differ between stages or between nodes."""
         p, mesh = self.parallel, self.mesh
         return mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn, p.dispatch, self.rows
 
@@ -84,7 +84,7 @@ class CandidateLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched.
+    """The space of a search.
 
     Attributes:
         config: model and batch, and the values of keys that are kept. node: GPUs that share a fast link.
@@ -170,11 +170,11 @@ class Space:
                         yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
 
     def _some(self, key: str, options: Sequence[Any]) -> list[Any]:
-        """What is tried of a key: if it is kept, what the config has."""
+        """Return the values of a key that are tried: the config's own if the key is kept."""
         return [value(self.config, key)] if key in self.kept else list(options)
 
     def options(self, key: str) -> list[Any]:
-        """What is tried of an option."""
+        """Return the values of an option that are tried."""
         return self._some(key, OPTIONS[key])
 
 

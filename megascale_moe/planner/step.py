@@ -83,7 +83,7 @@ def slowest(ranks: int) -> float:
 
 
 def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = None) -> RankBytes:
-    """What the ranks at a place of the pipeline hold at their peak; the first has most micro-batches under way.
+    """Return what the ranks at a place of the pipeline hold at their peak; the first has most micro-batches under way.
 
     Args:
         cluster: whose prices decide about orders; without one they are those that a dry run assumes.
@@ -138,7 +138,7 @@ class PricedLayout:
 
     @cached_property
     def price(self) -> StepPrice:
-        """Of a step."""
+        """Return the price of a step."""
         assert self.cluster is not None
         assert self.prices is not None
         (pipeline, bubble), middle = self.pipeline, self.mesh.pp // 2
@@ -158,7 +158,7 @@ class PricedLayout:
         )  # fmt: skip
 
     def bytes(self, place: int, *, update: bool = True) -> RankBytes:
-        """Of the ranks at a place of the pipeline.
+        """Return what the ranks at a place of the pipeline hold.
 
         Args:
             update: look at the end of the step, too.
@@ -170,12 +170,12 @@ class PricedLayout:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Of the actions of a micro-batch."""
+        """The phases of the actions that a micro-batch takes on a stage."""
         return ("F", "B", "W") if self.config.parallel.schedule == "zero_bubble" else ("F", "BW")
 
     @cached_property
     def timeline(self) -> Timeline:
-        """Of the whole pipeline, action by action."""
+        """When each action of the whole pipeline runs."""
         return self._executed(self.plan.schedule)
 
     def _executed(self, actions: Schedule) -> Timeline:
@@ -263,7 +263,7 @@ class PricedLayout:
         return 1 + max(action.micro for action in self._few[which][0])
 
     def _seconds(self, kinds: Sequence[Kind], *phases: str) -> list[float]:
-        """Of actions of each of some stages, few of which differ."""
+        """Return the seconds of the given actions on each of some stages, few of which differ."""
         found = {kind: sum(self.stages.took(kind, phase).seconds for phase in phases) for kind in set(kinds)}
         return [found[kind] for kind in kinds]
 
@@ -272,7 +272,7 @@ class PricedLayout:
         return [Kind.of(part, self.config.model) for part in self.plan.parts]
 
     def synchronisation(self, place: int) -> Took:
-        """What a step takes longer than its micro-batches, for the ranks at a place of the pipeline."""
+        """Return by how much synchronisation and update lengthen a step, for the ranks at a place of the pipeline."""
         whole = together(parts_of_rank(self.plan.parts, self.mesh.pp, place))
         kind = Kind.of(whole, self.config.model)
         return self._once(kind, lambda: self._synchronised(whole, kind))

@@ -209,7 +209,7 @@ def _exchange(seconds: float = EXCHANGE_SECONDS) -> list[Finding]:
 
 
 def _failed_exchange(seconds: float) -> str:
-    """What went wrong, empty if nothing did. A rank that fails shows its own traceback on standard error."""
+    """Return what went wrong, empty if nothing did. A rank that fails shows its own traceback on standard error."""
     deadline = time.monotonic() + seconds
 
     def watch() -> None:
@@ -232,7 +232,7 @@ def _swap(rank: int) -> None:
 
 
 def _used() -> Finding:
-    """What a run takes with nothing said about the device."""
+    """Return the device that a run takes unless one is named."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return Finding("used", Status.OK, f"cuda with NCCL, up to {count} rank{'s' if count > 1 else ''}")

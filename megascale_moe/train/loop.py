@@ -48,7 +48,7 @@ RECENT = 3
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What a finished run reports (the --json document)."""
+    """The results of a finished run (the --json document)."""
 
     step: int
     loss: float | None

@@ -33,7 +33,7 @@ def needs_profile(overlap: OverlapConfig, wire: WireConfig) -> bool:
 
 
 def plain(overlap: OverlapConfig, wire: WireConfig) -> tuple[OverlapConfig, WireConfig]:
-    """What runs while measuring: nothing hidden, no more memory than asked for, no format that is yet to be chosen."""
+    """Return the settings while measuring: no overlap, no more memory than asked for, no format yet to be chosen."""
     remat = "full" if overlap.remat == "budget" else overlap.remat
     activations = "fp32" if wire.activations == "auto" else wire.activations
     return OverlapConfig(remat=remat), replace(wire, activations=activations)

@@ -50,7 +50,7 @@ from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
 
 @dataclass
 class StepResult:
-    """What one update did, the same on every rank except the trace.
+    """Results of one update, the same on every rank except the trace.
 
     Attributes:
         loss: mean over the targets of the global batch. auxiliary: auxiliary losses, mean over its tokens.
@@ -97,7 +97,7 @@ class Trainer:
         self.program = lru_cache(maxsize=None)(self._program)
 
     def plan(self, rows: int, micros: int = 1, head: Head = "train") -> StepPlan:
-        """What this rank does with `micros` micro-batches of `rows` sequences."""
+        """Return this rank's plan for `micros` micro-batches of `rows` sequences."""
         c = self.config
         training = head == "train"  # what is evaluated are the weights, without what hides or narrows communication
         return StepPlan(
@@ -309,5 +309,5 @@ class Trainer:
 
 
 def _state_kinds(tensors: Iterable[str]) -> list[str]:
-    """What an optimizer keeps, by the names of a checkpoint's tensors; sorted."""
+    """Return the sorted names under which a checkpoint holds an optimizer's state."""
     return sorted({name.partition(".")[0] for name in tensors} - {"parameters", "buffers"})

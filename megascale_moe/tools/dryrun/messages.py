@@ -30,7 +30,7 @@ Messages = tuple[tuple[int, int], ...]  # (tag, bytes)
 
 @dataclass(frozen=True)
 class RankMessages:
-    """What one rank sends and expects in a step.
+    """The messages that one rank sends and expects in a step.
 
     Attributes:
         collectives: axis -> what happens on it, in order; layers of one action count once, the actions are alike.

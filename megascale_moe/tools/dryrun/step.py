@@ -61,7 +61,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a step is, for one rank and for the job."""
+    """A step of the job, and of one of its ranks."""
 
     parameters_total: int
     parameters_active: int
@@ -160,14 +160,14 @@ def _run(
 
 
 def _memory(trainer: Trainer, held: int, peak: int) -> Memory:
-    """What stays, and what a step adds to it."""
+    """Return the bytes that stay from step to step, and those that a step adds."""
     stays = trainer.optimizer.held_bytes()
     stays["parameters"] += sum(buffer.nbytes for buffer in trainer.buffers.values())
     return Memory(**stays, activations=held, buffers=peak - held, peak=sum(stays.values()) + peak)
 
 
 def _wire(ops: list[Op], trace: Trace) -> list[Wire]:
-    """What was sent, in the order in which operators come first; layers, pieces and micro-batches added up."""
+    """Return what was sent, by operator in the order of the list; layers, pieces and micro-batches are added up."""
     totals: dict[tuple[str, str, str], tuple[int, int]] = {}
     for op, event in zip(ops, trace.events, strict=True):
         assert op.name == event.name

@@ -27,7 +27,7 @@ from megascale_moe.train.progress import counted_progress
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is asked for.
+    """The arguments of the command.
 
     Attributes:
         configs: one to search or to price, two to compare. kept: keys that a search leaves as they are. fixed: price
@@ -107,7 +107,7 @@ def validate_rows(path: Path, *, as_json: bool) -> int:
 
 
 def _row(plan: Plan, layout: PricedLayout, why: Explanation | None, holds: float) -> dict[str, Any]:
-    """Of a plan, for --json. One that is not explained says what takes most of its step."""
+    """Return the --json document of a plan. One that is not explained says what takes most of its step."""
     price = plan.price
     row: dict[str, Any] = {
         "config": asdict(plan.config), "step_seconds": price.seconds, "tokens_per_second": price.tokens_per_second,

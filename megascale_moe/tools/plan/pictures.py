@@ -14,7 +14,7 @@ from megascale_moe.planner.stages import Kind
 from megascale_moe.planner.step import PricedLayout
 
 LAYERS = 2
-"""Of a stage that are drawn operator by operator."""
+"""Layers of a stage that are drawn operator by operator."""
 
 
 def write_trace(layout: PricedLayout, path: Path) -> None:

@@ -98,7 +98,7 @@ def _table(plans: Sequence[Plan], cluster: Cluster, ranked: bool) -> Table:
 
 
 def memory_table(plan: Plan, cluster: Cluster) -> Table:
-    """What the fullest rank holds, by category."""
+    """Return a table of what the fullest rank holds, by category."""
     b = plan.bytes
     title = f"memory of a rank at place {plan.place} of the pipeline, of {size(capacity(cluster))}"
     table = Table(box=None, pad_edge=False, title_justify="left", title=title)

@@ -111,7 +111,7 @@ def _keep(path: Path, timeline: dict[str, Any]) -> None:
 
 
 def _traced(traces: dict[int, list[Event]]) -> dict[str, Any]:
-    """What each rank with a trace did, on one clock where the ranks share one."""
+    """Return the events of each rank with a trace, on one clock where the ranks share one."""
     starts = {rank: events[0].start for rank, events in traces.items() if events}
     common = min(starts.values(), default=0.0)
     longest = max((events[-1].end - events[0].start for events in traces.values() if events), default=0.0)

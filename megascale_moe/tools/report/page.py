@@ -84,7 +84,7 @@ def assemble(
 
 
 def _last(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run ended with."""
+    """Return the final figures of a run."""
     held = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     return {
         "step": records[-1]["step"], "loss": records[-1]["loss"], "eval_loss": held[-1] if held else None,
@@ -164,6 +164,6 @@ def _width(length: int, most: int) -> int:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of what is finite; a lone value stays what it is."""
+    """Return the median of the finite values; a lone value stays as it is."""
     known: Sequence[float] = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

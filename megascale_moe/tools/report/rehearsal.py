@@ -72,7 +72,7 @@ def _given(plan: StepPlan, count: int) -> list[str]:
 
 
 def _part_inputs(plan: StepPlan) -> dict[str, Any]:
-    """What one micro-batch through a part of the model may read."""
+    """Return all that one micro-batch through a part of the model may read."""
     layers = plan.part.layers
     names = [f"hidden_{layers[0]}", *(f"d:hidden_{layer + 1}" for layer in layers)]
     hidden = {name: message_without_storage(plan) for name in names}

@@ -29,7 +29,7 @@ RANKS = 8
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left.
+    """The files of a finished run.
 
     Attributes:
         timeline: the document of `record`, None if the run wrote none.

@@ -93,7 +93,7 @@ SUPPOSED = (
 
 
 def of_timeline(found: dict[str, Any]) -> str:
-    """What the two lists differ in."""
+    """Return a sentence on how the two lists differ."""
     before, after = found["plain"]["totals"], found["overlapped"]["totals"]
     if not before["communication"]:
         return "This rank talks to nobody: the link lanes are empty and computation never waits."
@@ -113,7 +113,7 @@ def of_timeline(found: dict[str, Any]) -> str:
 
 
 def of_part(found: dict[str, Any]) -> str:
-    """What is drawn where a step is too long."""
+    """Return a sentence on what is drawn of a step that is too long; empty if all of it is."""
     layers = found["drawn_layers"]
     if not layers:
         return ""

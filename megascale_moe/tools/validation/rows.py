@@ -29,7 +29,7 @@ class PublishedRow:
         return self.cells["id"]
 
     def text(self, column: str) -> str:
-        """What a column holds, empty if there is none."""
+        """Return the text of a column, empty if there is none."""
         return self.cells.get(column, "")
 
     def count(self, column: str, default: int = 1) -> int:
@@ -54,7 +54,7 @@ class PublishedRow:
         return value
 
     def refusal(self, column: str, wanted: str) -> str:
-        """What is wrong with a column, in one line."""
+        """Return a one-line refusal of a column."""
         return f"{self.file}: row {self.id}: {column} = {self.text(column)!r}: must be {wanted}"
 
 

@@ -45,7 +45,7 @@ Use = Literal["test", "calibration", "excluded"]
 
 @dataclass(frozen=True)
 class Habits:
-    """What a stack does where a row does not say.
+    """Settings of a software stack that its rows do not state.
 
     Attributes:
         software, gpu, precision: patterns of the columns of its rows. calibration: rows used to choose its profile.
@@ -131,7 +131,7 @@ def _published() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PricedRow:
-    """What is priced for a row.
+    """The layout that is priced for a row.
 
     Attributes:
         products: the format of products with weights, if not the compute dtype. flops: per token, as the source counts.

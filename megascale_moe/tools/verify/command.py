@@ -38,7 +38,7 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class VerifyWork:
-    """What the ranks do: every case against the reference of its model."""
+    """The ranks' work: every case against the reference of its model."""
 
     config: Config
     ranks: int

@@ -25,7 +25,7 @@ from megascale_moe.tools.verify.reference import Reference
 
 @dataclass(frozen=True)
 class ExpectedPart:
-    """What a value should be.
+    """The part of a single rank's tensors that a value should be.
 
     Attributes:
         names: the single rank's tensors that it is a part of. shard: as declared.

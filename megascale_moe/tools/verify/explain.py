@@ -168,7 +168,7 @@ class Comparison:
         return relative(value, wanted, max(least, 1e-12))
 
     def gradient(self, op: Op, tensor: str, part: ExpectedPart) -> Tensor:
-        """What the one-rank list has from the same readers."""
+        """Return what the one-rank list has from the same readers."""
         names = part.names if part.shard.side_by_side else part.names[:1]  # terms of a sum have the same gradient
         ops = [op] if parse(tensor).term else self.writers[_summed(tensor)]
         found = [self._gradient(ops, name) for name in names]

@@ -56,7 +56,7 @@ class Case:
 
     @property
     def strategy(self) -> tuple[str, str, str]:
-        """What decides where the tensors of a layer lie."""
+        """The strategies that decide where the tensors of a layer lie."""
         p = self.parallel
         return p.attention, p.ffn, p.dispatch
 
@@ -150,7 +150,7 @@ def possible(model: ModelConfig, ranks: int) -> Iterator[Case]:
 
 
 def listed(case: Case) -> Hashable:
-    """What two layouts that are the same have in common: mesh, order of the micro-batches and every operator."""
+    """Return a key that equal layouts share: mesh, order of the micro-batches and every operator."""
     p = case.parallel
     order = (p.schedule, p.virtual_stages) if case.mesh.pp > 1 else ()
     shallow = replace(case.model, layers=min(case.model.layers, 2))

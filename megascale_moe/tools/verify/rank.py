@@ -86,7 +86,7 @@ class Errors:
 
 
 def parameter_group(name: str) -> str:
-    """What a parameter belongs to, for people."""
+    """Return the group that a parameter belongs to, for people."""
     for group, marks in GROUPS.items():
         if any(mark in name for mark in marks):
             return group
@@ -117,7 +117,7 @@ class RankOfLayout:
         return self.trainer.placements
 
     def first_row(self, micro: int) -> int:
-        """Of a micro-batch of this rank, in the global batch."""
+        """Return the first row of a micro-batch of this rank in the global batch."""
         replica = self.rank % self.case.mesh.stage // self.case.mesh.node
         return replica * self.case.share + micro * self.case.rows
 
@@ -238,7 +238,7 @@ class RankOfLayout:
                     target[name] = max(target.get(name, 0.0), error)
 
     def _shard_error(self, group: FlatWeights, shard: Tensor, least: Mapping[str, float]) -> float:
-        """Of a rank's shard of the reduced gradients, weight by weight.
+        """Return the worst error of a rank's shard of the reduced gradients, weight by weight.
 
         A shard may hold three elements of a weight, small ones by chance: they count as large as the weight's others.
         """
@@ -254,7 +254,7 @@ class RankOfLayout:
         return worst
 
     def update_error(self, group: FlatWeights, slot: Slot) -> float:
-        """Of one weight after the update, on this rank."""
+        """Return the error of one weight after the update, on this rank."""
         found = self.optimizer.weights[slot.name].cpu()
         return relative(found, slot.placement.take(self.updated(slot.name, group.decay)))
 
@@ -277,7 +277,7 @@ class RankOfLayout:
         return {state.name: _random(f"{state.name}.{name}", gradients[name], state, size) for state in rule.state}
 
     def everyone(self, value: Any) -> list[Any]:
-        """What each rank has to say."""
+        """Return the value of every rank."""
         if self.case.mesh.world == 1:
             return [value]
         found: list[Any] = [None] * self.case.mesh.world

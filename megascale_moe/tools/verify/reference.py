@@ -82,7 +82,7 @@ class Reference:
 
     @property
     def scales(self) -> dict[str, Any]:
-        """What makes means of sums, as a training step reads it."""
+        """Factors that turn sums into means, by the names that a training step reads."""
         return {
             "loss_scale": 1.0 / self.batch.target_count,
             "auxiliary_scale": torch.tensor(1.0 / self.batch.tokens.numel()),

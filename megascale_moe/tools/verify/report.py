@@ -1,4 +1,4 @@
-"""What verify says: a table and a line for people, one JSON document for programs."""
+"""The results of `verify`: a table and a line for people, one JSON document for programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """What came of one layout; `own` if it is that of the config."""
+    """The result of one layout; `own` if it is that of the config."""
 
     case: Case
     errors: Errors
@@ -66,7 +66,7 @@ class LayoutResult:
 
 @dataclass
 class VerifyOutcome:
-    """What came of all.
+    """The results of all layouts.
 
     Attributes:
         count: layouts that were to be verified. note: why the config's own layout is not among them.
@@ -84,7 +84,7 @@ class VerifyOutcome:
 
     @property
     def list_error(self) -> float:
-        """Of the one-rank list against the plain model."""
+        """The error of the one-rank list against the plain model."""
         return max(reference.list_error for reference in self.references)
 
     @property
@@ -100,7 +100,7 @@ class VerifyOutcome:
 
     @property
     def first_difference(self) -> Difference | None:
-        """Of the first layout that differs."""
+        """The first difference of the first layout that fails."""
         return next((result.difference for result in self.failed if result.difference), None)
 
     @property

@@ -37,7 +37,7 @@ PART = 400
 
 @dataclass(frozen=True)
 class RankStep:
-    """What a rank does in a step.
+    """A rank's step and how long its operators take.
 
     Attributes:
         plan: with the overlap of the run. cost: seconds of an operator. source: how they are known, in words.
@@ -117,7 +117,7 @@ def _rows(ops: Sequence[Op], seconds: Seconds) -> list[TimelineRow]:
 
 
 def measured(events: Sequence[Event], origin: float) -> dict[str, Any]:
-    """What a rank really did in a step, drawn unless that is too long."""
+    """Return the measured step of a rank, drawn unless it is too long."""
     rows = happened(events, origin)
     drawn = rows if len(rows) <= WHOLE else []
     return {"totals": totals(rows), "kinds": kinds(rows), "table": table(drawn),

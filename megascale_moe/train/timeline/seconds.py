@@ -28,7 +28,7 @@ class ObservedSeconds(Measured):
     """
 
     def seconds(self, op: Op) -> float:
-        """Of one operator."""
+        """Return the seconds of one operator."""
         kind = kind_of(op)
         if kind not in self.seconds_of:
             return self.rates.seconds(op)
@@ -56,7 +56,7 @@ def timed(ops: Sequence[Op], runs: Iterable[Sequence[Event]]) -> ObservedSeconds
 
 
 def first_of(profile: Priced, rest: ObservedSeconds) -> ObservedSeconds:
-    """What was profiled, and else what the last steps show."""
+    """Return profiled seconds, completed by those of the last steps."""
     if not isinstance(profile, Measured):
         return rest
     return ObservedSeconds({**rest.seconds_of, **profile.seconds_of}, {**rest.work, **profile.work})

@@ -16,7 +16,7 @@ def thinned(curve: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def of_curve(curve: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """What is drawn of (phase, bytes alive) after each operator."""
+    """Return the drawn curve of (phase, bytes alive) after each operator."""
     points = thinned(curve)
     return {
         "alive": [alive for _, alive in points], "phases": [phase for phase, _ in points], "operators": len(curve),
