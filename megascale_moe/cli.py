@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--rank", type=_place, default=0, metavar="R", help="the rank that is run (default: 0)")
     dry.add_argument("--skip-messages", action="store_true", help="do not compare the messages of all ranks")
     planner = _command(
-        commands, "plan", help="which layout is the fastest on a cluster that is not there, does it fit, and why",
+        commands, "plan", help="which layout is the fastest on a cluster that you do not have, does it fit, and why",
         usage="megascale plan CONFIG.toml --cluster NAME --gpus N [--fixed] [--keep KEYS] [--out FOLDER] "
         "[--section.key=value ...] [--json]\n       megascale plan --compare A.toml B.toml --cluster NAME --gpus N\n"
         "       megascale plan --validate ROWS.csv",

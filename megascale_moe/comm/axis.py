@@ -39,7 +39,7 @@ class Axis:
 
     @property
     def deserted(self) -> bool:
-        """True where the peers exist on paper only (`axes_of`): what would be sent is counted and goes nowhere."""
+        """True where the axis has no process group (`axes_of`): what would be sent is counted and goes nowhere."""
         return self.size > 1 and self.group is None
 
     def link(self, sender: int, backward: bool) -> dist.ProcessGroup | None:
@@ -104,7 +104,7 @@ def _links(
 
 
 def axes_of(mesh: Mesh, rank: int, backend: str = "") -> Axes:
-    """The sizes and places of a rank's axes without any process group: for lists that nobody runs but on paper.
+    """The sizes and places of a rank's axes without any process group: for lists that run without storage only.
 
     Args:
         backend: for which library of collectives the lists are; "" is gloo.

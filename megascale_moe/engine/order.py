@@ -7,7 +7,7 @@ their bits).
 
     serial      as strategies write it: each module's operators one after the other
     paper       by hand, as the paper does: in backward a weight gradient goes behind the next communication, what is
-                made again goes behind the communication before it, and communications start as soon as they can
+                recomputed goes behind the communication before it, and communications start as soon as they can
     scheduled   by a list scheduler from the operators' times: at each point the operator that can run at once, the one
                 with the longest way to the end first; weight gradients have the shortest way and so fill the waits, but
                 those of a layer are done before the next layer computes: what they read could otherwise not die, nor

@@ -1,1 +1,1 @@
-"""Prices of lists for clusters that are not there; opens no process group."""
+"""Prices of lists for clusters that you do not have; opens no process group."""

@@ -32,7 +32,7 @@ class Floors:
     """Lower bounds of the layouts of a space, which share the lists inside of a stage."""
 
     def __init__(self, config: Config, gpus: int, pricer: Pricer, capacity: float, remats: list[str]) -> None:
-        """`remats`: what may be made again, least first. `capacity`: bytes of a rank."""
+        """`remats`: recomputation policies, the mildest first. `capacity`: bytes of a rank."""
         self.config, self.gpus, self.pricer, self.capacity, self.remats = config, gpus, pricer, capacity, remats
         model = config.model
         numbers = zip(ONE, (model.layers - model.dense_layers, model.dense_layers), strict=True)
@@ -41,13 +41,13 @@ class Floors:
         self._once = Once()
 
     def quick(self, layout: CandidateLayout) -> float:
-        """Seconds with as little made again as is allowed; infinite if not even the weights fit."""
+        """Return the seconds with as little recomputation as is allowed; infinite if not even the weights fit."""
         if self.weights(layout) > self.capacity:
             return math.inf
         return self._seconds(layout, self.remats[0])
 
     def of(self, layout: CandidateLayout) -> tuple[float, str]:
-        """Seconds with the least that may fit made again, and how much that is; infinite if nothing fits."""
+        """Return the seconds with the least recomputation that may fit, and its policy; infinite if nothing fits."""
         for remat in self.remats:
             if self.bytes(layout, remat) <= self.capacity:
                 return self._seconds(layout, remat), remat

@@ -1,4 +1,4 @@
-"""The lists of a rank that is not there: its peers exist on paper, its tensors have no storage.
+"""The lists of a rank of a cluster that you do not have: no process groups, tensors without storage.
 
 They are those that a trainer builds for the same config and rank, so what is priced, compared or drawn is what runs.
 """

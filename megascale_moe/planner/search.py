@@ -1,8 +1,8 @@
 """The fastest layouts of a model on a cluster that fit its memory.
 
 There are tens of thousands, and all are looked at: each has a floor, what its computation or one of its links alone
-would take (`bounds`), and layouts are priced in the order of their floors until a floor is above what has been found.
-So nothing is left out on a guess. A layout is priced with the least rematerialization that fits. The
+would take (`bounds`), and layouts are priced in the order of their lower bounds until a floor is above what has been found.
+So nothing is left out on a guess. A layout is priced with the least recomputation that fits. The
 best are then refined: one option after the other is changed and kept where that is faster. Layouts with the same inside
 of a stage share its lists (`stages.Stages`), so they go to the same worker.
 """
@@ -222,7 +222,7 @@ class _Worker:
         self.floors = Floors(space.config, space.gpus, self.pricer, self.capacity, remats)
 
     def least(self, layout: CandidateLayout, remat: str, bound: float = math.inf) -> Plan | None:
-        """With the least rematerialization that fits, all other options as they are first tried.
+        """With the least recomputation that fits, all other options as they are first tried.
 
         Args:
             remat: less than this does not fit. bound: seconds that are of interest.
@@ -246,7 +246,7 @@ class _Worker:
         return layout.bytes(0, update=False).peak <= self.capacity
 
     def refined(self, plan: Plan) -> Plan:
-        """With every option that makes it faster; two micro-batches at once with more made again where that fits."""
+        """With every option that makes it faster; two micro-batches at once with more recomputation where that fits."""
         remats = self.space.options("overlap.remat")
         more = remats[remats.index(value(plan.config, "overlap.remat")) :][1:2]
         for key in OPTIONS:

@@ -1,7 +1,7 @@
 """The layouts that a config can say for a model on so many GPUs, and the options that each of them has.
 
 A layout decides who holds what: pipeline, node, strategies of attention and experts, dispatch, micro-batch, schedule.
-Options change how it runs: order, rematerialization, splits, two micro-batches at once, formats of gradients. Keys that
+Options change how it runs: order, recomputation, splits, two micro-batches at once, formats of gradients. Keys that
 a user wants to keep stay as the config has them. Formats of activations and weights always do: with "auto" they are
 chosen by price where the user has allowed it, but no search turns a run into another one's numerics.
 """

@@ -1,4 +1,4 @@
-"""A rank's trainer without a tensor's storage: on the meta device, with peers that exist on paper.
+"""A rank's trainer without a tensor's storage: on the meta device, without process groups.
 
 What `dryrun` counts and what a report rehearses is then the list that a rank of a job of any size would run.
 """

@@ -1,6 +1,6 @@
 """`megascale dryrun`: the training step of one rank of a job of any size, on this machine, without a tensor's storage.
 
-The trainer of that rank is built on the meta device with peers on paper, and its two lists (the micro-batches
+The trainer of that rank is built on the meta device without process groups, and its two lists (the micro-batches
 through its stages, the optimizer) go through the executor as they would on the cluster. Nothing is modelled twice:
 memory is what the lists make torch allocate, bytes are what the collectives counted, FLOPs what the operators declare.
 Routing counts as balanced. What a real job has besides is not in it: the CUDA context, cuBLAS workspaces, NCCL's own

@@ -4,11 +4,11 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const SPACE = "http" + "://www.w3.org/2000/svg"; // the name of a language, nothing is fetched
   const PHASES = {
-    F: "forward", B: "input gradient", W: "weight gradient", R: "made again in backward",
+    F: "forward", B: "input gradient", W: "weight gradient", R: "recomputed in backward",
     O: "optimizer and synchronisation",
   };
   const SHORT = {
-    F: "forward", B: "input gradient", W: "weight gradient", R: "made again", O: "synchronisation",
+    F: "forward", B: "input gradient", W: "weight gradient", R: "recomputed", O: "synchronisation",
   };
   const LINK = { intra: "inside the node", inter: "between nodes" };
   const LANES = [["compute", "computation"], ["intra", "link inside the node"], ["inter", "link between nodes"]];
@@ -133,7 +133,7 @@
     if (lanes.length > 1) {
       add(swatch("comm"), "communication, hidden");
       add(swatch("", "url(#awaited)"), "not hidden");
-      add(swatch("", "url(#hatch)"), "computation stands still");
+      add(swatch("", "url(#hatch)"), "exposed communication");
     }
   }
 
@@ -160,7 +160,7 @@
 
   const waitsOf = (rows) => rows.filter((r) => r.exposed > 0).map((r) => [r.end - r.exposed, r.end]);
 
-  // When a message travels while computation stands still, for it or for another.
+  // When a message travels while it or another is exposed.
   function bare(row, waits) {
     const parts = waits.map(([from, to]) => [Math.max(from, row.start), Math.min(to, row.end)]);
     return parts.filter(([from, to]) => to > from);
@@ -197,7 +197,7 @@
     if (!travels) {
       for (const row of picture.rows) {
         if (row.stream === "compute" || row.exposed * scale < 0.4) continue;
-        const text = `computation stands still\nfor ${seconds(row.exposed)}, waiting for\n${row.name}`;
+        const text = `exposed communication:\n ${seconds(row.exposed)}, waiting for\n${row.name}`;
         bar(row.end - row.exposed, row.end, 0, { fill: "url(#hatch)" }, text);
       }
     }

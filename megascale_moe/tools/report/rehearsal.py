@@ -25,7 +25,7 @@ from megascale_moe.train.timeline.watch import Watch
 from megascale_moe.train.trainer import Trainer
 
 GPU = Rates(flops=5e14, memory=2.5e12, links={Stream.INTRA: 1.6e11, Stream.INTER: 4e10}, latency=2e-5)
-"""About half to three quarters of what an H800 has on paper: 990 TFLOP/s, 3,350 GB/s, 200 GB/s, 50 GB/s."""
+"""About half to three quarters of an H800's nominal figures: 990 TFLOP/s, 3,350 GB/s, 200 GB/s, 50 GB/s."""
 
 
 def planned(trainer: Trainer, rows: int, micros: int, cost: Priced, source: str) -> RankStep:

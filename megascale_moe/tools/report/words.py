@@ -76,11 +76,11 @@ def layout(config: Config, mesh: Mesh) -> str:
 
 
 def overlap(config: Config, pieces: int) -> str:
-    """Order, splitting and rematerialization."""
+    """Return order, splitting and recomputation in words."""
     o = config.overlap
     cut = "communication uncut" if pieces == 1 else f"communication cut into {pieces} pieces"
-    remat = {"none": "nothing made again in backward", "full": "every layer made again in backward"}
-    return f"order “{o.order}”, {cut}, {remat.get(o.remat, f'rematerialization “{o.remat}”')}"
+    remat = {"none": "no recomputation", "full": "full recomputation"}
+    return f"order “{o.order}”, {cut}, {remat.get(o.remat, f'recomputation “{o.remat}”')}"
 
 
 # --- under the pictures -----------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def of_timeline(found: dict[str, Any]) -> str:
     saved = 1 - after["seconds"] / before["seconds"]
     outcome = f"the step becomes {saved:.1%} shorter" if saved > 0.0005 else "the step does not become shorter by it"
     return (
-        f"{used}Hatched stretches are waits: computation stands still for {then} in the plain list and for {now} with "
+        f"{used}Hatched stretches are exposed communication: {then} in the plain list and {now} with "
         f"overlap. Look how bars of the link lanes slide under those of the computation; {outcome}."
     )
 
@@ -151,7 +151,7 @@ def of_kinds(found: dict[str, Any]) -> str:
     if not bare:
         return f"All {duration(total)} of communication are hidden."
     return (
-        "Filled is hidden under computation, hatched travels while computation stands still. With overlap "
+        "Filled is hidden under computation, hatched is exposed. With overlap "
         f"{share(max(total - bare, 0.0), total)} of {duration(total)} of communication are hidden. The largest rest is "
         f"{worst['name']} ({PHASES[worst['phase']]}): {duration(worst['exposed'])}, {share(worst['exposed'], bare)} of "
         "all that is not."
@@ -159,7 +159,7 @@ def of_kinds(found: dict[str, Any]) -> str:
 
 
 PHASES = {
-    "F": "forward", "B": "input gradient", "W": "weight gradient", "R": "made again",
+    "F": "forward", "B": "input gradient", "W": "weight gradient", "R": "recomputed",
     "O": "optimizer and synchronisation",
 }  # fmt: skip
 

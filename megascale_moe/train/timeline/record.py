@@ -50,7 +50,7 @@ class RankStep:
 
     @property
     def plain(self) -> RankStep:
-        """The same work without overlap: as it was written down, uncut, with as much made again."""
+        """The same work without overlap: as the strategies wrote it, uncut, with as much recomputation."""
         o = self.plan.overlap
         overlap = OverlapConfig(remat=o.remat, activation_bytes=o.activation_bytes)
         return replace(self, plan=replace(self.plan, overlap=overlap))

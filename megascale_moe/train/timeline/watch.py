@@ -66,7 +66,7 @@ def policies(plan: StepPlan) -> list[str]:
 
 
 def with_policy(plan: StepPlan, remat: Any) -> StepPlan:
-    """The plan with another policy of rematerialization."""
+    """The plan with another recomputation policy."""
     budget = plan.overlap.activation_bytes if remat == "budget" else 0
     return replace(plan, overlap=replace(plan.overlap, remat=remat, activation_bytes=budget))
 
