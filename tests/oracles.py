@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from megascale_moe.config import ModelConfig
@@ -121,6 +120,8 @@ class Result:
 
 def oracle(family: str, seed: int = 0, **sizes: Any) -> Oracle:
     """A random transformers model of the family; `sizes` are Hugging Face config keys."""
+    import transformers  # here and not above: it doubles what every fork of this process has to copy
+
     prefix, defaults = FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(
         **{**COMMON_SIZES, **defaults, **sizes}, attn_implementation="eager", experts_implementation="eager"

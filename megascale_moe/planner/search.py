@@ -1,10 +1,10 @@
 """The fastest layouts of a model on a cluster that fit its memory.
 
-There are tens of thousands, and all are looked at: each has a floor, what its computation or one of its links alone
-would take (`bounds`), and layouts are priced in the order of their lower bounds until a floor is above what has been found.
-So nothing is left out on a guess. A layout is priced with the least recomputation that fits. The
-best are then refined: one option after the other is changed and kept where that is faster. Layouts with the same inside
-of a stage share its lists (`stages.Stages`), so they go to the same worker.
+There are tens of thousands, and all are looked at: each has a lower bound, what its computation or one of its links
+alone would take (`bounds`), and layouts are priced in the order of their lower bounds until one is above what has been
+found. So nothing is left out on a guess. A layout is priced with the least recomputation that fits. The best are then
+refined: one option after the other is changed and kept where that is faster. Layouts with the same inside of a stage
+share its lists (`stages.Stages`), so they go to the same worker.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from megascale_moe.comm.collectives import (
 )
 from megascale_moe.comm.mesh import AXES, Mesh
 from megascale_moe.testing import run_ranks
+from tests.pairs import Case, name_of, pairs
 
 DTYPES = [torch.float32, torch.int32, torch.bfloat16]
 
@@ -62,10 +63,12 @@ def run_all_to_all(dtype: torch.dtype) -> tuple[Tensor, int]:
     return pending.wait(), pending.wire_bytes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 5])
-@pytest.mark.parametrize("world", [2, 4])
-def test_all_gather_and_reduce_scatter(world: int, rows: int, dtype: torch.dtype) -> None:
+BOTH = {"world": ("2", "4"), "rows": ("0", "1", "5"), "dtype": ("float32", "int32", "bfloat16")}
+
+
+@pytest.mark.parametrize("case", pairs(BOTH), ids=name_of)
+def test_all_gather_and_reduce_scatter(case: Case) -> None:
+    world, rows, dtype = int(case["world"]), int(case["rows"]), getattr(torch, case["dtype"])
     parts = [message(rank, 0, rows, dtype) for rank in range(world)]
     for rank, (gathered, gather_wire, reduced, reduce_wire) in enumerate(run_ranks(world, run_both, rows, dtype)):
         assert torch.equal(gathered, torch.cat(parts))

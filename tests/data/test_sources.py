@@ -12,6 +12,8 @@ import pytest
 from megascale_moe.config import ConfigError
 from megascale_moe.data import find_source, readers
 
+pytestmark = pytest.mark.bulky  # pyarrow, datasets
+
 
 def texts(path: Path | str, field: str = "text") -> list[str]:
     return [document.text for document in find_source(str(path), field).documents()]

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from megascale_moe.config import ConfigError, ModelConfig
 from megascale_moe.huggingface.conversion import (
@@ -27,6 +25,8 @@ from megascale_moe.huggingface.conversion import (
 from megascale_moe.model.router import balance_sum, balance_weights, route
 from megascale_moe.presets import PRESETS
 from tests.oracles import CASES, SHAPES, batch, case, errors, oracle, relative_error, run, worst
+
+pytestmark = pytest.mark.bulky  # transformers
 
 # float32 carries 6e-8 per operation; two layers with their backward chain some hundred dependent sums of up to 64
 # terms, taken in another order by each side. Measured: 1e-6 for logits, at worst 5e-6 for a gradient.
@@ -56,6 +56,8 @@ def test_cases_give_every_parameter_a_gradient(name: str) -> None:
 @pytest.mark.parametrize(("experts", "top_k"), [(5, 2), (8, 8), (7, 1)])
 def test_balance_loss_is_theirs_over_top_k(experts: int, top_k: int) -> None:
     """transformers: E sum f P over all tokens; ours: E / k sum f P per document. Their mask picks one document."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
     config = ModelConfig(experts=experts, top_k=top_k)
     lengths = torch.tensor([13, 1, 24])
     documents = torch.repeat_interleave(torch.arange(3), lengths)
@@ -91,6 +93,8 @@ def test_checkpoint_saved_by_transformers_reads_the_same(name: str, tmp_path: Pa
     ],
 )  # fmt: skip
 def test_checkpoint_written_by_us_loads_in_transformers(name: str, tmp_path: Path) -> None:
+    import transformers
+
     theirs = case(name)
     tokens, _ = batch(theirs.config, 2, 9)
     state = parameters_to_huggingface(theirs.parameters, theirs.config)

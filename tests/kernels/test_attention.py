@@ -67,6 +67,7 @@ def test_backward_does_not_depend_on_the_block(block: int, monkeypatch: pytest.M
     check(1, 23, (2, 2), ((0, 0, 11), (0, 11, 23)), 0, torch.float32)
 
 
+@pytest.mark.bulky  # what threads allocate is never given back
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("spans", [(), ((0, 0, 30), (0, 30, 70), (1, 0, 70), (2, 0, 1), (2, 1, 70))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

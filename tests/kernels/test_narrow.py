@@ -134,6 +134,7 @@ def test_empty_messages(sharing: str, shape: tuple[int, int]) -> None:
     assert back(Float8(sharing), torch.empty(shape)).shape == shape  # type: ignore[arg-type]
 
 
+@pytest.mark.bulky  # what torch does on its meta device imports its compiler
 def test_no_storage_is_needed() -> None:
     """A dry run encodes and decodes as well."""
     x = torch.empty(300, 96, device="meta")

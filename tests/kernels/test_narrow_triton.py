@@ -1,4 +1,7 @@
-"""The Triton kernels under Triton's interpreter, byte for byte those of the plain ones; on GPUs see tests/gpu."""
+"""The Triton kernels under Triton's interpreter, byte for byte those of the plain ones; on GPUs see tests/gpu.
+
+The interpreter takes two milliseconds for each row that has a scale of its own: of most inputs every fifth is encoded.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ import torch
 from megascale_moe.kernels import narrow, narrow_triton
 from tests.kernels.test_narrow import INPUTS, input_of
 
-def check(x):
-    rows, width = x.shape
+def check(whole, every=5):
     for sharing in ("rows", "channels"):
+        x = whole[::every] if sharing == "rows" else whole
+        rows, width = x.shape
         form = narrow.Float8(sharing)
         wanted = form.encode(x)
         found = torch.full_like(wanted, 7)
@@ -32,11 +36,11 @@ def check(x):
         assert torch.equal(out.nan_to_num(0, 0, 0), plain.nan_to_num(0, 0, 0)), sharing
 
 for name in INPUTS:
-    check(input_of(name))
+    check(input_of(name), 1 if name == "outliers" else 5)
 check(input_of("normal").bfloat16())
 check(input_of("normal")[:130, :70])  # neither rows nor columns fill a tile, rows are not next to each other
 bad = input_of("normal")
-bad[3, 4], bad[200, 1], bad[250, 2] = float("nan"), float("inf"), -float("inf")
+bad[5, 4], bad[200, 1], bad[250, 2] = float("nan"), float("inf"), -float("inf")
 check(bad)
 check(torch.empty(0, 8))
 print("all equal")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale_moe.comm.axis import connect, single
-from megascale_moe.comm.mesh import Mesh, mesh_of
+from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, TrainConfig, WireConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.trace import Trace
@@ -22,6 +22,7 @@ from megascale_moe.model.counts import parameter_shapes
 from megascale_moe.optim.groups import flat_groups
 from megascale_moe.optim.registry import rule_of
 from megascale_moe.optim.sharded import ShardedOptimizer
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement
 from megascale_moe.strategies.stages import parts_of_rank, stage_parts, together

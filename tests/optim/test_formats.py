@@ -1,4 +1,7 @@
-"""Gradients and weights in narrower formats: bits of the sums, what every rank ends up with, bytes and memory."""
+"""Gradients and weights in narrower formats: bits of the sums, what every rank ends up with, bytes and memory.
+
+Meshes, formats, dtypes and sizes of chunks are covered by pairs (tests/pairs.py).
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,10 @@ from megascale_moe.strategies.placement import everything
 from megascale_moe.testing import run_ranks
 from tests.optim.test_sharded import CONFIG
 from tests.optim.test_sync import gather_ops
+from tests.pairs import Case, name_of, pairs
 
-MESHES = [Mesh(dp=2, node=2), Mesh(node=3), Mesh(dp=2)]
+MESHES = {"dp2-node2": Mesh(dp=2, node=2), "node3": Mesh(node=3), "dp2": Mesh(dp=2)}
+CHUNKS = {"one": CHUNK, "several": 200}
 PLACES = {"a": everything((13, 5), ("node", "tensor_data")), "b": everything((24, 30), ("node", "tensor_data"))}
 PARAMETERS: dict[str, Format | None] = {"fp32": None, "bf16": BFloat16(), "fp8": Float8("rows")}
 
@@ -72,12 +77,14 @@ def rounded(x: Tensor, gradients: str) -> Tensor:
     return Float8("rows").decode(Float8("rows").encode(rows), torch.empty_like(rows)).flatten()
 
 
-@pytest.mark.parametrize("chunk", [CHUNK, 200])
-@pytest.mark.parametrize("gradients", ["bf16", "fp8"])
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"dp{mesh.dp}-node{mesh.node}")
-def test_sums_are_float32_sums_of_rounded_terms(mesh: Mesh, gradients: str, chunk: int) -> None:
+SUMS = {"mesh": tuple(MESHES), "gradients": ("bf16", "fp8"), "chunks": tuple(CHUNKS)}
+
+
+@pytest.mark.parametrize("case", pairs(SUMS), ids=name_of)
+def test_sums_are_float32_sums_of_rounded_terms(case: Case) -> None:
     """Bit for bit: rounded once, summed in rank order inside the node, rounded once more, summed over nodes."""
-    results = run_ranks(mesh.world, sum_on_rank, mesh, gradients, chunk)
+    mesh, gradients = MESHES[case["mesh"]], case["gradients"]
+    results = run_ranks(mesh.world, sum_on_rank, mesh, gradients, CHUNKS[case["chunks"]])
     nodes = []
     for node in range(mesh.dp):
         terms = [results[node * mesh.node + place][2] for place in range(mesh.node)]
@@ -94,7 +101,7 @@ def sum_of(terms: list[Tensor]) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"dp{mesh.dp}-node{mesh.node}")
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_bytes_are_half_and_a_quarter_plus_scales(mesh: Mesh) -> None:
     sent = {form: [r[3] for r in run_ranks(mesh.world, sum_on_rank, mesh, form, CHUNK)] for form in ("bf16", "fp8")}
     size = 13 * 5 + 24 * 30
@@ -135,7 +142,8 @@ def memory_on_rank(gradients: str) -> int:
     return meter.peak
 
 
-def test_casting_in_place_takes_no_memory_but_the_sum() -> None:
+@pytest.mark.bulky
+def test_casting_in_place_takes_no_memory_but_the_sum(torch_compiler: None) -> None:
     """What comes lies in the half of the buffer that the cast left; float32 needs a second buffer instead."""
     size = 1 << 21
     assert max(run_ranks(2, memory_on_rank, "bf16")) <= 4 * size // 2 + 2 * CAST
@@ -163,13 +171,17 @@ def gather_on_rank(mesh: Mesh, parameters: str, dtype: torch.dtype, chunk: int) 
     return group.weights, group.master, group.shard
 
 
-@pytest.mark.parametrize("chunk", [CHUNK, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("parameters", ["bf16", "fp8"])
-@pytest.mark.parametrize("mesh", MESHES[:2], ids=lambda mesh: f"dp{mesh.dp}-node{mesh.node}")
-def test_all_ranks_have_the_same_rounded_weights(mesh: Mesh, parameters: str, dtype: torch.dtype, chunk: int) -> None:
+WEIGHTS = {
+    "mesh": ("dp2-node2", "node3"), "parameters": ("bf16", "fp8"), "dtype": ("float32", "bfloat16"),
+    "chunks": tuple(CHUNKS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", pairs(WEIGHTS), ids=name_of)
+def test_all_ranks_have_the_same_rounded_weights(case: Case) -> None:
     """Also the rank whose shard it is; it keeps the exact ones beside."""
-    results = run_ranks(mesh.world, gather_on_rank, mesh, parameters, dtype, chunk)
+    mesh, parameters, dtype = MESHES[case["mesh"]], case["parameters"], getattr(torch, case["dtype"])
+    results = run_ranks(mesh.world, gather_on_rank, mesh, parameters, dtype, CHUNKS[case["chunks"]])
     exact = gradient(len(results[0][0]), 0)
     wanted = rounded(exact, parameters).to(dtype)
     for weights, master, shard in results:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from megascale_moe.optim.norm import NORM_BYTES
 from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.strategies.placement import Placement, columns, everything, rows, share
 from megascale_moe.testing import run_ranks
+
+pytestmark = pytest.mark.bulky  # torch's optimizers import its compiler
 
 # Odd sizes, so that shards cut through weights and padding is needed; experts are stacked. The last two are cut over
 # the node, one in three row ranges.
@@ -154,7 +157,9 @@ def declared(ops: list[Op]) -> dict[str, float]:
     return totals
 
 
+@functools.cache
 def on_ranks(mesh: Mesh, *args: Any) -> list[Result]:
+    """Of all ranks; run once for all tests that look at the same steps."""
     return [run(mesh, *args)] if mesh.world == 1 else run_ranks(mesh.world, run, mesh, *args)
 
 
@@ -165,10 +170,10 @@ def largest_difference(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"dp{mesh.dp}-node{mesh.node}-ep{mesh.ep}")
 def test_weights_and_norms_equal_adamw_on_the_full_model(mesh: Mesh, clip: float) -> None:
-    config = TrainConfig(weight_decay=0.1, clip_norm=clip)
+    config = replace(CONFIG, clip_norm=clip)
     wanted, norms = reference(config)
     assert max(norms) > 1 > min(norms)  # both sides of the clipping norm
-    for rank, result in enumerate(on_ranks(mesh, config)):
+    for rank, result in enumerate(on_ranks(mesh, config, torch.float32)):
         assert result.norms == pytest.approx(norms, rel=1e-6)  # a root of a sum of 400 squares
         for name, weight in result.weights.items():
             assert largest_difference(weight, local(wanted[name], name, mesh, rank)) < TOLERANCE, name
@@ -185,7 +190,7 @@ def test_only_matrices_decay() -> None:
 
 def test_replicas_hold_the_same_bits() -> None:
     mesh = Mesh(dp=2, node=2, ep=2)
-    results = on_ranks(mesh)
+    results = on_ranks(mesh, CONFIG, torch.float32)
     for rank, result in enumerate(results):
         assert result.norms == results[0].norms
         for name, weight in result.weights.items():

@@ -205,6 +205,7 @@ def test_declared_bytes_are_those_of_the_paper(n: int, d: int, dtype: torch.dtyp
         assert sent[Stream.INTRA] == pytest.approx(size * p * (n - 1) / n, rel=1e-12)
 
 
+@pytest.mark.bulky  # what torch does on its meta device imports its compiler
 def test_a_dry_run_counts_the_bytes_of_a_cluster() -> None:
     """1536 ranks that are not there: meta tensors, axes without process groups."""
     mesh = Mesh(pp=2, dp=96, node=8, ep=8)

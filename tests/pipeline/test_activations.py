@@ -24,6 +24,8 @@ from megascale_moe.engine.value import Value
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.presets import PRESETS
 
+pytestmark = pytest.mark.bulky  # what torch does on its meta device imports its compiler
+
 N = 8
 MODELS = ("internal-352b", "mixtral-8x7b", "mixtral-8x22b", "hunyuan-large", "phi-3.5-moe", "deepseek-moe")
 SHARED = "shared"

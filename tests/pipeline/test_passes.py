@@ -1,4 +1,11 @@
-"""Orders, rematerialization and splitting leave every gradient as it was: passes x strategies against plain modules."""
+"""Orders, rematerialization and splitting leave every gradient as it was: passes x strategies against plain modules.
+
+Covered by pairs (tests/pairs.py): every two values of model, layout (mesh, experts with their dispatch, attention,
+vocabulary), schedule of a pipeline, pieces, order, rematerialization and micro-batches at once meet in some case, if
+they fit each other. All are compared in float32; test_wire.py has a table for narrow formats, whose bounds are wide.
+
+Beyond the orders that the package makes, any that keeps the dependencies must do: some are drawn by chance.
+"""
 
 from __future__ import annotations
 
@@ -6,107 +13,103 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megascale_moe.comm.axis import axes_of, connect, single
-from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
+from megascale_moe.comm.axis import axes_of
+from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.engine.cost import Rates
-from megascale_moe.engine.executor import resolve
-from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, Phase, Stream, check
 from megascale_moe.engine.order import best_order, dependencies, makespan, paper_order, scheduled_order, simulate
-from megascale_moe.engine.trace import Trace
-from megascale_moe.model.transformer import build
 from megascale_moe.pipeline.program import Profile, StepPlan
-from megascale_moe.pipeline.step import of_micro
 from megascale_moe.strategies.fit import mesh_of
-from megascale_moe.strategies.model import local_inputs
-from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
-from tests.strategies.layouts import SCALE, Result, compare, random_rows, wanted_of
+from tests.pairs import Case, name_of, pairs
+from tests.pipeline.plans import FACTORS, MICROS, ROWS, RULES, overlap_of, run_drawn, run_plan
+from tests.strategies.layouts import compare, fitted, parallel_of, wanted_of
 from tests.strategies.test_layouts import SMALL, TOLERANCE, VARIANTS
 
-MICROS = 2
-
-
-def run_plan(
-    config: ModelConfig, parallel: ParallelConfig, overlap: OverlapConfig, mesh: Mesh, wire: WireConfig = WireConfig()  # noqa: B008
-) -> Result:
-    """One rank's step of two micro-batches per data-parallel rank; gradients summed over replicas."""
-    axes = connect(mesh) if mesh.world > 1 else single()
-    batch = random_rows(config, rows=2 * MICROS * mesh.dp)
-    plan = StepPlan(config, parallel, axes, torch.float32, 2, MICROS, overlap=overlap, wire=wire)
-    model = build(config)
-    placed = placements(config, plan.layout, plan.part)
-    named = dict(model.named_parameters())
-    weights = {name: place.take(named[name].detach()) for name, place in placed.items()}
-    sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items()}
-    weights |= dict(model.named_buffers())
-    values: dict[str, Any] = {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}
-    rank = dist.get_rank() if mesh.world > 1 else 0
-    first = rank % mesh.stage // mesh.node * 2 * MICROS
-    for micro in range(MICROS):
-        tokens, targets, segments = batch.part(slice(first + 2 * micro, first + 2 * micro + 2))
-        inputs = local_inputs(tokens, targets, plan.layout, segments, config)
-        values |= {of_micro(name, micro): value for name, value in inputs.items()}
-    trace = Trace()
-    out = plan.program().run(values, weights, sinks, trace)
-    result = Result(0.0, 0.0, {}, placements=placed, wire=trace.wire_bytes())
-    for micro in range(MICROS):
-        for name in plan.results:
-            value = resolve(out, of_micro(name, micro))
-            if name == "loss":
-                result.loss += float(value)
-            elif name.endswith("auxiliary"):
-                result.auxiliary += float(value)
-    for name, sink in sinks.items():
-        result.gradients[name] = sink.value()
-        for axis in placed[name].replicas:
-            if axis and axes[axis].size > 1:
-                dist.all_reduce(result.gradients[name], group=axes[axis].group)
-    return result
-
-
-PARALLEL = {
-    "sp+ep all-to-all": ParallelConfig(dp=1, node=4, dispatch="all_to_all"),
-    "sp+ep all-gather": ParallelConfig(dp=1, node=4, dispatch="all_gather"),
-    "ep over two nodes": ParallelConfig(dp=2, node=2, ep=4, dispatch="all_to_all"),
-    "tp+ep": ParallelConfig(dp=2, node=2, attention="tp", dispatch="all_to_all"),
-    "sp+tp": ParallelConfig(dp=1, node=4, ffn="tp"),
-    "tp+tp": ParallelConfig(dp=2, node=2, attention="tp", ffn="tp", vocabulary="sharded"),
-    "ep x etp": ParallelConfig(dp=1, node=4, ffn="ep+tp", ep=2, etp=2, dispatch="all_to_all"),
-    "pipeline": ParallelConfig(pp=2, dp=1, node=2, dispatch="all_gather"),
-}
 SHARED = replace(SMALL, shared_experts=1)
-OVERLAPS = {
-    f"{order} {remat} {split} {micros}": OverlapConfig(
-        order=order, remat=remat, split=split, activation_bytes=30_000 if remat == "budget" else 0, micro_batches=micros
-    )  # type: ignore[arg-type]
-    for order, remat, split, micros in (
-        ("paper", "none", "none", 1), ("scheduled", "none", "none", 1), ("serial", "paper", "none", 1),
-        ("serial", "full", "none", 1), ("serial", "none", "4", 1), ("paper", "paper", "4", 1),
-        ("scheduled", "paper", "4", 1), ("scheduled", "full", "2", 1), ("scheduled", "budget", "none", 1),
-        ("paper", "full", "3", 1), ("scheduled", "none", "none", 2), ("scheduled", "paper", "4", 2),
-    )
-}  # fmt: skip
+CASES = pairs(FACTORS, *RULES)
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("parallel", PARALLEL)
-def test_passes_leave_gradients_as_they_were(parallel: str, overlap: str) -> None:
-    layout, config = PARALLEL[parallel], SHARED
-    mesh = mesh_of(layout, config, 4)
-    results = run_ranks(4, run_plan, config, layout, OVERLAPS[overlap], mesh)
-    wanted = wanted_of(config, 2 * MICROS * mesh.dp)
-    loss, gradient, name = compare(results, wanted)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_passes_leave_gradients_as_they_were(case: Case) -> None:
+    parallel = parallel_of(case)
+    config = fitted(VARIANTS[case["variant"]], parallel)
+    mesh = mesh_of(parallel, config, 4)
+    results = run_ranks(4, run_plan, config, parallel, overlap_of(case), mesh)
+    loss, gradient, name = compare(results, wanted_of(config, ROWS * MICROS * mesh.dp))
     assert loss < TOLERANCE
     assert gradient < TOLERANCE, name
+
+
+def test_splitting_cuts_all_that_a_case_says() -> None:
+    """As many pieces in the list as in the name of the case, of attention and of the experts."""
+    met = set()
+    for case in CASES:
+        parallel = parallel_of(case)
+        config = fitted(VARIANTS[case["variant"]], parallel)
+        axes = axes_of(mesh_of(parallel, config, 4), 3)  # the last rank has the last layer
+        plan = StepPlan(config, parallel, axes, torch.float32, ROWS, MICROS, overlap=OverlapConfig(split=case["split"]))
+        last = [op.name.split(".")[2] for op in plan.ops if op.name.startswith(f"layers.{config.layers - 1}.")]
+        sent, products = ({name for name in last if name.startswith(f"{word}@")} for word in ("gather_heads", "fc13"))
+        if sent:  # all but the own piece
+            assert len(sent) + 1 == min(int(case["split"]), axes["node"].size), name_of(case)
+            met.add((case["attention"], case["split"]))
+        if products:
+            axis = "ep" if case["experts"] == "ep+tp-all_to_all" else "ffn"
+            assert len(products) == min(int(case["split"]), axes[axis].size), name_of(case)
+            met.add((case["experts"], case["split"]))
+    of_two = {("ep+tp-all_to_all", "3"), ("ep+tp-all_to_all", "4")}  # two ranks for each half of the experts
+    assert met == set(product(["sp", *FACTORS["experts"]], FACTORS["split"][1:])) - of_two
+
+
+# Layouts with every kind of communication, on lists that passes have made long.
+DRAWN: dict[str, tuple[ParallelConfig, OverlapConfig]] = {
+    "sp + ep by all-to-all, cut": (
+        ParallelConfig(dp=1, node=4, dispatch="all_to_all"), OverlapConfig(remat="paper", split="4"),
+    ),
+    "sp + ep by all-gather, over nodes": (
+        ParallelConfig(dp=2, node=2, ep=4, dispatch="all_gather"), OverlapConfig(remat="full", split="2"),
+    ),
+    "tp + tp, vocabulary": (
+        ParallelConfig(dp=1, node=4, attention="tp", ffn="tp", vocabulary="sharded"), OverlapConfig(remat="full"),
+    ),
+    "ep x etp": (
+        ParallelConfig(dp=1, node=4, ffn="ep+tp", ep=2, etp=2, dispatch="all_to_all"), OverlapConfig(split="2"),
+    ),
+    "pipeline, two micro-batches at once": (
+        ParallelConfig(pp=2, dp=1, node=2, attention="tp", dispatch="all_to_all"),
+        OverlapConfig(order="scheduled", micro_batches=2),
+    ),
+    "pipeline, weight gradients apart": (
+        ParallelConfig(pp=2, dp=2, node=1, ep=2, schedule="zero_bubble"), OverlapConfig(remat="paper"),
+    ),
+}  # fmt: skip
+DRAWS = 2
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_any_order_has_the_bits_of_the_plain_one(name: str) -> None:
+    """What may change places is said by names and by gradients, to one of which all additions keep their order."""
+    parallel, overlap = DRAWN[name]
+    config = fitted(SHARED, parallel)
+    mesh = mesh_of(parallel, config, 4)
+    results = run_ranks(4, run_drawn, config, parallel, overlap, mesh, DRAWS)
+    for rank, ((names, plain), *others) in enumerate(results):
+        first = rank // mesh.stage * mesh.stage  # of its stage
+        for draw, (order, found) in enumerate(others, start=1):
+            assert order != names
+            assert Counter(order) == Counter(names)
+            assert order == results[first][draw][0], f"rank {rank} drew another order than rank {first}"
+            assert (found.loss, found.auxiliary) == (plain.loss, plain.auxiliary), f"draw {draw} on rank {rank}"
+            different = [name for name, value in found.gradients.items() if not value.equal(plain.gradients[name])]
+            assert different == [], f"draw {draw} on rank {rank}"
 
 
 # --- orders ----------------------------------------------------------------------------------------------------------

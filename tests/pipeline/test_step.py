@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Op, Phase, Stream, backward
-from megascale_moe.engine.order import dependencies
 from megascale_moe.pipeline import step
 from megascale_moe.pipeline.checker import peak_in_flight
 from megascale_moe.pipeline.program import StepPlan
@@ -30,6 +30,7 @@ from megascale_moe.pipeline.schedule import Action, Schedule, forward_only, sche
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import INPUTS, model_ops
+from tests.pipeline.plans import drawn
 
 Case = tuple[str, int, int, int]  # name, pp, micros, virtual stages
 CASES: list[Case] = [
@@ -284,18 +285,11 @@ PAIRED = [case for case in CASES if case[0] != "zero_bubble"]
 
 def woven(case: Case, chooser: random.Random) -> list[list[Op]]:
     """The lists of every rank, the operators of each pair in some order that their names allow."""
-
-    def weave(ops: Sequence[Op]) -> list[int]:
-        before, order = dependencies(ops), list[int]()
-        while len(order) < len(ops):
-            able = [place for place, needed in enumerate(before) if place not in order and needed <= set(order)]
-            order.append(chooser.choice(able))
-        return order
-
     actions = schedule(*case, pairs=True)
     last = len(actions) * case[3] - 1
     stages = {index: stage_of(index, last) for index in range(last + 1)}
     pp = len(actions)
+    weave = partial(drawn, chooser=chooser)
     return [step_ops(actions, stages, last, Axis("pp", pp, rank), MESSAGE, weave) for rank in range(pp)]
 
 

@@ -1,5 +1,9 @@
 """Compressed communication of activations: the same gradients within what the formats round, bytes as they say.
 
+Covered by pairs (tests/pairs.py): each format meets every mesh, experts with their dispatch, attention, vocabulary,
+order, rematerialization and number of pieces, and these meet each other, on those models whose communications differ.
+That nothing is misplaced is said by the same table in float32 (test_passes.py), whose bound is 10,000 times as narrow.
+
 Gradients are compared as relative errors of whole tensors. A sum of many elements that were rounded independently, each
 by at most u of its size, is off by less than u: BF16 has u = 2^-8 and some ten roundings follow each other in two
 layers; E4M3 has u = 2^-4 and 0.026 in the mean square, which is 0.1 after some fifteen roundings. Both bounds leave
@@ -20,7 +24,7 @@ import torch.distributed as dist
 from megascale_moe.comm.axis import Axis, axes_of, connect
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.comm.traffic import Traffic, as_rows, sum_to
-from megascale_moe.config import OverlapConfig, ParallelConfig, WireConfig
+from megascale_moe.config import ModelConfig, OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Cost, Op, Phase, Stream, check
@@ -29,27 +33,48 @@ from megascale_moe.kernels.narrow import BFloat16, Float8
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
-from tests.pipeline.test_passes import MICROS, PARALLEL, SHARED, run_plan
-from tests.strategies.layouts import compare, wanted_of
+from tests.pairs import Case, name_of, pairs
+from tests.pipeline import plans
+from tests.pipeline.plans import MICROS, ROWS, RULES, overlap_of, run_plan
+from tests.pipeline.test_passes import SHARED
+from tests.strategies.layouts import compare, fitted, parallel_of, wanted_of
+from tests.strategies.test_layouts import VARIANTS
 
-DENSE = replace(SHARED, top_k=SHARED.experts)
-BOUNDS = {"bf16": (1e-6, 2e-2), "fp8": (1e-4, 0.25)}
-OVERLAPS = {
-    "paper, paper, 4": OverlapConfig(order="paper", remat="paper", split="4"),
-    "scheduled, full, two": OverlapConfig(order="scheduled", remat="full", micro_batches=2),
+PARALLEL = {
+    "sp+ep all-to-all": ParallelConfig(dp=1, node=4, dispatch="all_to_all"),
+    "sp+ep all-gather": ParallelConfig(dp=1, node=4, dispatch="all_gather"),
+    "ep over two nodes": ParallelConfig(dp=2, node=2, ep=4, dispatch="all_to_all"),
+    "tp+ep": ParallelConfig(dp=2, node=2, attention="tp", dispatch="all_to_all"),
+    "sp+tp": ParallelConfig(dp=1, node=4, ffn="tp"),
+    "tp+tp": ParallelConfig(dp=2, node=2, attention="tp", ffn="tp", vocabulary="sharded"),
+    "ep x etp": ParallelConfig(dp=1, node=4, ffn="ep+tp", ep=2, etp=2, dispatch="all_to_all"),
+    "pipeline": ParallelConfig(pp=2, dp=1, node=2, dispatch="all_gather"),
 }
+BOUNDS = {"bf16": (1e-6, 2e-2), "fp8": (1e-4, 0.25)}
+FACTORS = {
+    **plans.FACTORS, "schedule": ("1f1b",),  # the bounds are for two layers, interleaved has four
+    "variant": ("gqa", "one-kv-head", "mla"), "sizes": ("node4", "dp2-node2", "dp4", "pp2-node2"),
+    "split": ("none", "2", "4"), "remat": ("none", "paper", "full"), "wire": tuple(BOUNDS),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("wire", BOUNDS)
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("parallel", PARALLEL)
-def test_gradients_are_those_of_the_plain_model_within_the_format(parallel: str, overlap: str, wire: str) -> None:
-    mesh = mesh_of(PARALLEL[parallel], SHARED, 4)
-    formats = WireConfig(activations=wire)  # type: ignore[arg-type]
-    results = run_ranks(4, run_plan, DENSE, PARALLEL[parallel], OVERLAPS[overlap], mesh, formats)
-    wanted = wanted_of(DENSE, 2 * MICROS * mesh.dp)
-    loss, gradient, name = compare(results, wanted)
-    least, most = BOUNDS[wire]
+def dense(model: ModelConfig) -> ModelConfig:
+    """The model with all its experts chosen by every token."""
+    return replace(model, top_k=model.experts, top_groups=model.expert_groups)
+
+
+CASES = pairs(FACTORS, *RULES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gradients_are_those_of_the_plain_model_within_the_format(case: Case) -> None:
+    parallel = parallel_of(case)
+    config = dense(fitted(VARIANTS[case["variant"]], parallel))
+    mesh = mesh_of(parallel, config, 4)
+    formats = WireConfig(activations=case["wire"])  # type: ignore[arg-type]
+    results = run_ranks(4, run_plan, config, parallel, overlap_of(case), mesh, formats)
+    loss, gradient, name = compare(results, wanted_of(config, ROWS * MICROS * mesh.dp))
+    least, most = BOUNDS[case["wire"]]
     assert loss < most / 10
     assert least < gradient < most, name
 

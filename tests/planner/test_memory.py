@@ -12,6 +12,8 @@ from megascale_moe.presets import PRESETS
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.tools.dryrun.step import dry_run
 
+pytestmark = pytest.mark.bulky  # a meter imports torch's compiler
+
 CONFIG = Path(__file__).parents[2] / "configs" / "internal-352b.toml"
 LAYOUTS = [
     (),

@@ -19,6 +19,8 @@ from megascale_moe.planner.step import Pricer, memory, price
 from megascale_moe.presets import PRESETS
 from megascale_moe.strategies.fit import mesh_of
 
+pytestmark = pytest.mark.bulky  # lists and prices that a search keeps
+
 H800 = load("h800")
 MODEL = ModelConfig(
     layers=4, hidden=1024, heads=8, kv_heads=4, experts=8, top_k=2, ffn_hidden=2048, vocab=4096, sequence_length=2048,

@@ -1,9 +1,10 @@
-"""Runs the model's list on some layout and on the plain modules, and compares."""
+"""Layouts as factors of tables of pairs; the model's list run on one of them, compared with the plain modules."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.mesh import Mesh
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import ConfigError, ModelConfig, ParallelConfig
 from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import backward
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.transformer import Transformer, build
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import INPUTS, auxiliary_names, load_names, local_inputs, model_ops
 from megascale_moe.strategies.placement import Placement
@@ -25,9 +27,97 @@ from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.weights import placements
 from megascale_moe.tools.verify.batch import BatchRows
 from megascale_moe.tools.verify.batch import random_rows as random_rows  # for the tests that import it from here
+from tests.pairs import Rule
 
 SCALE = 0.01
 CPU = torch.device("cpu")
+
+# --- layouts as factors (tests/pairs.py) -----------------------------------------------------------------------------
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "one-rank": (1, 1, 1), "dp2": (1, 2, 1), "node2": (1, 1, 2), "node4": (1, 1, 4), "dp2-node2": (1, 2, 2),
+    "dp4": (1, 4, 1), "pp2-node2": (2, 1, 2), "pp2-dp2": (2, 2, 1),
+}  # fmt: skip
+"""Values of the factor "sizes": pp, dp, node."""
+
+EXPERTS: dict[str, tuple[str, str, str]] = {
+    "whole": ("ep", "nowhere", "auto"),
+    "ep-all_to_all": ("ep", "node", "all_to_all"),
+    "ep-all_gather": ("ep", "node", "all_gather"),
+    "ep-over-nodes-all_to_all": ("ep", "stage", "all_to_all"),
+    "ep-over-nodes-all_gather": ("ep", "stage", "all_gather"),
+    "tp": ("tp", "node", "auto"),
+    "ep+tp-all_to_all": ("ep+tp", "stage", "all_to_all"),
+    "ep+tp-all_gather": ("ep+tp", "stage", "all_gather"),
+}
+"""Values of the factor "experts": the strategy, over which ranks it goes, and how rows get there."""
+
+LAYOUT: dict[str, tuple[str, ...]] = {
+    "sizes": tuple(SIZES),
+    "experts": tuple(EXPERTS),
+    "attention": ("alone", "sp", "tp"),
+    "vocabulary": ("replicated", "sharded"),
+}
+"""The factors of a layout; "schedule" may be one more. Attention is "alone" on a node of one rank."""
+
+
+def parallel_of(case: Mapping[str, str]) -> ParallelConfig:
+    """The layout of a case."""
+    (pp, dp, node), (ffn, where, dispatch) = SIZES[case["sizes"]], EXPERTS[case["experts"]]
+    ranks = {"nowhere": 1, "node": node, "stage": dp * node}[where]
+    ep, etp = {"ep": (ranks, 1), "tp": (1, ranks), "ep+tp": (max(ranks // 2, 1), 2)}[ffn]
+    schedule = case.get("schedule", "1f1b")
+    return ParallelConfig(
+        pp=pp, dp=dp, node=node, ep=ep, etp=etp, ffn=ffn, dispatch=dispatch,  # type: ignore[arg-type]
+        attention="tp" if case["attention"] == "tp" else "sp", vocabulary=case["vocabulary"],  # type: ignore[arg-type]
+        schedule=schedule, virtual_stages=2 if schedule == "interleaved" else 1,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def fitted(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
+    """The model, where it does not fit a layout, as near as it can be: tensor parallelism cuts between key heads, every
+    stage has a layer. What does not fit is refused in tests/comm/test_mesh.py.
+    """
+    if parallel.attention == "tp":
+        if model.qk_norm == "full":
+            model = replace(model, qk_norm="head")
+        if model.attention == "gqa" and model.kv_heads % parallel.node:
+            model = replace(model, kv_heads=4)
+    return replace(model, layers=max(model.layers, parallel.pp * parallel.virtual_stages))
+
+
+def node_has_ranks(sizes: str, attention: str) -> bool:
+    """Attention is cut where a node has several ranks."""
+    return (SIZES[sizes][2] == 1) == (attention == "alone")
+
+
+def vocabulary_is_cut(sizes: str, vocabulary: str) -> bool:
+    """Over a node of several ranks."""
+    return vocabulary == "replicated" or SIZES[sizes][2] > 1
+
+
+def experts_are_cut(sizes: str, experts: str) -> bool:
+    """The mesh has such a way of the experts, and it is not another one by name: over nodes there are several, and
+    rows go to several ranks.
+    """
+    (pp, dp, node), (ffn, where, dispatch) = SIZES[sizes], EXPERTS[experts]
+    parallel = parallel_of({"sizes": sizes, "experts": experts, "attention": "sp", "vocabulary": "replicated"})
+    if (where == "node" and node == 1) or (where == "stage" and ffn == "ep" and dp == 1):
+        return False
+    if dispatch == "all_to_all" and parallel.ep == 1:
+        return False
+    try:
+        mesh_of(parallel, ModelConfig(), pp * dp * node)
+    except ConfigError:
+        return False
+    return True
+
+
+RULES: tuple[Rule, ...] = (node_has_ranks, vocabulary_is_cut, experts_are_cut)
+"""What is legal among the factors of a layout."""
+
+
+# --- running them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,16 +1,35 @@
-"""N ranks equal one rank: every layout of the list against the plain modules."""
+"""N ranks equal one rank: the list in every kind of layout against the plain modules.
+
+Covered by pairs (tests/pairs.py): every variant of the model meets every shape of the mesh, every way of the experts
+with its dispatch, both kinds of attention and of the vocabulary, and all of these meet each other.
+tests/pipeline/test_passes.py has the same with pipelines, orders, rematerialization and splitting.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig
+from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
-from tests.strategies.layouts import compare, random_rows, run_rank, wanted_of
+from tests.pairs import Case, name_of, pairs
+from tests.strategies.layouts import (
+    LAYOUT,
+    RULES,
+    SIZES,
+    compare,
+    fitted,
+    parallel_of,
+    random_rows,
+    run_rank,
+    wanted_of,
+)
 
 # FP32 sums over a few hundred terms in another order: a few units of 6e-8, grown through two layers. 1e-5 is what the
 # product promises; a misplaced token or a missing sum shows as 1e-2 or more.
@@ -35,69 +54,39 @@ VARIANTS = {
     "top-all": replace(SMALL, top_k=8),
 }
 
-# One rank and pure data parallelism have no dispatch; the others run in both forms.
-LAYOUTS = [("auto", 1, 1, 1), ("auto", 1, 2, 1)] + [
-    (dispatch, *sizes)
-    for dispatch in ("all_to_all", "all_gather")
-    for sizes in ((2, 1, 2), (4, 1, 4), (2, 2, 2), (1, 2, 2), (2, 2, 4))
-]
+LOCAL = tuple(name for name, (pp, _, _) in SIZES.items() if pp == 1)  # pipelines have other lists
+CASES = pairs({"variant": tuple(VARIANTS), **LAYOUT, "sizes": LOCAL}, *RULES)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("dispatch", "node", "dp", "ep"), LAYOUTS)
-def test_layout_equals_plain_model(variant: str, dispatch: str, node: int, dp: int, ep: int) -> None:
-    config, mesh = VARIANTS[variant], Mesh(dp=dp, node=node, ep=ep)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_layout_equals_plain_model(case: Case) -> None:
+    parallel = parallel_of(case)
+    config = fitted(VARIANTS[case["variant"]], parallel)
+    mesh = mesh_of(parallel, config, parallel.dp * parallel.node)
     batch = random_rows(config, rows=4)
-    wanted = wanted_of(config, 4)
-    results = run_ranks(mesh.world, run_rank, config, batch, mesh, dispatch)
-    loss, gradient, name = compare(results, wanted)
-    assert loss < TOLERANCE
-    assert gradient < TOLERANCE, name
-
-
-# (attention, ffn, dispatch, node, dp, ep, etp): every strategy of attention with every one of the experts, on one node
-# and over two.
-STRATEGIES = [
-    ("sp", "tp", "auto", 2, 1, 1, 2),
-    ("sp", "tp", "auto", 2, 2, 1, 2),
-    ("tp", "ep", "all_to_all", 2, 1, 2, 1),
-    ("tp", "ep", "all_gather", 2, 2, 2, 1),
-    ("tp", "ep", "all_to_all", 2, 2, 4, 1),
-    ("tp", "tp", "auto", 2, 1, 1, 2),
-    ("tp", "tp", "auto", 4, 1, 1, 4),
-    ("sp", "ep+tp", "all_to_all", 4, 1, 2, 2),
-    ("sp", "ep+tp", "all_gather", 4, 1, 2, 2),
-    ("tp", "ep+tp", "all_to_all", 2, 2, 2, 2),
-    ("tp", "ep+tp", "all_gather", 2, 2, 2, 2),
-    ("sp", "ep+tp", "all_to_all", 1, 4, 2, 2),
-    ("sp", "ep+tp", "all_gather", 2, 1, 1, 2),
-]
-
-# The vocabulary meets the rest of the model in one place, the hidden states before and behind the layers. So it is
-# sharded in these variants, the second with tied embeddings, and replicated in the others.
-SHARDED = ("gqa", "three-heads-a-group", "mla")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("attention", "ffn", "dispatch", "node", "dp", "ep", "etp"), STRATEGIES)
-def test_strategies_equal_plain_model(
-    variant: str, attention: str, ffn: str, dispatch: str, node: int, dp: int, ep: int, etp: int
-) -> None:
-    config, mesh = VARIANTS[variant], Mesh(dp=dp, node=node, ep=ep, etp=etp)
-    if attention == "tp":  # heads that do not divide are refused (tests/comm/test_mesh.py)
-        if config.qk_norm == "full":
-            config = replace(config, qk_norm="head")
-        if config.attention == "gqa" and config.kv_heads % node:
-            config = replace(config, kv_heads=4)
-    vocabulary = "sharded" if variant in SHARDED else "replicated"
-    batch = random_rows(config, rows=4)
-    results = run_ranks(
-        mesh.world, partial(run_rank, attention=attention, ffn=ffn, vocabulary=vocabulary), config, batch, mesh,
-        dispatch,
+    run = partial(
+        run_rank, config, batch, mesh, parallel.dispatch, attention=parallel.attention, ffn=parallel.ffn,
+        vocabulary=parallel.vocabulary,
     )  # fmt: skip
+    results = run_ranks(mesh.world, run) if mesh.world > 1 else [run()]
     loss, gradient, name = compare(results, wanted_of(config, 4))
     assert loss < TOLERANCE
     assert gradient < TOLERANCE, name
+
+
+def test_every_layout_that_the_rules_allow_fits_every_model() -> None:
+    """What the package refuses (ConfigError) is in no table."""
+    allowed = 0
+    for values in product(*LAYOUT.values()):
+        for case in pairs({name: (value,) for name, value in zip(LAYOUT, values, strict=True)}, *RULES):
+            parallel = parallel_of(case)
+            parallel.check()
+            for model in VARIANTS.values():
+                config = fitted(model, parallel)
+                config.check()
+                mesh_of(parallel, config, math.prod(SIZES[case["sizes"]]))
+            allowed += 1
+    assert allowed > 80
 
 
 @pytest.mark.parametrize("micro", [1, 2])

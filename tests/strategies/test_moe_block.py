@@ -163,7 +163,8 @@ def test_activations_are_freed_during_backward(monkeypatch: pytest.MonkeyPatch) 
     assert left == []
 
 
-def test_foreign_model_learns() -> None:
+@pytest.mark.bulky
+def test_foreign_model_learns(torch_compiler: None) -> None:
     """An embedding, two blocks and torch's own optimizer learn to repeat a sequence by heart."""
 
     class Foreign(nn.Module):
@@ -209,7 +210,8 @@ def assert_parameters(found: Results, wanted: Results) -> None:
     assert_same(found, wanted)
 
 
-def test_gradients_under_ddp_are_the_mean_over_ranks() -> None:
+@pytest.mark.bulky
+def test_gradients_under_ddp_are_the_mean_over_ranks(torch_compiler: None) -> None:
     for found in run_ranks(2, run_ddp):
         assert_parameters(found, mean_over_ranks(2))
 
@@ -220,12 +222,14 @@ def run_ddp() -> Results:
     return named_gradients(block)
 
 
-def test_gradients_under_fsdp2_are_the_mean_over_ranks() -> None:
+@pytest.mark.bulky
+def test_gradients_under_fsdp2_are_the_mean_over_ranks(torch_compiler: None) -> None:
     for found, _, _ in run_ranks(2, run_fsdp):
         assert_parameters(found, mean_over_ranks(2))
 
 
-def test_steps_under_fsdp2_equal_steps_of_one_rank() -> None:
+@pytest.mark.bulky
+def test_steps_under_fsdp2_equal_steps_of_one_rank(torch_compiler: None) -> None:
     """The second forward must see the weights of the first update, on all ranks."""
     reference = Reference(SMALL)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.01)
@@ -242,7 +246,8 @@ def test_steps_under_fsdp2_equal_steps_of_one_rank() -> None:
         assert_same(weights, wanted)
 
 
-def test_parameters_under_fsdp2_are_sharded() -> None:
+@pytest.mark.bulky
+def test_parameters_under_fsdp2_are_sharded(torch_compiler: None) -> None:
     whole = sum(parameter.numel() for parameter in MoEBlock(SMALL).parameters())
     assert [local for _, _, local in run_ranks(2, run_fsdp)] == [whole // 2] * 2  # all first sizes are even
 

@@ -22,9 +22,12 @@ from megascale_moe.model.transformer import Transformer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import local_inputs, model_ops
 from megascale_moe.testing import run_ranks
+from megascale_moe.tools.verify.batch import BatchRows
 from tests.oracles import FAMILIES, Oracle, Result, batch, case, errors, oracle, worst
 from tests.strategies import layouts
-from tests.strategies.layouts import Rows, run_model
+from tests.strategies.layouts import run_model
+
+pytestmark = pytest.mark.bulky  # transformers
 
 # float32 carries 6e-8 per operation; two layers with their backward chain some hundred dependent sums of up to 64
 # terms, taken in another order by each side. The same bound, measured in the same way, as for the plain modules.
@@ -45,9 +48,9 @@ def model_of(theirs: Oracle, length: int) -> Transformer:
     return model
 
 
-def rows_of(tokens: Tensor, targets: Tensor) -> Rows:
+def rows_of(tokens: Tensor, targets: Tensor) -> BatchRows:
     """Every row is one document."""
-    return Rows(tokens, targets, ((0,),) * len(tokens))
+    return BatchRows(tokens, targets, ((0,),) * len(tokens))
 
 
 def logits(model: Transformer, tokens: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def test_list_on_two_ranks_equals_transformers(family: str, dispatch: str) -> No
     assert error < TOLERANCE, f"{tensor}: {error:.2e}"
 
 
-def run_half(parameters: dict[str, Tensor], config: ModelConfig, rows: Rows, dispatch: str) -> layouts.Result:
+def run_half(parameters: dict[str, Tensor], config: ModelConfig, rows: BatchRows, dispatch: str) -> layouts.Result:
     model = Transformer(config)
     model.load_state_dict(parameters)
     return run_model(model, rows, Mesh(node=2, ep=2), dispatch)

@@ -14,6 +14,8 @@ from megascale_moe.planner.cluster import load as profile
 from megascale_moe.planner.step import price
 from megascale_moe.presets import PRESETS
 
+pytestmark = pytest.mark.bulky  # lists and prices that a search keeps
+
 MODEL = """
 [model]
 layers = 4

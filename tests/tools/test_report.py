@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,9 @@ def test_lists_are_the_plans_own_and_their_spans_those_of_simulate(trained: Plac
     assert mesh == Mesh(node=2, ep=2)
     axes = axes_of(mesh, 0, "gloo")
     plan = StepPlan(config.model, config.parallel, axes, torch.float32, 4, device=META)
-    plain = record.Step(plan, config.train, Rates(), "")
+    plain = record.RankStep(plan, config.train, Rates(), "")
     overlap = OverlapConfig(remat="paper")
-    ops = record.replace(plain, plan=record.replace(plan, overlap=overlap)).ops
+    ops = replace(plain, plan=replace(plan, overlap=overlap)).ops
     rows = rows_of(data["plain"])
     assert [row["name"] for row in rows] == [op.name for op in ops]
     assert [row["bytes"] for row in rows] == [int(op.cost.wire_bytes) for op in ops]
@@ -155,6 +156,7 @@ def test_memory_says_what_policies_keep(trained: Place) -> None:
     assert len(memory["phases"]) == len(memory["alive"]) == memory["operators"]
 
 
+@pytest.mark.bulky  # a meter imports torch's compiler
 def test_memory_of_a_real_step_is_that_of_a_rehearsal(trained: Place) -> None:
     """One rank, where routing does not change how many rows there are."""
     trained.train("--train.steps=3", "--overlap.remat=paper", run="alone")

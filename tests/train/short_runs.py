@@ -119,7 +119,7 @@ def tell(config: Config, steps: int) -> Story:
     held_out = rows_of(config.model, 4, 1000)
     targets = sum(int((row.targets != IGNORE).sum()) for row in held_out)
     story.evaluation = trainer.evaluate(micro_batches(own(held_out, trainer), 1), targets)
-    story.sample = generate(trainer, [1, 6, 11], 5, end=-1)
+    story.sample = generate(trainer, [1, 6, 11], 3, end=-1)
     story.pieces = list(trainer.pieces())
     return story
 

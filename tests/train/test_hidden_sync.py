@@ -1,9 +1,13 @@
-"""Synchronisation inside the step: the same training, its messages where the computation hides them."""
+"""Synchronisation inside the step: the same training, its messages where the computation hides them.
+
+Covered by pairs (tests/pairs.py): every layout meets every order, rematerialization, number of pieces and micro-batches
+at once, and these meet each other.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -17,10 +21,12 @@ from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.trainer import Trainer
+from tests.pairs import Case, name_of, pairs
+from tests.pipeline.plans import two_at_once_are_scheduled
 from tests.strategies.test_layouts import SMALL
 
-MODEL = replace(SMALL, layers=4, shared_experts=1)
-STEPS = 5  # three of which measure
+STEPS = {"serial": 5, "paper": 3, "scheduled": 5}  # three of which measure, where the order follows from times
+EVALUATED = (3, 5)  # steps behind which the model is evaluated, which needs the settled weights
 LAYOUTS = {
     "two nodes": ParallelConfig(dp=2, node=2),
     "experts over two of four": ParallelConfig(dp=4, node=1, ep=2),
@@ -29,60 +35,79 @@ LAYOUTS = {
     "tied over a pipeline": ParallelConfig(pp=2, node=2),
     "interleaved": ParallelConfig(pp=2, node=2, schedule="interleaved", virtual_stages=2),
 }
-OVERLAPS = {
-    "paper": OverlapConfig(order="paper", remat="paper"),
-    "scheduled": OverlapConfig(order="scheduled", split="2"),
-    "two micro-batches": OverlapConfig(order="scheduled", micro_batches=2),
-}
+FACTORS = {
+    "layout": tuple(LAYOUTS), "order": ("paper", "scheduled"), "remat": ("none", "paper"), "split": ("none", "2"),
+    "micro_batches": ("1", "2"),
+}  # fmt: skip
+CASES = pairs(FACTORS, two_at_once_are_scheduled)
 
 
-def config_of(parallel: ParallelConfig, overlap: OverlapConfig, wire: WireConfig | None = None) -> Config:
+def config_of(
+    parallel: ParallelConfig, overlap: OverlapConfig, wire: WireConfig | None = None, layers: int = 0
+) -> Config:
+    """Of a model with two layers for each rank of a pipeline."""
     train = TrainConfig(global_batch=4, micro_batch=1, warmup=1, steps=50, learning_rate=1e-2)
-    model = replace(MODEL, tied_embeddings=parallel.pp > 1)
+    model = replace(SMALL, layers=layers or 2 * parallel.pp, shared_experts=1, tied_embeddings=parallel.pp > 1)
     return Config(model=model, parallel=parallel, overlap=overlap, train=train, wire=wire or WireConfig())
 
 
-def losses(parallel: ParallelConfig, overlap: OverlapConfig) -> list[float]:
-    """Loss and norm of a few steps on random tokens, then an evaluation, which needs the settled weights."""
-    return trained(config_of(parallel, overlap))[0]
+@dataclass
+class Course:
+    """What training reported: losses of steps and, in between, of evaluations; gradient norms."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
 
 
-def trained(config: Config) -> tuple[list[float], Trainer]:
-    """`losses` of a config, and who had them."""
+def course(parallel: ParallelConfig, overlap: OverlapConfig) -> Course:
+    """Of a few steps in float32."""
+    return trained(config_of(parallel, overlap), STEPS[overlap.order])[0]
+
+
+def trained(config: Config, steps: int) -> tuple[Course, Trainer]:
+    """A few steps on random tokens, and who went them."""
     mesh = mesh_of(config.parallel, config.model, dist.get_world_size())
     trainer = Trainer(config, mesh, connect(mesh), torch.device("cpu"))
     trainer.initialise()
     generator = torch.Generator().manual_seed(0)
     place, share = dist.get_rank() % mesh.stage // mesh.node, 4 // mesh.dp
-    found: list[float] = []
-    for _ in range(STEPS):
+    found = Course()
+    for step in range(1, steps + 1):
         rows = torch.randint(0, 64, (4, 16), generator=generator)[place * share : (place + 1) * share]
         batches = [Batch(row[None], row[None].roll(-1, 1), (0, 16)) for row in rows]
         result = trainer.step(batches, 4 * 16)
-        found += [result.loss, result.grad_norm]
-    return [*found, trainer.evaluate(batches[:1], 16 * mesh.dp)], trainer
+        found.losses.append(result.loss)
+        found.norms.append(result.grad_norm)
+        if step in EVALUATED:
+            found.losses.append(trainer.evaluate(batches[:1], 16 * mesh.dp))
+    return found, trainer
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_is_the_same(layout: str, overlap: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_training_is_the_same(case: Case) -> None:
     """Sums of a layer are those of the whole buffer: only the norm adds groups in another order, and pieces of GEMMs.
 
     1e-5 relative: float32 rounding of 1e-7, grown over five steps of AdamW, which divides by the root of small squares.
     """
-    for found in run_ranks(4, losses, LAYOUTS[layout], OVERLAPS[overlap], timeout=30.0):
-        assert found == pytest.approx(serial(layout), rel=1e-5)
+    overlap = OverlapConfig(
+        order=case["order"], remat=case["remat"], split=case["split"], micro_batches=int(case["micro_batches"])  # type: ignore[arg-type]
+    )
+    wanted = serial(case["layout"])
+    for found in run_ranks(4, course, LAYOUTS[case["layout"]], overlap, timeout=30.0):
+        assert len(found.norms) == STEPS[overlap.order]
+        assert found.losses == pytest.approx(wanted.losses[: len(found.losses)], rel=1e-5)
+        assert found.norms == pytest.approx(wanted.norms[: len(found.norms)], rel=1e-5)
 
 
 @functools.cache
-def serial(layout: str) -> list[float]:
+def serial(layout: str) -> Course:
     """The same with nothing hidden."""
-    wanted: list[float] = run_ranks(4, losses, LAYOUTS[layout], OverlapConfig())[0]
+    wanted: Course = run_ranks(4, course, LAYOUTS[layout], OverlapConfig())[0]
     return wanted
 
 
 def hidden_list(layout: str) -> tuple[Trainer, list[Op]]:
-    config = config_of(LAYOUTS[layout], OVERLAPS["paper"])
+    config = config_of(LAYOUTS[layout], OverlapConfig(order="paper", remat="paper"), layers=4)
     axes = axes_of(mesh_of(config.parallel, config.model, 4), 1)
     mesh = mesh_of(config.parallel, config.model, 4)
     trainer = Trainer(config, mesh, axes, torch.device("meta"))

@@ -3,7 +3,8 @@
 What a rank holds of a weight, and which shard of that it saves, is cut anew by every strategy: heads, gate and up rows
 of experts, rows of the vocabulary, layers by stage, flat ranges by replica. The files only know places in whole
 tensors. So each state is saved in three layouts that cut it in all these ways, loaded in all layouts, saved there
-again, and compared tensor by tensor; then training goes on and must not notice.
+again, and compared tensor by tensor; then training goes on and must not notice. The second model goes to those layouts
+that cut its latent projections or share its embedding between stages.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "H": {"pp": 2, "stage_layers": (1, 3), "schedule": "zero_bubble", "node": 2, "vocabulary": "sharded", "ep": 2},
 }
 SOURCES = tuple(MORE)
-CASES = [("untied", layout) for layout in LAYOUTS] + [("tied-mla", layout) for layout in "ABDFH"]
+CASES = [("untied", layout) for layout in LAYOUTS] + [("tied-mla", layout) for layout in "DFH"]
 
 
 def config_for(model: str, layout: str) -> Config:
@@ -80,13 +81,13 @@ def save_to(folder: Path, trainer: Trainer, pieces: Sequence[TensorPiece] | None
     )  # fmt: skip
 
 
-def begin(config: Config, folder: Path) -> list[float]:
+def begin(config: Config, folder: Path, more: int) -> list[float]:
     """Train, save, and go on: the losses behind the checkpoint."""
     trainer, story = trainer_of(config), Story()
     trainer.initialise()
     train_steps(trainer, SAVED, story)
     save_to(folder, trainer)
-    train_steps(trainer, max(MORE.values()), story)
+    train_steps(trainer, more, story)
     return story.losses[SAVED:]
 
 
@@ -134,7 +135,7 @@ def saved_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]
     def make(model: str) -> Saved:
         root, losses = tmp_path_factory.mktemp(model), {}
         for source in SOURCES:
-            losses[source], *others = on_ranks(config_for(model, source), begin, root / source)
+            losses[source], *others = on_ranks(config_for(model, source), begin, root / source, MORE[source])
             assert all(other == losses[source] for other in others)
         return Saved(model, root, losses)
 
@@ -164,7 +165,7 @@ def test_a_checkpoint_holds_everything(saved: Saved) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_sources_trained_alike(saved: Saved) -> None:
     for source in SOURCES[1:]:
-        assert errors(saved.losses[source], saved.losses["A"]) < LOSS
+        assert errors(saved.losses[source], saved.losses["A"][: MORE[source]]) < LOSS
 
 
 def errors(ours: list[float], wanted: list[float]) -> float:

@@ -18,8 +18,8 @@ from megascale_moe.checkpoint import writer
 from megascale_moe.train.loop import Loop
 from tests.runs import Finished, Place, wait_until
 
-STEPS = 12
-EVERY = 3
+STEPS = 8
+EVERY = 2
 OPTIONS = (
     f"--train.steps={STEPS}", f"--train.checkpoint_every={EVERY}", "--train.keep_checkpoints=2", "--train.eval_every=4",
     "--model.correction_bias=true", "--model.score=sigmoid",
@@ -122,15 +122,15 @@ def test_killed_while_saving(shared: Place, undisturbed: dict[int, Finished], na
     killed(shared, 4, run, lambda word: hold_in_save(name, 2 * EVERY, word))
     shared.train("--resume", *OPTIONS, *LAYOUTS[4], run=run)
     assert_same_end(shared, run, "whole-4")
-    kept = sorted(path.name for path in (shared.folder(run) / "checkpoints").iterdir())
-    assert kept == [f"step-{STEPS}", f"step-{STEPS - EVERY}"]  # what the killed save left is cleared
+    kept = {path.name for path in (shared.folder(run) / "checkpoints").iterdir()}
+    assert kept == {f"step-{STEPS}", f"step-{STEPS - EVERY}"}  # what the killed save left is cleared
 
 
 def test_killed_twice(shared: Place, undisturbed: dict[int, Finished]) -> None:
     assert len(undisturbed) == 2
-    killed(shared, 1, "twice", lambda word: hold_before_step(5, 0, word))
+    killed(shared, 1, "twice", lambda word: hold_before_step(4, 0, word))
     command = shared.start(
-        "--resume", *OPTIONS, *LAYOUTS[1], run="twice", before=hold_before_step(9, 0, shared.root / "second.word")
+        "--resume", *OPTIONS, *LAYOUTS[1], run="twice", before=hold_before_step(6, 0, shared.root / "second.word")
     )
     wait_until((shared.root / "second.word").exists, "the second run stands still")
     os.kill(command.pid, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_killed_twice(shared: Place, undisturbed: dict[int, Finished]) -> None:
 @pytest.fixture(scope="module")
 def interrupted(shared: Place) -> Path:
     """The folder of a run of 4 ranks (dp 2, node 2, ep 2) that was killed in its second half."""
-    killed(shared, 4, "interrupted", lambda word: hold_before_step(8, 1, word))
+    killed(shared, 4, "interrupted", lambda word: hold_before_step(6, 1, word))
     return shared.folder("interrupted")
 
 
@@ -150,7 +150,6 @@ def interrupted(shared: Place) -> Path:
     ("name", "layout"),
     {
         "one-rank": ("--nproc=1",),
-        "dp-1": ("--nproc=2", "--parallel.dp=1", "--parallel.node=2"),
         "dp-4": ("--nproc=4", "--parallel.dp=4", "--parallel.node=1"),
         "ep-4": ("--nproc=4", "--parallel.dp=2", "--parallel.node=2", "--parallel.ep=4"),
         "ep-1": ("--nproc=2", "--parallel.dp=2", "--parallel.node=1", "--parallel.ep=1", "--train.micro_batch=1"),

@@ -30,7 +30,7 @@ EVALUATION = 1e-5
 DROPPED = 8e-3
 FLIPS = 3
 
-FIFTY = ("--train.steps=50", "--train.eval_every=25")
+THIRTY = ("--train.steps=30", "--train.eval_every=15")
 ROUTING = {"dropless": (), "capacity": ("--model.capacity_factor=1", "--model.device_groups=4")}
 
 
@@ -55,31 +55,28 @@ def evaluations(place: Place, run: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(shared: Place) -> dict[str, Finished]:
-    """The references: one rank, fifty steps, with and without dropped tokens."""
-    return {name: shared.train("--json", *FIFTY, *options, run=name) for name, options in ROUTING.items()}
+    """The references: one rank, thirty steps, with and without dropped tokens."""
+    return {name: shared.train("--json", *THIRTY, *options, run=name) for name, options in ROUTING.items()}
 
 
-# Every layout with both ways to route and, where experts are apart, both dispatch forms; one step of every combination
-# is compared in tests/strategies.
+# Dispatch forms and ways to route in pairs. What a single step does is compared for all layouts in tests/strategies, a
+# few with pipelines in test_pipeline.py and with every cut of the weights in test_reshard.py; this adds the command
+# line, its data and its evaluation, and enough steps for a small error to grow.
 @pytest.mark.parametrize(
     ("node", "dp", "ep", "dispatch", "routing"),
     [
-        (1, 2, 1, "auto", "dropless"),
         (1, 2, 1, "auto", "capacity"),
         (2, 1, 2, "all_to_all", "dropless"),
-        (2, 1, 2, "all_gather", "capacity"),
         (2, 2, 2, "all_gather", "dropless"),
         (2, 2, 4, "all_to_all", "capacity"),  # experts over both nodes
-        (4, 1, 4, "all_to_all", "capacity"),
-        (4, 1, 4, "all_gather", "dropless"),
-        (4, 2, 4, "all_to_all", "dropless"),
+        (4, 1, 4, "all_gather", "capacity"),
     ],
 )
-def test_fifty_steps_on_any_layout_have_the_losses_of_one_rank(
+def test_thirty_steps_on_any_layout_have_the_losses_of_one_rank(
     shared: Place, alone: dict[str, Finished], node: int, dp: int, ep: int, dispatch: str, routing: str
 ) -> None:
     run = f"{node}-{dp}-{ep}-{dispatch}-{routing}"
-    finished = shared.train("--json", *FIFTY, *ROUTING[routing], *layout(node, dp, ep, dispatch), run=run)
+    finished = shared.train("--json", *THIRTY, *ROUTING[routing], *layout(node, dp, ep, dispatch), run=run)
     errors = sorted(errors_of(shared.losses(run), shared.losses(routing)))
     evaluation = worst(evaluations(shared, run), evaluations(shared, routing))
     if routing == "dropless":
@@ -92,9 +89,9 @@ def test_fifty_steps_on_any_layout_have_the_losses_of_one_rank(
         assert evaluation < DROPPED
 
 
-def test_training_learns(shared: Place, alone: dict[str, Finished]) -> None:
-    assert len(alone) == 2
-    losses = shared.losses("dropless")
+def test_training_learns(shared: Place) -> None:
+    shared.train("--train.steps=50", run="learns")
+    losses = shared.losses("learns")
     assert losses[0] == pytest.approx(math.log(300), abs=0.2)  # knows nothing: uniform over the vocabulary, and noise
     assert statistics.mean(losses[-5:]) < losses[0] - 1
 
@@ -107,7 +104,7 @@ def test_capacity_drops_tokens_here(shared: Place, alone: dict[str, Finished]) -
 @pytest.fixture(scope="module")
 def whole(shared: Place) -> list[float]:
     """Losses with all four sequences of a batch at once."""
-    shared.train("--train.steps=8", run="whole")
+    shared.train("--train.steps=4", run="whole")
     return shared.losses("whole")
 
 
@@ -116,13 +113,13 @@ def test_micro_batches_have_the_losses_of_the_whole_batch(
     shared: Place, whole: list[float], nproc: int, micro: int
 ) -> None:
     run = f"micro-{nproc}-{micro}"
-    shared.train("--train.steps=8", f"--train.micro_batch={micro}", *layout(nproc, 1), run=run)
+    shared.train("--train.steps=4", f"--train.micro_batch={micro}", *layout(nproc, 1), run=run)
     assert worst(shared.losses(run), whole) < LOSS
 
 
 def test_bf16_learns_like_fp32(shared: Place, alone: dict[str, Finished]) -> None:
     assert len(alone) == 2
-    shared.train(*FIFTY, "--train.dtype=bf16", *layout(2, 1), run="bf16")
+    shared.train(*THIRTY, "--train.dtype=bf16", *layout(2, 1), run="bf16")
     exact, rounded = shared.losses("dropless"), shared.losses("bf16")
     # BF16 rounds to 2^-9, 0.01 of a loss of 5 at any step, less in the mean of ten.
     assert worst(rounded[:3], exact[:3]) < 0.02
@@ -131,13 +128,13 @@ def test_bf16_learns_like_fp32(shared: Place, alone: dict[str, Finished]) -> Non
 
 def test_correction_bias_is_the_same_on_every_layout(shared: Place) -> None:
     balanced = (
-        "--train.steps=20", "--model.correction_bias=true", "--model.score=sigmoid", "--model.bias_update_rate=0.01",
+        "--train.steps=10", "--model.correction_bias=true", "--model.score=sigmoid", "--model.bias_update_rate=0.01",
     )  # fmt: skip
     biases = {}
     for node, dp in ((1, 1), (2, 1), (2, 2)):
         run = f"bias-{node}-{dp}"
         shared.train(*balanced, *layout(node, dp), run=run)
-        biases[run] = shared.state(20, run)["buffers.layers.0.ffn.router.bias"]
+        biases[run] = shared.state(10, run)["buffers.layers.0.ffn.router.bias"]
     first, *others = biases.values()
     # Bit-equal: the bias moves by plus or minus the rate, as whole numbers of tokens decide.
     assert all(torch.equal(first, other) for other in others)
