@@ -55,7 +55,8 @@ class TrainConfig:
         ),
     ] = "fp32"
     optimizer: Annotated[
-        Literal["adamw"], Doc("Optimizer, with its state sharded over data-parallel ranks (ZeRO-1).", ("optim",))
+        Literal["adamw", "muon"],
+        Doc("Optimizer, with its state sharded over data-parallel ranks (ZeRO-1).", ("optim",)),
     ] = "adamw"
     learning_rate: Annotated[Amount, Doc("Learning rate after the warm-up.", ("lr", "max_lr", "peak_lr"))] = 1e-3
     min_learning_rate: Annotated[
@@ -77,7 +78,7 @@ class TrainConfig:
         Doc("Steps of the final decay of a warm-up-stable-decay schedule.", ("lr_wsd_decay_iters", "decay_steps")),
         Special(0, "a fifth of the steps"),
     ] = 0
-    weight_decay: Annotated[Amount, Doc("Decoupled weight decay of AdamW, of matrices only.", ("wd",))] = 0.1
+    weight_decay: Annotated[Amount, Doc("Decoupled weight decay, of matrices only.", ("wd",))] = 0.1
     beta1: Annotated[
         float, Interval(ge=0, lt=1), Doc("Decay rate of AdamW's first moment.", ("adam_beta1", "betas"))
     ] = 0.9
@@ -85,6 +86,21 @@ class TrainConfig:
         float, Interval(ge=0, lt=1), Doc("Decay rate of AdamW's second moment.", ("adam_beta2", "betas"))
     ] = 0.95
     adam_eps: Annotated[Factor, Doc("Epsilon in the denominator of AdamW.", ("adam_epsilon", "eps"))] = 1e-8
+    muon_momentum: Annotated[
+        float, Interval(ge=0, lt=1), Doc("Nesterov momentum of Muon.", ("muon_beta", "momentum"))
+    ] = 0.95
+    muon_scale: Annotated[
+        Literal["adamw_rms", "spectral"],
+        Doc(
+            "Size of Muon's updates: that of AdamW's (0.2 times the root of the longer side), or the root of rows by "
+            "columns, 1 at least.",
+            ("muon_scale_mode", "adjust_lr_fn"),
+        ),
+    ] = "adamw_rms"
+    muon_dtype: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Doc("Dtype of Muon's Newton-Schulz steps; auto is BF16 on GPUs and FP32 on CPUs."),
+    ] = "auto"
     clip_norm: Annotated[
         Amount,
         Doc(

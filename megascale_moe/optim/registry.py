@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from megascale_moe.config import ConfigError, TrainConfig
 from megascale_moe.optim.adamw import ADAMW
+from megascale_moe.optim.muon import MUON
 from megascale_moe.optim.rule import Rule
 
-RULES: tuple[Rule, ...] = (ADAMW,)
+RULES: tuple[Rule, ...] = (ADAMW, MUON)
 
 
 def rule_of(config: TrainConfig) -> Rule:

@@ -68,11 +68,11 @@ class WholeMatrices:
         axes: those of the rank. loads: work of the groups before, to which that of this group is added.
     """
 
-    def __init__(
-        self, group: FlatWeights, rule: MatrixRule, axes: Axes, config: TrainConfig, loads: Loads
-    ) -> None:  # fmt: skip
+    def __init__(self, group: FlatWeights, rule: MatrixRule, axes: Axes, config: TrainConfig, loads: Loads) -> None:
         self.group, self.rule, self.config = group, rule, config
-        (cut,) = {slot.placement.cut for slot in group.slots}
+        cuts = {slot.placement.cut for slot in group.slots}
+        assert len(cuts) == 1, f"matrices of {group.name} are cut over several axes: {sorted(cuts)}"
+        cut = cuts.pop()
         self.axes = (group.inter, group.intra, axes[cut] if cut else Axis(cut))
         inside = self.axes[2].size <= axes["node"].size
         self.streams = (Stream.INTER, Stream.INTRA, Stream.INTRA if inside else Stream.INTER)
