@@ -31,13 +31,14 @@ sys.path.insert(0, str(HERE.parents[1]))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megascale_moe.comm.mesh import Mesh, mesh_of  # noqa: E402
+from megascale_moe.comm.mesh import Mesh  # noqa: E402
 from megascale_moe.config import Config, load  # noqa: E402
 from megascale_moe.data import micro_batches  # noqa: E402
 from megascale_moe.engine.trace import now  # noqa: E402
 from megascale_moe.model.counts import counts, parameter_matrices, parameter_shapes  # noqa: E402
 from megascale_moe.optim.muon import MUON  # noqa: E402
 from megascale_moe.presets import PRESETS  # noqa: E402
+from megascale_moe.strategies.fit import mesh_of  # noqa: E402
 from megascale_moe.testing import run_ranks  # noqa: E402
 from megascale_moe.train.job import join  # noqa: E402
 from megascale_moe.train.loop import Loop, open_data  # noqa: E402
