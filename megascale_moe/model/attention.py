@@ -6,6 +6,8 @@ Grouped-query and multi-head latent attention differ only in `heads`; both hand 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 from megascale_moe.config import ModelConfig
 from megascale_moe.model.rotary import rotate, softmax_scale
 from megascale_moe.model.segments import Segments
+from megascale_moe.model.weights import Kind
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis."""
+
+    kinds: ClassVar = {"weight": Kind.NORM}
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

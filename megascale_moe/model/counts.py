@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,7 @@ import torch
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.model.transformer import Transformer
+from megascale_moe.model.weights import Weight, weights_of
 
 
 @dataclass(frozen=True)
@@ -23,32 +25,23 @@ class Counts:
 
 
 @lru_cache(maxsize=32)  # building hundreds of layers takes a second, and every rank of a layout asks
-def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the whole model."""
+def parameter_weights(config: ModelConfig) -> Mapping[str, Weight]:
+    """Return the name of every parameter of the whole model, and what it is."""
     with torch.device("meta"):
         model = Transformer(config)
-    return MappingProxyType({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    return MappingProxyType(weights_of(model))
+
+
+@lru_cache(maxsize=32)
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the name and the shape of every parameter of the whole model."""
+    return MappingProxyType({name: weight.shape for name, weight in parameter_weights(config).items()})
 
 
 @lru_cache(maxsize=32)
 def parameter_matrices(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Return the matrices that every parameter of the whole model consists of, as their heights in rows.
-
-    The last two dimensions of a parameter are one matrix, or several on top of each other where a module says so
-    (its attribute `stacked`, by the name of the parameter). What is no matrix that maps one hidden state to another
-    has none: vectors and products with a vector, the embedding (a table of vectors) and the head.
-    """
-    with torch.device("meta"):
-        model = Transformer(config)
-    stacked = {
-        f"{prefix}.{name}": heights
-        for prefix, module in model.named_modules() for name, heights in getattr(module, "stacked", {}).items()
-    }  # fmt: skip
-    found: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        product = name.startswith("layers.") and parameter.dim() > 1 and min(parameter.shape[-2:]) > 1
-        found[name] = stacked.get(name, (parameter.shape[-2],)) if product else ()
-    return MappingProxyType(found)
+    """Return the matrices that every parameter of the whole model consists of, as their heights in rows."""
+    return MappingProxyType({name: weight.matrices for name, weight in parameter_weights(config).items()})
 
 
 def counts(config: ModelConfig) -> Counts:
@@ -58,11 +51,11 @@ def counts(config: ModelConfig) -> Counts:
     nothing recomputed; the embedding look-up is free (paper, section 5).
     """
     total, active, matmul = 0, 0.0, 0.0
-    for name, shape in parameter_shapes(config).items():
-        size = torch.Size(shape).numel()
-        used = size * (config.top_k / config.experts if ".experts." in name else 1.0)
+    for weight in parameter_weights(config).values():
+        size = math.prod(weight.shape)
+        used = size * (config.top_k / config.experts if weight.by_expert else 1.0)
         total, active = total + size, active + used
-        if name != "embedding.weight" and len(shape) > 1:
+        if weight.kind.multiplies:
             matmul += used
     if config.tied_embeddings:
         matmul += config.vocab * config.hidden

@@ -5,6 +5,8 @@ This is the semantics that the grouped, distributed forms are compared with; it 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from megascale_moe.config import ModelConfig
 from megascale_moe.model.router import Router, balance_sum, balance_weights, within_capacity, z_sum
 from megascale_moe.model.segments import Segments
+from megascale_moe.model.weights import Kind
 
 
 class DenseFFN(nn.Module):
@@ -33,6 +36,9 @@ class DenseFFN(nn.Module):
 
 class Experts(nn.Module):
     """E SwiGLU experts: w13 [E, 2 * ffn_hidden, hidden] (gate rows first, then up rows), w2 [E, hidden, ffn_hidden]."""
+
+    kinds: ClassVar = {"w13": Kind.MATRIX, "w2": Kind.MATRIX}
+    by_expert = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -11,17 +11,20 @@ loss over "the micro-batch" has none of these properties.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.kernels.rows import count
+from megascale_moe.model.weights import Kind
 
 
 class Router(nn.Module):
     """Scores a token for every expert, in float32 whatever the model's dtype."""
 
+    kinds: ClassVar = {"weight": Kind.MATRIX}
     bias: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from megascale_moe.model.attention import Attention, LatentAttention, RMSNorm
 from megascale_moe.model.experts import DenseFFN, MoE
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
+from megascale_moe.model.weights import Kind, Weight, weights_of
 
 
 class Block(nn.Module):
@@ -43,6 +45,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A decoder-only language model."""
+
+    kinds: ClassVar = {"head.weight": Kind.HEAD}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,20 +86,24 @@ class Transformer(nn.Module):
         return loss, auxiliary
 
 
-def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
+def initialise(
+    name: str, parameter: Tensor, weight: Weight, config: ModelConfig, seed: int, first_expert: int = 0
+) -> None:
     """Fill one parameter in place from (seed, name); stacked experts row by row from their global index.
 
-    Norms start at one; matrices at normal(0, init_std), those that write into the residual stream scaled down by
-    sqrt(2 * layers) as in GPT-2.
+    Norms start at one, biases at zero; matrices at normal(0, init_std), those that write into the residual stream
+    scaled down by sqrt(2 * layers) as in GPT-2.
+
+    Args:
+        parameter: the whole weight, or some experts of it from `first_expert` on. weight: what it is.
     """
-    if name.endswith("norm.weight"):
-        parameter.fill_(1.0)
+    if weight.kind in (Kind.NORM, Kind.BIAS):
+        parameter.fill_(1.0 if weight.kind is Kind.NORM else 0.0)
         return
     writes_residual = name.endswith(("attention.out.weight", ".w2", ".w2.weight"))
     std = config.init_std / (math.sqrt(2 * config.layers) if writes_residual else 1.0)
-    stacked = ".experts." in name
-    for index, part in enumerate(parameter.unbind() if stacked else (parameter,)):
-        key = f"{seed}/{name}/{first_expert + index if stacked else ''}"
+    for index, part in enumerate(parameter.unbind() if weight.by_expert else (parameter,)):
+        key = f"{seed}/{name}/{first_expert + index if weight.by_expert else ''}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         part.copy_(torch.empty(part.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
@@ -105,9 +113,10 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
+    weights = weights_of(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            initialise(name, parameter, config, seed)
+            initialise(name, parameter, weights[name], config, seed)
         for buffer in model.buffers():
             buffer.zero_()
     return model

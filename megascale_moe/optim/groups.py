@@ -44,7 +44,7 @@ def flat_groups(
     groups: dict[Key, dict[str, Placement]] = {}
     for name, placement in placements.items():
         layer = ".".join(name.split(".")[:2]) + "." if by_layer and name.startswith("layers.") else ""
-        key = layer, placement.replicas, len(placement.whole) > 1, rule.of(placement.matrices).name
+        key = layer, placement.replicas, placement.decays, rule.of(placement.matrices).name
         groups.setdefault(key, {})[name] = placement
     formats, found = Formats(_gradients(wire), _parameters(wire, dtype)), []
     for key in sorted(groups, key=lambda key: _order(key, rule)):

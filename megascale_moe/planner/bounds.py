@@ -15,7 +15,7 @@ from typing import NamedTuple
 from megascale_moe.config import Config, OverlapConfig
 from megascale_moe.engine.op import Stream
 from megascale_moe.engine.remat import kept_bytes
-from megascale_moe.model.counts import parameter_matrices, parameter_shapes
+from megascale_moe.model.counts import parameter_weights
 from megascale_moe.optim.registry import rule_of
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.planner.space import CandidateLayout
@@ -118,12 +118,12 @@ class _Bytes(NamedTuple):
 
 def _sizes_of(config: Config) -> tuple[_Bytes, _Bytes]:
     """Weights and gradients, masters and the optimizer's state: of experts, and of the other weights."""
-    rule, matrices = rule_of(config.train), parameter_matrices(config.model)
+    rule = rule_of(config.train)
     itemsize = DTYPES[config.train.dtype].itemsize + GRADIENT_BYTES
     found = {True: _Bytes(0, 0), False: _Bytes(0, 0)}
-    for name, shape in parameter_shapes(config.model).items():
-        size, expert = math.prod(shape), ".experts." in name
-        copied, shared = found[expert]
-        state = MASTER_BYTES + rule.of(matrices[name]).state_bytes
-        found[expert] = _Bytes(copied + itemsize * size, shared + state * size)
+    for weight in parameter_weights(config.model).values():
+        size = math.prod(weight.shape)
+        copied, shared = found[weight.by_expert]
+        state = MASTER_BYTES + rule.of(weight.matrices).state_bytes
+        found[weight.by_expert] = _Bytes(copied + itemsize * size, shared + state * size)
     return found[True], found[False]

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, require
+from megascale_moe.model.weights import Weight
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Box, Placement, rows, share, stacked_shares, tensor_rules
 from megascale_moe.strategies.refusals import divides, multiples
-from megascale_moe.strategies.strategy import FFNStrategy, Rules, Shape
+from megascale_moe.strategies.strategy import FFNStrategy, Rules
 
 EXPERTS = ("", "expert_data")
 
@@ -31,21 +32,26 @@ class _Experts(FFNStrategy):
     def rules(self, model: ModelConfig, layout: Layout) -> Rules:
         etp, mine = layout.etp, share(model.experts, layout.ep.size, layout.ep.index)
 
-        def up(whole: Shape, matrices: Shape) -> Placement:
+        def up(weight: Weight) -> Placement:
+            whole = weight.shape
             if etp.size == 1:
                 return rows(whole, [mine], EXPERTS)
-            inputs, ranges = whole[2], stacked_shares(matrices, etp.size, etp.index)
+            inputs = whole[2:]  # none of a bias
+            ranges = stacked_shares(weight.outputs, etp.size, etp.index)
             boxes: tuple[Box, ...] = tuple(
-                ((expert, part.start, 0), (1, len(part), inputs)) for expert in mine for part in ranges
-            )
-            return Placement(whole, (len(mine), sum(map(len, ranges)), inputs), boxes, EXPERTS, cut="etp")
+                ((expert, part.start, *(0,) * len(inputs)), (1, len(part), *inputs))
+                for expert in mine for part in ranges
+            )  # fmt: skip
+            return Placement(whole, (len(mine), sum(map(len, ranges)), *inputs), boxes, EXPERTS, cut="etp")
 
-        def down(whole: Shape, _: Shape) -> Placement:
+        def down(weight: Weight) -> Placement:
+            whole = weight.shape
             if etp.size == 1:
                 return rows(whole, [mine], EXPERTS)
-            width = share(whole[2], etp.size, etp.index)
-            shape = (len(mine), whole[1], len(width))
-            return Placement(whole, shape, (((mine.start, 0, width.start), shape),), EXPERTS, cut="etp")
+            width = share(whole[-1], etp.size, etp.index)
+            shape = (len(mine), *whole[1:-1], len(width))
+            offset = (mine.start, *(0,) * (len(whole) - 2), width.start)
+            return Placement(whole, shape, ((offset, shape),), EXPERTS, cut="etp")
 
         return {"ffn.experts.w13": up, "ffn.experts.w2": down}
 

@@ -26,6 +26,7 @@ from megascale_moe.model.experts import MoE
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Block, initialise
+from megascale_moe.model.weights import weights_of
 from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import block_ops
@@ -53,9 +54,10 @@ class MoEBlock(Block):
             for name, stack in list(self.ffn.experts.named_parameters()):
                 setattr(self.ffn.experts, name, nn.Parameter(stack.chunk(ep.size)[ep.index]))
         self.to_empty(device="cpu")
+        weights, first = weights_of(self), ep.index * (config.experts // ep.size)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                initialise(f"layers.0.{name}", parameter, config, seed, ep.index * (config.experts // ep.size))
+                initialise(f"layers.0.{name}", parameter, weights[name], config, seed, first)
             for buffer in self.buffers():
                 buffer.zero_()
         self.programs = lru_cache(maxsize=8)(self._programs)

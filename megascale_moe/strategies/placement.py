@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-StackRule = Callable[[tuple[int, ...], tuple[int, ...]], "Placement"]
+from megascale_moe.model.weights import Kind, Weight
+
+WeightRule = Callable[[Weight], "Placement"]
 TENSOR = ("", "tensor_data")
 """Replicas of what each rank of a node has another part of."""
 
@@ -39,9 +41,10 @@ class Placement:
         replicas: the two axes whose product holds copies of the part and partial sums of its gradient: ranks of one
             node first ("" if they hold different parts), then the same place in other nodes.
         matrices: heights in rows of the matrices that the last two dimensions of the whole weight stack on top of each
-            other (`model.counts.parameter_matrices`); empty for what is no matrix.
+            other (`Weight.matrices`); empty for what is no matrix.
         cut: the axis over which each matrix is cut into equal parts of its rows or columns; "" where a rank that has a
             part of a matrix has all of it.
+        kind: what the weight is; None: a matrix or a vector, as its shape says.
     """
 
     whole: tuple[int, ...]
@@ -50,6 +53,12 @@ class Placement:
     replicas: tuple[str, str]
     matrices: tuple[int, ...] = ()
     cut: str = ""
+    kind: Kind | None = None
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay acts on it."""
+        return self.kind.decays if self.kind else len(self.whole) > 1
 
     def take(self, whole: Tensor) -> Tensor:
         """This part of the whole weight, as a new tensor."""
@@ -131,16 +140,16 @@ def columns(whole: Sequence[int], part: range, replicas: tuple[str, str], cut: s
     return Placement(tuple(whole), shape, (((*(0,) * len(lead), part.start), shape),), replicas, cut=cut)
 
 
-def tensor_rules(parts: int, index: int) -> tuple[StackRule, StackRule]:
+def tensor_rules(parts: int, index: int) -> tuple[WeightRule, WeightRule]:
     """Return the rules of tensor parallelism over the ranks of a node: a rank has rows of the matrices that come first,
     and the columns of the one behind them.
     """
 
-    def first(whole: tuple[int, ...], matrices: tuple[int, ...]) -> Placement:
-        return rows(whole, stacked_shares(matrices, parts, index), TENSOR, "node")
+    def first(weight: Weight) -> Placement:
+        return rows(weight.shape, stacked_shares(weight.outputs, parts, index), TENSOR, "node")
 
-    def behind(whole: tuple[int, ...], _: tuple[int, ...]) -> Placement:
-        return columns(whole, share(whole[1], parts, index), TENSOR, "node")
+    def behind(weight: Weight) -> Placement:
+        return columns(weight.shape, share(weight.shape[1], parts, index), TENSOR, "node")
 
     return first, behind
 

@@ -20,6 +20,7 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.value import Value
+from megascale_moe.model.weights import Weight
 from megascale_moe.strategies.placement import Placement
 
 if TYPE_CHECKING:
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
     from megascale_moe.strategies.layout import Layout
     from megascale_moe.strategies.routing import Routing
 
-Shape = tuple[int, ...]
-Rule = Callable[[Shape, Shape], Placement]
-"""From the shape of a whole weight, and the heights of the matrices that it stacks, to this rank's part of it."""
+Rule = Callable[[Weight], Placement]
+"""From what a weight is to this rank's part of it."""
 
 Rules = Mapping[str, Rule]
 """By a weight's name inside its layer; weights without a rule lie whole on every rank."""

@@ -22,12 +22,13 @@ from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, Phase, product
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.kernels.cross_entropy import combine_statistics, partial_statistics, sharded_slope
+from megascale_moe.model.weights import Weight
 from megascale_moe.strategies.collective import gather_tokens, scatter_sums
 from megascale_moe.strategies.layer import pieces_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement, rows, share
 from megascale_moe.strategies.refusals import divides
-from megascale_moe.strategies.strategy import Head, Rules, Shape, VocabularyStrategy
+from megascale_moe.strategies.strategy import Head, Rules, VocabularyStrategy
 from megascale_moe.strategies.vocabulary_replicated import whole_embedding, whole_head
 
 GATHERED = Rows("gathered", "node")
@@ -155,8 +156,8 @@ class Sharded(VocabularyStrategy):
             return {}
         node, inter = layout.node, "tied" if model.tied_embeddings else "tensor_data"
 
-        def mine(whole: Shape, _: Shape) -> Placement:
-            return rows(whole, [share(whole[0], node.size, node.index)], ("", inter))
+        def mine(weight: Weight) -> Placement:
+            return rows(weight.shape, [share(weight.shape[0], node.size, node.index)], ("", inter))
 
         return {"embedding.weight": mine, "head.weight": mine}
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.engine.names import parse
-from megascale_moe.model.counts import parameter_matrices, parameter_shapes
+from megascale_moe.model.counts import parameter_weights
 from megascale_moe.model.transformer import initialise
+from megascale_moe.model.weights import Kind, Weight
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement, everything
 from megascale_moe.strategies.registry import strategies_of
 from megascale_moe.strategies.stages import Part
-from megascale_moe.strategies.strategy import Rule, Shape
+from megascale_moe.strategies.strategy import Rule
 
 REPLICATED = ("node", "tensor_data")
 
@@ -30,10 +31,9 @@ def placements(config: ModelConfig, layout: Layout, part: Part) -> dict[str, Pla
     rules: dict[str, Rule] = {}
     for strategy in strategies_of(layout, config):
         rules |= strategy.rules(config, layout)
-    shapes, matrices = parameter_shapes(config), parameter_matrices(config)
     return {
-        name: replace(_place(name, shape, matrices[name], config, rules), matrices=matrices[name])
-        for name, shape in shapes.items() if _held(name, config, part)
+        name: replace(_place(name, weight, config, rules), matrices=weight.matrices, kind=weight.kind)
+        for name, weight in parameter_weights(config).items() if _held(name, config, part)
     }  # fmt: skip
 
 
@@ -46,12 +46,12 @@ def _held(name: str, c: ModelConfig, part: Part) -> bool:
     return part.last
 
 
-def _place(name: str, whole: Shape, matrices: Shape, c: ModelConfig, rules: Mapping[str, Rule]) -> Placement:
+def _place(name: str, weight: Weight, c: ModelConfig, rules: Mapping[str, Rule]) -> Placement:
     rule = rules.get(parse(name).tensor)
     if rule is not None:
-        return rule(whole, matrices)
-    tied = name == "embedding.weight" and c.tied_embeddings
-    return everything(whole, ("node", "tied") if tied else REPLICATED)
+        return rule(weight)
+    tied = weight.kind is Kind.EMBEDDING and c.tied_embeddings
+    return everything(weight.shape, ("node", "tied") if tied else REPLICATED)
 
 
 def initial(name: str, placement: Placement, config: ModelConfig, seed: int) -> Tensor:
@@ -59,12 +59,13 @@ def initial(name: str, placement: Placement, config: ModelConfig, seed: int) -> 
 
     Experts are drawn one by one, so that a rank draws only its own; other weights whole.
     """
-    if ".experts." not in name:
+    weight = parameter_weights(config)[name]
+    if not weight.by_expert:
         whole = torch.empty(placement.whole)
-        initialise(name, whole, config, seed)
+        initialise(name, whole, weight, config, seed)
         return placement.take(whole)
     first = placement.boxes[0][0][0]
     stack = torch.empty(placement.shape[0], *placement.whole[1:])
-    initialise(name, stack, config, seed, first)
+    initialise(name, stack, weight, config, seed, first)
     boxes = tuple(((offset[0] - first, *offset[1:]), size) for offset, size in placement.boxes)
     return replace(placement, boxes=boxes).take(stack)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megascale_moe.config import ModelConfig
 from megascale_moe.model.attention import core, visible
-from megascale_moe.model.counts import attention_flops_per_token, counts, parameter_shapes
+from megascale_moe.model.counts import attention_flops_per_token, counts, parameter_shapes, parameter_weights
 from megascale_moe.model.experts import DenseFFN, Experts
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Transformer, build, initialise
@@ -284,11 +284,11 @@ def test_the_first_layers_are_dense_and_embeddings_tie() -> None:
 
 def test_initial_weights_do_not_depend_on_which_experts_a_rank_creates() -> None:
     name, shape = "layers.1.ffn.experts.w13", (4, 24, 16)
-    whole = torch.empty(shape)
-    initialise(name, whole, TINY, seed=5)
+    whole, weight = torch.empty(shape), parameter_weights(TINY)[name]
+    initialise(name, whole, weight, TINY, seed=5)
     for first, last in ((0, 1), (1, 4), (2, 3)):
         part = torch.empty((last - first, *shape[1:]))
-        initialise(name, part, TINY, seed=5, first_expert=first)
+        initialise(name, part, weight, TINY, seed=5, first_expert=first)
         assert torch.equal(part, whole[first:last])
     assert not torch.equal(whole[0], whole[1])
 

@@ -24,6 +24,7 @@ from megascale_moe.engine.names import in_layer, is_grad, parse, without_micro
 from megascale_moe.engine.op import Op, is_sum
 from megascale_moe.model.router import route, within_capacity
 from megascale_moe.model.transformer import Transformer, build
+from megascale_moe.model.weights import Kind, weights_of
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import SHARED, of_micro
 from megascale_moe.strategies.model import local_inputs, moe_layers
@@ -104,9 +105,12 @@ def drawn(model: ModelConfig, seed: int) -> Transformer:
     built = build(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        weights = weights_of(built)
         for name, parameter in built.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.copy_(torch.empty(parameter.shape).uniform_(0.5, 1.5, generator=generator))
+            middle = {Kind.NORM: 1.0, Kind.BIAS: 0.0}.get(weights[name].kind)
+            if middle is not None:
+                low, high = middle - 0.5, middle + 0.5
+                parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
         for buffer in built.buffers():
             buffer.copy_(torch.empty(buffer.shape).uniform_(-0.2, 0.2, generator=generator))
     return built
