@@ -8,6 +8,7 @@ JSON schema for editors (`json_schema`) are read from there; there is no second 
 
 from megascale_moe.config.errors import ConfigError, require
 from megascale_moe.config.fields import Choices, Field
+from megascale_moe.config.layers import LayerSpec
 from megascale_moe.config.load import from_dict, load, to_toml
 from megascale_moe.config.model import ModelConfig
 from megascale_moe.config.parallel import OverlapConfig, ParallelConfig, WireConfig
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "Field",
+    "LayerSpec",
     "ModelConfig",
     "OverlapConfig",
     "ParallelConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -25,6 +26,7 @@ from megascale_moe.config.declare import (
 )
 from megascale_moe.config.errors import require
 from megascale_moe.config.fields import AS_DECLARED, Choices, checked
+from megascale_moe.config.layers import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,14 @@ class ModelConfig:
         TokensOrZero,
         Doc("Latest tokens that a token attends to, itself included.", ("window_size", "attention_window")),
         Special(0, "every earlier token of the document"),
+    ] = 0
+    full_attention_every: Annotated[
+        LayersOrZero,
+        Doc(
+            "Every so many layers one attends to every earlier token, in spite of the sliding window.",
+            ("layer_types", "sliding_window_pattern", "window_attn_skip_freq"),
+        ),
+        Special(0, "the sliding window holds in all layers"),
     ] = 0
     rope_theta: Annotated[
         float,
@@ -309,6 +319,30 @@ class ModelConfig:
         """Width of the always-on experts together, 0 if there are none."""
         return self.shared_ffn_hidden or self.shared_experts * self.ffn_hidden
 
+    def spec_of(self, index: int, *, dense: bool) -> LayerSpec:
+        """Return what a layer at some place of the model computes, with a dense FFN or with experts."""
+        full = self.full_attention_every > 0 and (index + 1) % self.full_attention_every == 0
+        return LayerSpec(
+            attention=self.attention, qk_norm=self.qk_norm, window=0 if full else self.sliding_window, dense=dense,
+            activation="swiglu",
+        )  # fmt: skip
+
+    @cached_property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """What each layer computes."""
+        return tuple(self.spec_of(index, dense=index < self.dense_layers) for index in range(self.layers))
+
+    @cached_property
+    def layer_kinds(self) -> tuple[LayerSpec, ...]:
+        """The layers that differ, in the order in which they come first."""
+        return tuple(dict.fromkeys(self.layer_specs))
+
+    @cached_property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Of each layer the place in `layer_kinds`."""
+        places = {spec: place for place, spec in enumerate(self.layer_kinds)}
+        return tuple(places[spec] for spec in self.layer_specs)
+
     def check(self, choices: Choices = AS_DECLARED) -> None:
         """Raise `ConfigError` if a value is out of its range, or if sizes contradict each other."""
         checked("model", self, choices)
@@ -359,6 +393,10 @@ class ModelConfig:
         )
 
     def _check_layers(self) -> None:
+        require(
+            self.full_attention_every == 0 or self.sliding_window > 0,
+            f"model.full_attention_every = {self.full_attention_every} needs model.sliding_window",
+        )
         require(
             self.dense_layers <= self.layers,
             f"model.dense_layers = {self.dense_layers}: must be 0 to {self.layers}",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale_moe.config import LayerSpec
 from megascale_moe.kernels.blocks import Rowwise
 
 
@@ -31,6 +35,24 @@ def _backward(gradient: Tensor, x: Tensor, gate: Tensor | None) -> tuple[Tensor,
 
 _run_forward = Rowwise(_forward)
 _run_backward = Rowwise(_backward)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What stands between the two products of an FFN.
+
+    Attributes:
+        forward: from x [R, 2F] and gate float32 [R] or None to [R, F] of x's dtype.
+        backward: from the result's gradient, x and gate to the gradients of x and of gate (None without one).
+    """
+
+    forward: Callable[[Tensor, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def activation_of(spec: LayerSpec) -> Activation:
+    """Return the activation of a layer."""
+    return {"swiglu": Activation(swiglu, swiglu_backward)}[spec.activation]
 
 
 def swiglu(x: Tensor, gate: Tensor | None = None) -> Tensor:

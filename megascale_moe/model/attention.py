@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.model.rotary import rotate, softmax_scale
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.weights import Kind
@@ -35,15 +35,15 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; heads are rows of one fused projection, queries first, then keys, then values."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.spec = config, spec
         c, width = config, config.query_dim
         self.stacked = {"qkv.weight": (c.heads * width, c.kv_heads * width, c.kv_heads * c.value_dim)}
         self.qkv = nn.Linear(c.hidden, sum(self.stacked["qkv.weight"]), bias=False)
         self.out = nn.Linear(c.heads * c.value_dim, c.hidden, bias=False)
-        if c.qk_norm != "none":
-            per_head = c.qk_norm == "head"
+        if spec.qk_norm != "none":
+            per_head = spec.qk_norm == "head"
             self.q_norm = RMSNorm(width if per_head else c.heads * width, c.norm_eps)
             self.k_norm = RMSNorm(width if per_head else c.kv_heads * width, c.norm_eps)
 
@@ -51,24 +51,24 @@ class Attention(nn.Module):
         """x [T, hidden] -> q [T, heads, width], k [T, kv heads, width], v [T, kv heads, value width]."""
         c, T = self.config, x.shape[0]
         q, k, v = self.qkv(x).split(self.stacked["qkv.weight"], dim=-1)
-        if c.qk_norm == "full":
+        if self.spec.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.view(T, c.heads, -1), k.view(T, c.kv_heads, -1), v.view(T, c.kv_heads, -1)
-        if c.qk_norm == "head":
+        if self.spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope, c.rope_interleaved), rotate(k, *rope, c.rope_interleaved), v
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.out(core(*self.heads(x, rope), segments, self.config))  # type: ignore[no-any-return]
+        return self.out(core(*self.heads(x, rope), segments, self.config, self.spec))  # type: ignore[no-any-return]
 
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values come from a low-rank latent."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.spec = config, spec
         c = config
         if c.q_lora_rank:
             self.q_down = nn.Linear(c.hidden, c.q_lora_rank, bias=False)
@@ -89,7 +89,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.out(core(*self.heads(x, rope), segments, self.config))  # type: ignore[no-any-return]
+        return self.out(core(*self.heads(x, rope), segments, self.config, self.spec))  # type: ignore[no-any-return]
 
 
 def latent_heads(
@@ -104,11 +104,11 @@ def latent_heads(
     return torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_shared), dim=-1), v.contiguous()
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, segments: Segments, config: ModelConfig) -> Tensor:
+def core(q: Tensor, k: Tensor, v: Tensor, segments: Segments, config: ModelConfig, spec: LayerSpec) -> Tensor:
     """Causal attention inside each document: q [T, H, w], k [T, G, w], v [T, G, u] -> [T, H * u], H a multiple of G."""
     q, k, v = (x.view(segments.rows, segments.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible(segments, config.sliding_window).to(q.device),
+        q, k, v, attn_mask=visible(segments, spec.window).to(q.device),
         scale=softmax_scale(config), enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).reshape(segments.rows * segments.length, -1)

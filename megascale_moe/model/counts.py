@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.model.transformer import Transformer
 from megascale_moe.model.weights import Weight, weights_of
 
@@ -62,10 +62,17 @@ def counts(config: ModelConfig) -> Counts:
     return Counts(total, round(active), 6 * matmul + 3 * config.layers * attention_flops_per_token(config))
 
 
-def attention_flops_per_token(config: ModelConfig) -> float:
-    """Forward FLOPs of one layer's scores and weighted sum, averaged over the tokens of a full sequence."""
+def attention_flops_per_token(config: ModelConfig, spec: LayerSpec | None = None) -> float:
+    """Return forward FLOPs of a layer's scores and weighted sum, averaged over the tokens of a full sequence.
+
+    Args:
+        spec: of the layer; None: the mean over all layers of the model.
+    """
+    if spec is None:
+        kinds = zip(config.layer_kinds, map(config.kind_of_layer.count, range(len(config.layer_kinds))), strict=True)
+        return sum(count * attention_flops_per_token(config, kind) for kind, count in kinds) / config.layers
     length = config.sequence_length
     seen = length / 2
-    if 0 < config.sliding_window < length:
-        seen = config.sliding_window * (1 - config.sliding_window / (2 * length))
+    if 0 < spec.window < length:
+        seen = spec.window * (1 - spec.window / (2 * length))
     return 2 * seen * config.heads * (config.query_dim + config.value_dim)

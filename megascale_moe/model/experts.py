@@ -5,32 +5,46 @@ This is the semantics that the grouped, distributed forms are compared with; it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.model.router import Router, balance_sum, balance_weights, within_capacity, z_sum
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.weights import Kind
+
+Activation = Callable[[Tensor], Tensor]
+"""From [T, 2 * width], gate and up side by side, to [T, width]."""
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a) * b for x = [a, b]."""
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+def activation_of(spec: LayerSpec) -> Activation:
+    """Return the activation of a layer."""
+    return {"swiglu": swiglu}[spec.activation]
 
 
 class DenseFFN(nn.Module):
     """A SwiGLU every token passes: the FFN of dense layers, and the shared experts (which may have a sigmoid gate)."""
 
-    def __init__(self, hidden: int, width: int, gated: bool) -> None:
+    def __init__(self, hidden: int, width: int, gated: bool, activation: Activation = swiglu) -> None:
         super().__init__()
-        self.stacked = {"w13.weight": (width, width)}
+        self.stacked, self.activation = {"w13.weight": (width, width)}, activation
         self.w13 = nn.Linear(hidden, 2 * width, bias=False)
         self.w2 = nn.Linear(width, hidden, bias=False)
         self.gate = nn.Linear(hidden, 1, bias=False) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        a, b = self.w13(x).chunk(2, dim=-1)
-        out: Tensor = self.w2(F.silu(a) * b)
+        out: Tensor = self.w2(self.activation(self.w13(x)))
         return out if self.gate is None else out * self.gate(x).sigmoid()
 
 
@@ -40,9 +54,9 @@ class Experts(nn.Module):
     kinds: ClassVar = {"w13": Kind.MATRIX, "w2": Kind.MATRIX}
     by_expert = True
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        c = config
+        c, self.activation = config, activation_of(spec)
         self.stacked = {"w13": (c.ffn_hidden, c.ffn_hidden)}
         self.w13 = nn.Parameter(torch.empty(c.experts, 2 * c.ffn_hidden, c.hidden))
         self.w2 = nn.Parameter(torch.empty(c.experts, c.hidden, c.ffn_hidden))
@@ -53,9 +67,8 @@ class Experts(nn.Module):
         for e in range(len(self.w13)):
             hit = choice == e if kept is None else (choice == e) & kept
             token, slot = hit.nonzero(as_tuple=True)
-            a, b = (x[token] @ self.w13[e].T).chunk(2, dim=-1)
             # The gating weight goes in before FC2: linear, so equal, and FC2's output need not be kept.
-            hidden = F.silu(a) * b * gate[token, slot, None].to(x.dtype)
+            hidden = self.activation(x[token] @ self.w13[e].T) * gate[token, slot, None].to(x.dtype)
             out = out.index_add(0, token, hidden @ self.w2[e].T)
         return out
 
@@ -63,13 +76,15 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts and shared experts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.config = config
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, spec)
         c = config
-        self.shared = DenseFFN(c.hidden, c.shared_hidden, c.shared_gate) if c.shared_hidden else None
+        self.shared = (
+            DenseFFN(c.hidden, c.shared_hidden, c.shared_gate, activation_of(spec)) if c.shared_hidden else None
+        )
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> ([T, hidden], auxiliary loss summed over tokens, a scalar)."""

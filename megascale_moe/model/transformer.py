@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.model.attention import Attention, LatentAttention, RMSNorm
-from megascale_moe.model.experts import DenseFFN, MoE
+from megascale_moe.model.experts import DenseFFN, MoE, activation_of
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.weights import Kind, Weight, weights_of
@@ -25,13 +25,15 @@ from megascale_moe.model.weights import Kind, Weight, weights_of
 class Block(nn.Module):
     """One layer: attention and FFN, each behind a norm and a residual connection."""
 
-    def __init__(self, config: ModelConfig, dense: bool = False) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         c = config
         self.attention_norm = RMSNorm(c.hidden, c.norm_eps)
-        self.attention = LatentAttention(c) if c.attention == "mla" else Attention(c)
+        self.attention = LatentAttention(c, spec) if spec.attention == "mla" else Attention(c, spec)
         self.ffn_norm = RMSNorm(c.hidden, c.norm_eps)
-        self.ffn = DenseFFN(c.hidden, c.dense_ffn_hidden, gated=False) if dense else MoE(c)
+        self.ffn = (
+            DenseFFN(c.hidden, c.dense_ffn_hidden, False, activation_of(spec)) if spec.dense else MoE(c, spec)
+        )
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Tensor]:
         """hidden [T, hidden] -> (hidden, auxiliary loss summed over tokens)."""
@@ -54,7 +56,7 @@ class Transformer(nn.Module):
         self.config = config
         # No constructor: it draws values that `initialise` replaces, which on the meta device imports torch's compiler.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.hidden), freeze=False)
-        self.layers = nn.ModuleList(Block(c, dense=index < c.dense_layers) for index in range(c.layers))
+        self.layers = nn.ModuleList(Block(c, spec) for spec in c.layer_specs)
         self.norm = RMSNorm(c.hidden, c.norm_eps)
         self.head = None if c.tied_embeddings else nn.Linear(c.hidden, c.vocab, bias=False)
 

@@ -30,7 +30,7 @@ def flat_groups(
     placements: Mapping[str, Placement], axes: Axes, dtype: torch.dtype, device: torch.device, *,
     by_layer: bool = False, wire: WireConfig | None = None, rule: Rule = ADAMW,
 ) -> list[FlatWeights]:  # fmt: skip
-    """Make the buffers of weights, grouped by (replicas, with or without decay, rule); vectors (norms) do not decay.
+    """Make the buffers of weights, grouped by (replicas, with or without decay, rule); norms and biases do not decay.
 
     Args:
         by_layer: also by layer, so that a layer's gradients can leave while the backward of others goes on.

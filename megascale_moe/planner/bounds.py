@@ -22,7 +22,6 @@ from megascale_moe.planner.space import CandidateLayout
 from megascale_moe.planner.stages import Kind, Once, Stages
 from megascale_moe.planner.step import Pricer
 
-ONE = (Kind(1, 0, first=False, last=False), Kind(0, 1, first=False, last=False))
 GRADIENT_BYTES = 4
 MASTER_BYTES = 4
 """Bytes of the FP32 master of an element; ranks that hold the same weight share masters and optimizer state."""
@@ -35,8 +34,9 @@ class Floors:
         """`remats`: recomputation policies, the mildest first. `capacity`: bytes of a rank."""
         self.config, self.gpus, self.pricer, self.capacity, self.remats = config, gpus, pricer, capacity, remats
         model = config.model
-        numbers = zip(ONE, (model.layers - model.dense_layers, model.dense_layers), strict=True)
-        self.layers = {kind: number for kind, number in numbers if number}
+        self.layers = {
+            Kind.one(place, model): model.kind_of_layer.count(place) for place in range(len(model.layer_kinds))
+        }
         self.experts, self.others = _sizes_of(config)
         self._once = Once()
 

@@ -100,7 +100,7 @@ def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
     total = [0.0] * len(Shares._fields)
     ops: dict[str, dict[str, float]] = {name: defaultdict(float) for name in Shares._fields}
     for kind in kinds:
-        one = kind._replace(experts=min(kind.experts, 1), dense=min(kind.dense, 1))
+        one = kind.at_most(1)
         for phase in layout.phases:
             found = along(kind, partial(_shares, layout, phase))
             total = [a + micros * b for a, b in zip(total, found, strict=True)]

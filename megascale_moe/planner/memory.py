@@ -91,9 +91,9 @@ def _last_micro(stages: Stages, plan: StepPlan, train: TrainConfig, whole: Part)
 
 def _hidden(stages: Stages, plan: StepPlan, train: TrainConfig, kind: Kind) -> float:
     """Return the peak bytes of a forward, its backward, synchronisation and update, in one list."""
-    plan, stage = kind.of_model(plan), stages.lists(kind)
-    optimizer = optimizer_of(plan, train, kind.part)
-    weights = optimizer.weights | buffers_of(plan.model, kind.part, META)
+    stage, part = stages.lists(kind), kind.part(plan.model)
+    optimizer = optimizer_of(plan, train, part)
+    weights = optimizer.weights | buffers_of(plan.model, part, META)
     coming = [name for name in (stage.reads, grad(stage.writes) if stage.writes else "") if name]
     inputs, more = inputs_without_storage(plan), optimizer.given(0.0) | optimizer.updated()
     ops = optimizer.hidden([*stage.forward, *stage.backward])

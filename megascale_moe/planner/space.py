@@ -156,7 +156,7 @@ class Space:
     def _ffn(self, node: int, stage: int) -> Iterator[dict[str, Any]]:
         """Strategies of the experts with their sizes."""
         model, names = self.config.model, self._some("parallel.ffn", registry.names(registry.FFN))
-        dense = model.dense_layers == model.layers
+        dense = all(spec.dense for spec in model.layer_kinds)
         for name in names:
             ffn = registry.named(registry.FFN, name, "parallel.ffn")
             if not ffn.pays(node) and len(names) > 1:

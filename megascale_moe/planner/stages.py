@@ -35,28 +35,47 @@ FEW = 2
 
 
 class Kind(NamedTuple):
-    """What a part of a model consists of: layers with experts and without, embedding (first) and head (last)."""
+    """What a part of a model consists of.
 
-    experts: int
-    dense: int
+    Attributes:
+        layers: how many of each kind, in the order of `ModelConfig.layer_kinds`.
+        first, last: whether it has the embedding, and the head.
+    """
+
+    layers: tuple[int, ...]
     first: bool
     last: bool
 
     @classmethod
     def of(cls, part: Part, model: ModelConfig) -> Kind:
-        """Of some layers."""
-        dense = sum(layer < model.dense_layers for layer in part.layers)
-        return cls(len(part.layers) - dense, dense, part.first, part.last)
+        """Return the kind of some layers."""
+        counts, kinds = [0] * len(model.layer_kinds), model.kind_of_layer
+        for layer in part.layers:
+            counts[kinds[layer]] += 1
+        return cls(tuple(counts), part.first, part.last)
+
+    @classmethod
+    def one(cls, place: int, model: ModelConfig) -> Kind:
+        """Return a single layer of one of the model's kinds."""
+        return cls(tuple(int(place == other) for other in range(len(model.layer_kinds))), first=False, last=False)
 
     @property
-    def part(self) -> Part:
-        """Of a model that has nothing else (`of_model`)."""
-        return Part(tuple(range(self.dense + self.experts)), self.first, self.last)
+    def depth(self) -> int:
+        """Layers in all."""
+        return sum(self.layers)
 
-    def of_model(self, plan: StepPlan) -> StepPlan:
-        """The plan for a model of these layers alone."""
-        model = replace(plan.model, layers=self.dense + self.experts, dense_layers=self.dense)
-        return replace(plan, model=model)
+    def at_most(self, count: int) -> Kind:
+        """Return the same with no more than `count` layers of each kind."""
+        return self._replace(layers=tuple(min(number, count) for number in self.layers))
+
+    def part(self, model: ModelConfig) -> Part:
+        """Return as many layers of each kind: the first that the model has, between which others may be left out."""
+        left, chosen = list(self.layers), []
+        for layer, kind in enumerate(model.kind_of_layer):
+            if left[kind]:
+                left[kind] -= 1
+                chosen.append(layer)
+        return Part(tuple(chosen), self.first, self.last)
 
 
 class Took(NamedTuple):
@@ -85,13 +104,13 @@ Made = TypeVar("Made")
 
 def along(kind: Kind, measure: Callable[[Kind], Numbers]) -> Numbers:
     """What `measure` finds, straight on from what it finds for few layers and for one less where there are more."""
-    more = max(kind.experts - FEW, 0), max(kind.dense - FEW, 0)
-    most = kind._replace(experts=kind.experts - more[0], dense=kind.dense - more[1])
+    most = kind.at_most(FEW)
     found = measure(most)
     total = list(found)
-    for times, less in zip(more, (most._replace(experts=FEW - 1), most._replace(dense=FEW - 1)), strict=True):
-        if times:
-            total = [sum_ + times * (b - a) for sum_, a, b in zip(total, measure(less), found, strict=True)]
+    for place, (deep, few) in enumerate(zip(kind.layers, most.layers, strict=True)):
+        if deep > few:
+            less = most._replace(layers=(*most.layers[:place], few - 1, *most.layers[place + 1 :]))
+            total = [sum_ + (deep - few) * (b - a) for sum_, a, b in zip(total, measure(less), found, strict=True)]
     return type(found)(*total)  # type: ignore[arg-type]
 
 
@@ -143,7 +162,7 @@ class Stages:
         """The lists of a part."""
 
         def made() -> Stage:
-            stage = kind.of_model(self.plan).stage(kind.part)
+            stage = self.plan.stage(kind.part(self.plan.model))
             if self.prices is None:
                 return stage
             forward, backward = (list(map(self.prices.placed, ops)) for ops in (stage.forward, stage.backward))
@@ -202,9 +221,9 @@ class Stages:
 
     def on_paper(self, kind: Kind) -> tuple[StepPlan, Stage, Mapping[str, Tensor], Mapping[str, Gradient]]:
         """What a part needs to run without storage: plan, lists, weights, gradients."""
-        plan = kind.of_model(self.plan)
-        optimizer = optimizer_of(plan, self.train, kind.part)
-        weights = optimizer.weights | buffers_of(plan.model, kind.part, META)
+        plan, part = self.plan, kind.part(self.plan.model)
+        optimizer = optimizer_of(plan, self.train, part)
+        weights = optimizer.weights | buffers_of(plan.model, part, META)
         return plan, self.lists(kind), weights, optimizer.gradients
 
 

@@ -205,8 +205,8 @@ class PricedLayout:
     def _saved(self, forward: int, backward: int) -> float:
         """By weaving a stage's forward into the backward of another's behind it."""
         kind, other = self._kinds[forward], self._kinds[backward]
-        common = Kind(min(kind.experts, other.experts), min(kind.dense, other.dense), first=False, last=False)
-        if not common.experts + common.dense:  # nothing alike to weave
+        common = Kind(tuple(map(min, kind.layers, other.layers)), first=False, last=False)
+        if not common.depth:  # nothing alike to weave
             return 0.0
         return self._once(("saved", common), lambda: self.stages.saved(common))
 
@@ -286,7 +286,7 @@ class PricedLayout:
         """Among the operators of the last micro-batches of a step."""
         assert self.prices is not None
         prices, stage = self.prices, self.stages.lists(kind)
-        optimizer = optimizer_of(kind.of_model(self.plan), self.config.train, kind.part, by_layer=True)
+        optimizer = optimizer_of(self.plan, self.config.train, kind.part(self.config.model), by_layer=True)
         ops = [*stage.forward, *stage.backward]
         own, passes = {id(op) for op in ops}, self._passes
 

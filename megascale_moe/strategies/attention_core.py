@@ -26,7 +26,7 @@ def core(layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: V
         sizes: H, G and w.
     """
     c, layout = layer.model, layer.layout
-    scale, rows, length = softmax_scale(c), layout.rows, layout.length
+    scale, window, rows, length = softmax_scale(c), layer.spec.window, layout.rows, layout.length
     queries, keys, width = sizes
     name, packed = layer.name("attention"), len(heads) == 1
     graph = Value(suffixed(name, "graph"), (4.0 * layer.node_tokens * queries,), torch.uint8, keep=Keep.PAPER)
@@ -40,19 +40,19 @@ def core(layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: V
 
     def run(*args: object) -> tuple[Tensor, Graph | None]:
         *values, segments = args
-        out, graph = causal_attention_forward(*by_row(values), spans(segments), scale, c.sliding_window)  # type: ignore
+        out, graph = causal_attention_forward(*by_row(values), spans(segments), scale, window)  # type: ignore
         return out.reshape(rows * length, -1), graph
 
     def run_backward(*args: object) -> tuple[Tensor, ...] | Tensor:
         *values, segments, graph, out, d = args
         gradient, result = (x.view(rows, length, -1, c.value_dim) for x in (d, out))  # type: ignore
         parts = causal_attention_backward(
-            gradient, *by_row(values), result, graph, spans(segments), scale, c.sliding_window  # type: ignore
+            gradient, *by_row(values), result, graph, spans(segments), scale, window  # type: ignore
         )
         flat = tuple(part.flatten(0, 1) for part in parts)
         return pack(*flat) if packed else flat
 
-    flops = layer.node_tokens * attention_flops_per_token(c) * queries / c.heads
+    flops = layer.node_tokens * attention_flops_per_token(c, layer.spec) * queries / c.heads
     cost = Cost(flops, sum(x.nbytes for x in heads) + y.nbytes, work=Work.ATTENTION, size=length)
     backward = Op(
         name=name, phase=Phase.B, reads=(*heads, "segments", graph, y, y.gradient),

@@ -83,7 +83,7 @@ def _scattered_heads(
     sizes = (len(mine), len(keys), c.query_dim)
     dealt = [tuple(inputs)] * len(pieces)
     first: list[Op] = []
-    if c.attention == "gqa" and c.qk_norm == "full" and not pieces[0].uncut:
+    if layer.spec.attention == "gqa" and layer.spec.qk_norm == "full" and not pieces[0].uncut:
         op, parts = deal(layer, inputs[0], pieces)
         first, dealt = [op], [(part,) for part in parts]
     made = [
@@ -120,7 +120,7 @@ def _width(layer: Layer, rank: int) -> int:
 def _arrived(layer: Layer, piece: Piece, width: int, rows: Rows) -> Value:
     """Declare this rank's heads of the tokens of a piece's sources, side by side."""
     c = layer.model
-    keep = Keep.PAPER if c.attention == "gqa" and c.qk_norm == "none" else Keep.NONE
+    keep = Keep.PAPER if layer.spec.attention == "gqa" and layer.spec.qk_norm == "none" else Keep.NONE
     shape = (len(piece.sources) * layer.layout.tokens, width)
     mine, keys = heads_of_rank(layer.layout.node.index, layer.layout.node.size, c)
     columns = (

@@ -35,11 +35,12 @@ class TensorParallel(AttentionStrategy):
     def check(self, mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
         node = mesh.node
         divides("model.heads", model.heads, "parallel.node", node)
+        grouped = [spec for spec in model.layer_kinds if spec.attention == "gqa"]
         require(
-            node == 1 or model.qk_norm != "full" or model.attention == "mla",
+            node == 1 or all(spec.qk_norm != "full" for spec in grouped),
             "parallel.attention = 'tp' cuts between heads, model.qk_norm = 'full' spans them; use attention = 'sp'",
         )
-        if model.attention == "gqa":
+        if grouped:
             divides("model.kv_heads", model.kv_heads, "parallel.node", node, " (or parallel.attention = 'sp')")
 
     def rotates_sequences(self, layout: Layout) -> bool:
@@ -70,7 +71,7 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
     ops, inputs = shared(layer, x)
     gathers = [_gather(layer, value, piece) for value in inputs]
     again = None
-    if c.attention == "gqa":
+    if layer.spec.attention == "gqa":
         gather = gathers[0]
         twice = gather.writes[0].named(layer.name("ln1_out_again"))  # type: ignore[attr-defined]
         again = replace(gather, phase=Phase.R, writes=(twice,), backward=())
@@ -97,7 +98,7 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
 def _gather(layer: Layer, x: Value, piece: Piece) -> Op:
     """All tokens of the node, as whole sequences."""
     tensor = parse(x).tensor
-    name = "gather_tokens" if layer.model.attention == "gqa" else f"gather_{tensor}"
+    name = "gather_tokens" if layer.spec.attention == "gqa" else f"gather_{tensor}"
     shard = Shard((tensor,), SEQUENCES, partial_gradient="node")
     y = layer.value(f"{tensor}_ag", (layer.node_tokens, x.shape[1]), shard=shard, keep=Keep.NONE)
     return gather_tokens(layer.layout, layer.name(name), x, y, piece)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megascale_moe.config import LayerSpec
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad, suffixed
 from megascale_moe.engine.op import Cost, Op, Phase, product
 from megascale_moe.engine.value import Keep, Value
-from megascale_moe.kernels.activation import swiglu, swiglu_backward
+from megascale_moe.kernels.activation import activation_of
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 
 
@@ -145,14 +146,16 @@ def add(name: str, terms: tuple[Value, ...], total: Value) -> Op:
     return Op(name=name, reads=terms, writes=(total,), run=run, cost=cost, backward=(backward,))
 
 
-def activation(name: str, x: Value, y: Value) -> Op:
-    """y = silu(a) * b for x = [a, b]: [T, 2 * width] -> [T, width]."""
-    cost = Cost(5.0 * y.elements, 3 * y.nbytes)
+def activation(name: str, x: Value, y: Value, spec: LayerSpec) -> Op:
+    """The layer's activation, [T, 2 * width] -> [T, width]."""
+    cost, kernel = Cost(5.0 * y.elements, 3 * y.nbytes), activation_of(spec)
     backward = Op(
         name=name, phase=Phase.B, reads=(x, grad(y)), writes=(x.gradient,),
-        run=lambda x, dy: swiglu_backward(dy, x)[0], cost=Cost(2 * cost.flops, 5 / 3 * cost.memory_bytes),
+        run=lambda x, dy: kernel.backward(dy, x, None)[0], cost=Cost(2 * cost.flops, 5 / 3 * cost.memory_bytes),
     )
-    return Op(name=name, reads=(x,), writes=(y,), run=swiglu, cost=cost, backward=(backward,))
+    return Op(
+        name=name, reads=(x,), writes=(y,), run=lambda x: kernel.forward(x, None), cost=cost, backward=(backward,)
+    )
 
 
 def gate(name: str, y: Value, x: Value, out: Value, weight: str) -> Op:

@@ -38,7 +38,7 @@ def swiglu_ffn(
     out = value("ungated", layer.model.hidden, lies) if gated else y
     ops = [
         linear(layer.name(f"{prefix}fc13", piece), x, up, f"{weights}w13.weight"),
-        activation(layer.name(f"{prefix}swiglu", piece), up, act),
+        activation(layer.name(f"{prefix}swiglu", piece), up, act, layer.spec),
         linear(layer.name(f"{prefix}fc2", piece), act, out, f"{weights}w2.weight"),
     ]
     if gated:

@@ -126,7 +126,7 @@ class TensorParallelFFN(_Experts):
 
     def check(self, mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
         super().check(mesh, parallel, model)
-        dense = model.dense_ffn_hidden if model.dense_layers else 0
+        dense = model.dense_ffn_hidden if any(spec.dense for spec in model.layer_kinds) else 0
         divides("the width of the shared experts", model.shared_hidden, self.width_key, mesh.etp)
         divides("model.dense_ffn_hidden", dense, self.width_key, mesh.etp)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megascale_moe.comm.axis import Axis
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.engine.names import in_layer
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.strategies.layout import Layout
@@ -97,15 +97,15 @@ class Layer:
 
     Attributes:
         strategies: how its modules are shared out.
+        spec: what it computes.
         index: among the model's layers; None: a layer on its own, whose names have no prefix.
-        dense: whether its FFN is a plain one instead of experts.
     """
 
     model: ModelConfig
     layout: Layout
     strategies: Strategies
+    spec: LayerSpec
     index: int | None = None
-    dense: bool = False
 
     @property
     def shares_width(self) -> bool:

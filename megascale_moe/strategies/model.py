@@ -39,7 +39,7 @@ def block_ops(layer: Layer, x: Value, y: Value) -> list[Op]:
     ffn_norm = add_norm(
         layer.name("ffn_norm"), (hidden, attended), total, ln2, layer.name("ffn_norm.weight"), c.norm_eps
     )
-    ffn, terms = (dense_ffn if layer.dense else moe_ops)(layer, ln2)
+    ffn, terms = (dense_ffn if layer.spec.dense else moe_ops)(layer, ln2)
     residual = add(layer.name("residual"), (total, *terms), y)
     return [attention_norm, *attention, ffn_norm, *ffn, residual]
 
@@ -76,7 +76,7 @@ def part_ops(config: ModelConfig, layout: Layout, part: Part, head: Head = "trai
         ops += strategies.vocabulary.embedding_ops(x, c, layout)
     for index in part.layers:
         y = hidden_state(index + 1, c, layout)
-        ops += block_ops(Layer(c, layout, strategies, index, dense=index < c.dense_layers), x, y)
+        ops += block_ops(Layer(c, layout, strategies, c.layer_specs[index], index), x, y)
         x = y
     if not part.last:
         return ops
@@ -95,7 +95,7 @@ def hidden_state(layer: int, config: ModelConfig, layout: Layout) -> Value:
 def moe_layers(config: ModelConfig, part: Part | None = None) -> list[int]:
     """The layers with experts."""
     layers = range(config.layers) if part is None else part.layers
-    return [index for index in layers if index >= config.dense_layers]
+    return [index for index in layers if not config.layer_specs[index].dense]
 
 
 def auxiliary_names(config: ModelConfig, part: Part | None = None) -> list[str]:

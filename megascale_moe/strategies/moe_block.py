@@ -47,8 +47,8 @@ class MoEBlock(Block):
     def __init__(self, config: ModelConfig, axes: Axes | None = None, dense: bool = False, seed: int = 0) -> None:
         config.check()
         with torch.device("meta"):
-            super().__init__(config, dense)
-        self.config, self.axes, self.dense = config, axes or single(), dense
+            super().__init__(config, config.spec_of(0, dense=dense))
+        self.config, self.axes, self.spec = config, axes or single(), config.spec_of(0, dense=dense)
         ep = self.axes["ep"]
         if isinstance(self.ffn, MoE) and ep.size > 1:
             for name, stack in list(self.ffn.experts.named_parameters()):
@@ -67,8 +67,8 @@ class MoEBlock(Block):
         shape = (layout.tokens, self.config.hidden)
         x, y = (Value(name, shape, dtype, keep=Keep.FULL) for name in ("x", "y"))
         strategies = strategies_of(layout, self.config)
-        forward = block_ops(Layer(self.config, layout, strategies, dense=self.dense), x, y)
-        auxiliary = [] if self.dense or not (self.config.balance_loss or self.config.z_loss) else ["auxiliary"]
+        forward = block_ops(Layer(self.config, layout, strategies, self.spec), x, y)
+        auxiliary = [] if self.spec.dense or not (self.config.balance_loss or self.config.z_loss) else ["auxiliary"]
         back = backward(forward, [grad("y")])
         given = ("x", "rope", "segments")
         needed = {name for op in back for name in op.reads}

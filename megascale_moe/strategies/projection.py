@@ -47,9 +47,9 @@ class Heads(NamedTuple):
 
 def shared(layer: Layer, x: Value) -> tuple[list[Op], tuple[Value, ...]]:
     """Return the operators that concern all heads, from x [tokens, hidden], and the values that `heads` reads."""
-    if layer.model.attention == "mla":
+    if layer.spec.attention == "mla":
         return _latents(layer, x)
-    if layer.model.qk_norm != "full":
+    if layer.spec.qk_norm != "full":
         return [], (x,)
     c = layer.model
     project, qkv = _project(layer, x, Chosen.everything(c), None)
@@ -65,16 +65,15 @@ def heads(
     Args:
         piece: in whose names they are. again: as in `dense.linear`.
     """
-    c = layer.model
-    if c.attention == "mla":
+    if layer.spec.attention == "mla":
         return _expand(layer, inputs, chosen, piece)
-    if c.qk_norm == "full":
+    if layer.spec.qk_norm == "full":
         (x,) = inputs
         ops: list[Op] = []
     else:
         project, x = _project(layer, inputs[0], chosen, piece, again)
         ops = [project]
-        if c.qk_norm == "head":
+        if layer.spec.qk_norm == "head":
             normed, x = _norm_heads(layer, x, chosen, piece)
             ops.append(normed)
     found = _declare(layer, x.shape[0], inputs[0], chosen, piece)
@@ -134,7 +133,7 @@ def _project(
     layer: Layer, x: Value, chosen: Chosen, piece: Piece | None, again: Op | None = None
 ) -> tuple[Op, Value]:
     """The fused projection, or those of its rows that make some heads."""
-    keep = Keep.NONE if layer.model.qk_norm == "none" else Keep.PAPER  # a norm's backward reads it
+    keep = Keep.NONE if layer.spec.qk_norm == "none" else Keep.PAPER  # a norm's backward reads it
     y = _fused(layer, "qkv", x.shape[0], x, chosen, piece, keep)
     rows = [] if chosen.alone else [slice(r.start, r.stop) for r in fused_columns(layer.model, chosen)]
     return linear(layer.name("qkv", piece), x, y, layer.name("attention.qkv.weight"), rows=rows, again=again), y
@@ -145,7 +144,7 @@ def _norm_heads(layer: Layer, x: Value, chosen: Chosen, piece: Piece | None) -> 
     c, T = layer.model, x.shape[0]
     y = _fused(layer, "normed", T, x, chosen, piece, Keep.NONE)
     widths = [len(chosen.queries) * c.query_dim, len(chosen.keys) * c.query_dim, len(chosen.keys) * c.value_dim]
-    counts = [len(chosen.queries), len(chosen.keys)] if c.qk_norm == "head" else [1, 1]
+    counts = [len(chosen.queries), len(chosen.keys)] if layer.spec.qk_norm == "head" else [1, 1]
     assert x.shard is not None
     lies = x.shard.rows
     scales = tuple(
@@ -207,7 +206,7 @@ def _declare(layer: Layer, rows: float, like: Value, chosen: Chosen, piece: Piec
     """
     c = layer.model
     assert like.shard is not None
-    keep = Keep.PAPER if c.attention == "gqa" and c.qk_norm == "none" else Keep.NONE
+    keep = Keep.PAPER if layer.spec.attention == "gqa" and layer.spec.qk_norm == "none" else Keep.NONE
 
     def value(tensor: str, numbers: tuple[int, ...], width: int) -> Value:
         lies = like.shard.rows if like.shard else Rows()

@@ -180,9 +180,9 @@ class Trainer:
             "loss_scale": 1.0 / max(target_count, 1),
             "auxiliary_scale": torch.tensor(1.0 / tokens, device=self.device),
         }
-        layers = model.layers - model.dense_layers
-        totals = torch.zeros(2 + layers * model.experts, dtype=torch.float64, device=self.device)
-        load = totals[2:].view(layers, model.experts)
+        places = {layer: place for place, layer in enumerate(moe_layers(model))}
+        totals = torch.zeros(2 + len(places) * model.experts, dtype=torch.float64, device=self.device)
+        load = totals[2:].view(len(places), model.experts)
         trace = Trace(device=self.device)
         rate = learning_rate(train, self.steps + 1)
         hidden = self.hides
@@ -198,7 +198,7 @@ class Trainer:
             for name in auxiliary_names(model, self.part):
                 totals[1] += out[of_micro(name, micro)]
             for layer, name in zip(moe_layers(model, self.part), load_names(model, self.part), strict=True):
-                load[layer - model.dense_layers] += resolve(out, of_micro(name, micro))
+                load[places[layer]] += resolve(out, of_micro(name, micro))
         self.steps += 1
         norm = self.optimizer.end(out["norm"]) if hidden else self.optimizer.step(rate, trace)
         self.stale = hidden
@@ -207,7 +207,7 @@ class Trainer:
         load = load.long()
         if self.buffers:
             for layer, bias in zip(moe_layers(model, self.part), self.buffers.values(), strict=True):
-                bias.copy_(updated_bias(bias, load[layer - model.dense_layers], model.bias_update_rate))
+                bias.copy_(updated_bias(bias, load[places[layer]], model.bias_update_rate))
         loss, auxiliary = float(totals[0]) / max(target_count, 1), float(totals[1]) / tokens
         return StepResult(loss, auxiliary, norm, rate, load.cpu(), trace)
 

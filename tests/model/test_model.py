@@ -203,7 +203,7 @@ def test_attention_core_is_softmax_of_scaled_scores() -> None:
     config = replace(TINY, v_head_dim=6)
     segments = Segments(1, 5, (0, 2, 5))
     q, k, v = (torch.randn(5, heads, width) for heads, width in ((4, 4), (2, 4), (2, 6)))
-    out = core(q, k, v, segments, config).view(5, 4, 6)
+    out = core(q, k, v, segments, config, config.layer_specs[0]).view(5, 4, 6)
     first = {0: 0, 1: 0, 2: 2, 3: 2, 4: 2}
     for token in range(5):
         for head in range(4):
@@ -217,7 +217,7 @@ def test_attention_core_is_softmax_of_scaled_scores() -> None:
 
 def test_experts_are_the_weighted_sum_of_their_swiglus() -> None:
     config = TINY
-    experts = Experts(config)
+    experts = Experts(config, config.layer_specs[0])
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     x, gate = torch.randn(7, 16), torch.rand(7, 2)

@@ -263,7 +263,7 @@ def test_two_micro_batches_at_once_hide_what_one_cannot() -> None:
         Pricer(H800).layout(config(parallel, OverlapConfig(order="scheduled", micro_batches=count)), 8)
         for count in (1, 2)
     )
-    kind = Kind(2, 0, first=False, last=False)
+    kind = Kind((2,), first=False, last=False)
     apart = alone.stages.took(kind, "F").seconds + alone.stages.took(kind, "BW").seconds
     computed = sum(
         H800_PRICES.seconds(each) for phase in ("forward", "backward")

@@ -48,7 +48,7 @@ def planned(choice: Tensor, model: ModelConfig, mesh: Mesh, rank: int, dispatch:
     """What a rank's operator `plan` makes of the routing of its group."""
     tokens = len(choice) // mesh.ffn
     layout = Layout(1, tokens * mesh.node, axes_of(mesh, rank), dispatch=dispatch, pieces=pieces)
-    layer = Layer(model, layout, strategies_of(layout, model))
+    layer = Layer(model, layout, strategies_of(layout, model), model.layer_specs[-1])
     (plan,) = [op for op in moe_ops(layer, layer.tokens("ln2_out", model.hidden))[0] if op.name == "plan"]
     found = plan.run(torch.empty(choice.shape, device=choice.device), choice)
     return found if isinstance(found, tuple) else (found,)

@@ -68,7 +68,7 @@ class Reference(nn.Module):
 
     def __init__(self, config: ModelConfig, dense: bool = False, seed: int = 0) -> None:
         super().__init__()
-        self.block, self.config = Block(config, dense), config
+        self.block, self.config = Block(config, config.spec_of(0, dense=dense)), config
         self.block.load_state_dict(MoEBlock(config, dense=dense, seed=seed).state_dict())
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,7 @@ def _actions(place: int, spans: Sequence[Any]) -> list[dict[str, object]]:
 
 def _operators(layout: PricedLayout) -> list[dict[str, object]]:
     place, pid = layout.mesh.pp // 2, layout.mesh.pp
-    kind = Kind.of(layout.plan.parts[place], layout.config.model)
-    kind = kind._replace(experts=min(kind.experts, LAYERS), dense=min(kind.dense, LAYERS))
+    kind = Kind.of(layout.plan.parts[place], layout.config.model).at_most(LAYERS)
     at, events = 0.0, list[Event]()
     for phase in layout.phases:
         spans = layout.stages.spans(kind, phase)
@@ -49,7 +48,7 @@ def _operators(layout: PricedLayout) -> list[dict[str, object]]:
         ]
         at += makespan([span for _, span in spans])
     return [
-        _process(pid, f"{kind.experts + kind.dense} layers of pipeline rank {place}"), *Trace(events).chrome(pid)
+        _process(pid, f"{kind.depth} layers of pipeline rank {place}"), *Trace(events).chrome(pid)
     ]  # fmt: skip
 
 

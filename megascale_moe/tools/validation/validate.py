@@ -216,7 +216,7 @@ def _parallel(row: PublishedRow, habits: Habits, model: ModelConfig) -> Parallel
     tp, sp, ep, pp = (row.count(column) for column in ("tp", "sp", "ep", "pp"))
     sequence = sp > 1 and tp == 1
     node = max(tp, sp)
-    dense = model.dense_layers == model.layers
+    dense = all(spec.dense for spec in model.layer_kinds)
     whole = habits.ffn == "ep" or sequence or bool(habits.folded and re.search(habits.folded, row.text("layout_text")))
     etp = row.count("etp", 1 if whole else tp)
     ffn: Literal["ep", "tp", "ep+tp"]

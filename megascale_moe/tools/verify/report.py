@@ -21,6 +21,7 @@ from megascale_moe.tools.verify.reference import Reference
 SIZES = (
     "hidden", "heads", "kv_heads", "experts", "top_k", "ffn_hidden", "vocab", "sequence_length", "attention", "qk_norm",
     "shared_experts", "dense_layers", "capacity_factor", "sliding_window",
+    "full_attention_every",
 )  # fmt: skip
 
 

@@ -46,9 +46,12 @@ def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
 
 def with_layers(small: ModelConfig, model: ModelConfig, layers: int) -> ModelConfig:
     """`layers` layers, or as many more as it takes to have one of each kind the user's model has."""
-    dense = min(model.dense_layers, 1)
-    kinds = dense + (model.dense_layers < model.layers)
-    return replace(small, layers=max(layers, kinds), dense_layers=dense if kinds > dense else max(layers, kinds))
+    dense = sum(spec.dense for spec in model.layer_kinds)
+    kinds = len(model.layer_kinds)
+    return replace(
+        small, layers=max(layers, kinds), dense_layers=dense if kinds > dense else max(layers, kinds),
+        full_attention_every=min(model.full_attention_every, 2),  # neighbours differ: few layers are of every kind
+    )  # fmt: skip
 
 
 def _width(size: int, ranks: int, least: int) -> int:
