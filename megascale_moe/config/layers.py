@@ -12,11 +12,18 @@ class LayerSpec:
 
     Attributes:
         window: latest tokens that a token attends to, itself included; 0: every earlier token of the document.
-        dense: whether its feed-forward network is a plain one instead of experts.
+        attention_bias: whether the projections in front of and behind attention have biases. sinks: whether a learned
+            logit per head takes a share of every softmax.
+        dense: whether its feed-forward network is a plain one instead of experts. router_bias, expert_bias: whether
+            the router's logits and both products of every expert have biases.
     """
 
     attention: Literal["gqa", "mla"]
     qk_norm: Literal["none", "head", "full"]
     window: int
+    attention_bias: bool
+    sinks: bool
     dense: bool
+    router_bias: bool
+    expert_bias: bool
     activation: Literal["swiglu"]

@@ -110,6 +110,13 @@ class ModelConfig:
         ),
         Special(0, "the sliding window holds in all layers"),
     ] = 0
+    attention_bias: Annotated[
+        bool, Doc("Whether the projections of attention have biases.", ("add_qkv_bias", "use_bias"))
+    ] = False
+    attention_sinks: Annotated[
+        bool,
+        Doc("Whether a learned logit per head takes a share of every attention softmax.", ("s_aux", "softmax_offset")),
+    ] = False
     rope_theta: Annotated[
         float,
         Interval(gt=1, le=1e30),
@@ -182,6 +189,9 @@ class ModelConfig:
         Literal["softmax", "sigmoid"],
         Doc("Function that makes scores of the router's logits.", ("scoring_func", "moe_router_score_function")),
     ] = "softmax"
+    router_bias: Annotated[
+        bool, Doc("Whether the router's logits have a learned bias.", ("moe_router_bias", "add_router_bias"))
+    ] = False
     norm_top_k: Annotated[
         bool,
         Doc("Whether the gating weights of a token's experts are normalised to a sum of 1.", ("norm_topk_prob",)),
@@ -265,6 +275,9 @@ class ModelConfig:
             ("moe_intermediate_size", "moe_ffn_hidden_size", "moe_inter_dim"),
         ),
     ] = 512
+    expert_bias: Annotated[
+        bool, Doc("Whether the projections of the routed experts have biases.", ("moe_expert_bias", "add_bias_linear"))
+    ] = False
     shared_experts: Annotated[
         ExpertsOrZero,
         Doc("Number of shared experts, which every token passes.", ("n_shared_experts", "num_shared_experts")),
@@ -323,7 +336,9 @@ class ModelConfig:
         """Return what a layer at some place of the model computes, with a dense FFN or with experts."""
         full = self.full_attention_every > 0 and (index + 1) % self.full_attention_every == 0
         return LayerSpec(
-            attention=self.attention, qk_norm=self.qk_norm, window=0 if full else self.sliding_window, dense=dense,
+            attention=self.attention, qk_norm=self.qk_norm, window=0 if full else self.sliding_window,
+            attention_bias=self.attention_bias, sinks=self.attention_sinks, dense=dense,
+            router_bias=self.router_bias and not dense, expert_bias=self.expert_bias and not dense,
             activation="swiglu",
         )  # fmt: skip
 
@@ -352,6 +367,8 @@ class ModelConfig:
 
     def _check_heads(self) -> None:
         if self.attention == "mla":
+            for key in ("attention_bias", "attention_sinks"):
+                require(not getattr(self, key), f"model.{key} = true needs model.attention = 'gqa'")
             require(
                 self.qk_rope_head_dim % 2 == 0,
                 f"model.qk_rope_head_dim = {self.qk_rope_head_dim}: rotary embedding needs an even width",

@@ -162,18 +162,22 @@ class Graph:
 
 
 def causal_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int, sinks: Tensor | None = None
 ) -> tuple[Tensor, Graph | None]:
     """Return `causal_attention`, and what its backward needs beside q, k, v and that.
+
+    Args:
+        sinks: a logit per head, [H], that takes its share of every softmax and adds nothing to the result. torch has no
+            kernel for it, so the blocks run, on a GPU too.
 
     Without storage (meta tensors) neither way makes scores, as no fused kernel does; torch's own meta form would.
     """
     if q.is_meta:
         return q.new_empty(*q.shape[:3], v.shape[3]), None
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if sinks is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for part in _parts(q, spans):
-            out[part] = _documents_forward(q[part], k[part], v[part], scale, window)
+            out[part] = _documents_forward(q[part], k[part], v[part], scale, window, sinks)
         return out, None
     # torch has no fused kernel on a CPU for values of another width than keys: its graph would hold all scores.
     if q.device.type == "cpu" and (torch.get_num_threads() == 1 or q.shape[3] != v.shape[3]):
@@ -186,18 +190,23 @@ def causal_attention_forward(
 
 def causal_attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, graph: Graph | None, spans: Spans, scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v from that of the output [rows, s, H, u]; `out` is the output itself."""
+    window: int, sinks: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, and of the sinks if there are any, from that of the output [rows, s, H, u]; `out` is the
+    output itself.
+    """
     if graph is not None:
         slopes = [gradient[row : row + 1, a:b] for row, a, b in spans] or [gradient]
-        return graph.gradients((q, k, v, out), slopes)  # type: ignore[return-value]
+        return graph.gradients((q, k, v, out), slopes)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if q.is_meta:
-        return dq, dk, dv
-    for part in _parts(q, spans):
-        dq[part], dk[part], dv[part] = _documents_backward(gradient[part], q[part], k[part], v[part], scale, window)
-    return dq, dk, dv
+    dsinks = () if sinks is None else (torch.zeros_like(sinks, dtype=torch.float32),)
+    for part in _parts(q, spans) if not q.is_meta else ():
+        dq[part], dk[part], dv[part], *more = _documents_backward(
+            gradient[part], q[part], k[part], v[part], scale, window, sinks
+        )
+        for total, slope in zip(dsinks, more, strict=True):
+            total += slope
+    return dq, dk, dv, *dsinks
 
 
 def _parts(q: Tensor, spans: Spans) -> list[tuple[slice, slice]]:
@@ -208,37 +217,51 @@ def _parts(q: Tensor, spans: Spans) -> list[tuple[slice, slice]]:
     return [(slice(row, row + step), slice(None)) for row in range(0, q.shape[0], step)]
 
 
-def _documents_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+def _documents_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: Tensor | None
+) -> Tensor:
     """n documents of one length: q [n, s, H, w], k [n, s, G, w], v [n, s, G, u] -> [n, s, H, u]."""
     n, s, heads, _ = q.shape
     groups = k.shape[2]
     queries, values = _by_group(q * scale, groups), _by_group(v, groups).squeeze(2)
     keys_t = _by_group(k, groups).squeeze(2).transpose(1, 2).contiguous()
-    out = queries.new_empty(n * groups, s, heads // groups, v.shape[3])
+    out, more = queries.new_empty(n * groups, s, heads // groups, v.shape[3]), _sinks_by_group(sinks, n, groups)
     for a in range(0, s, BLOCK):
         b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
-        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window).to(q.dtype)
-        out[:, a:b] = torch.bmm(p, values[:, first:b]).view(-1, b - a, heads // groups, v.shape[3])
+        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window, more).to(q.dtype)
+        out[:, a:b] = torch.bmm(p[..., : b - first], values[:, first:b]).view(-1, b - a, heads // groups, v.shape[3])
     return _by_token(out, n)
 
 
-def _probabilities(queries: Tensor, keys_t: Tensor, a: int, first: int, window: int) -> Tensor:
-    """Softmax of a block's scores, float32 [N, block * H / G, L].
+def _sinks_by_group(sinks: Tensor | None, n: int, groups: int) -> Tensor | None:
+    """sinks [H] -> float32 [n * groups, 1, H / groups, 1]."""
+    return None if sinks is None else sinks.float().view(groups, 1, -1, 1).repeat(n, 1, 1, 1)
+
+
+def _probabilities(
+    queries: Tensor, keys_t: Tensor, a: int, first: int, window: int, sinks: Tensor | None
+) -> Tensor:
+    """Softmax of a block's scores, float32 [N, block * H / G, L], with sinks [.., L + 1]: their share is the last.
 
     Args:
         queries: scaled, [N, block, H / G, w], the first at position `a`.
         keys_t: [N, w, L], the first at position `first`.
+        sinks: as `_sinks_by_group` has them.
     """
     _, block, share, _ = queries.shape
     scores = torch.bmm(queries.flatten(1, 2), keys_t).float()
     masked = first if window else a  # without a window only the last square has hidden keys
-    scores.view(-1, block, share, keys_t.shape[2])[..., masked - first :] += _mask(a, a + block, masked, window)
+    scores.view(-1, block, share, keys_t.shape[2])[..., masked - first :] += _mask(
+        a, a + block, masked, window, scores.device
+    )
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.expand(-1, block, -1, -1).reshape(*scores.shape[:2], 1)), dim=-1)
     return scores.softmax(-1)
 
 
 def _documents_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: Tensor | None
+) -> tuple[Tensor, ...]:
     """n documents of one length: gradient [n, s, H, u], q [n, s, H, w], k [n, s, G, w], v [n, s, G, u]."""
     n, s, heads, width = q.shape
     groups = k.shape[2]
@@ -247,17 +270,26 @@ def _documents_backward(
     keys, values = _by_group(k, groups).squeeze(2), _by_group(v, groups).squeeze(2)  # [n * G, s, w or u]
     keys_t, values_t = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
     dq = torch.empty_like(queries)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+    more = _sinks_by_group(sinks, n, groups)
+    dsinks = q.new_zeros(heads, dtype=torch.float32)
     for a in range(0, s, BLOCK):
         b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
         block, slope = queries[:, a:b].flatten(1, 2), slopes[:, a:b].flatten(1, 2)
-        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window)
+        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window, more)
         dp = torch.bmm(slope, values_t[:, :, first:b]).float()
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32).to(q.dtype)  # what autograd calls
+        if sinks is not None:
+            dp = F.pad(dp, (0, 1))  # their value is zero
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)  # what autograd calls
+        if sinks is not None:
+            dsinks += ds[..., -1].view(n, groups, b - a, share).sum((0, 2)).flatten()
+            p, ds = p[..., :-1], ds[..., :-1]
+        ds = ds.to(q.dtype)
         _add_bmm(dv[:, first:b], p.to(q.dtype).transpose(1, 2), slope)
         _add_bmm(dk[:, first:b], ds.transpose(1, 2), block)
         dq[:, a:b] = torch.bmm(ds, keys[:, first:b]).view(-1, b - a, share, width)
-    return _by_token(dq * scale, n), _by_token(dk[:, :, None], n), _by_token(dv[:, :, None], n)
+    found = _by_token(dq * scale, n), _by_token(dk[:, :, None], n), _by_token(dv[:, :, None], n)
+    return found if sinks is None else (*found, dsinks)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -280,8 +312,8 @@ def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.bmm(a, b)
 
 
-def _mask(a: int, b: int, first: int, window: int) -> Tensor:
+def _mask(a: int, b: int, first: int, window: int, device: torch.device) -> Tensor:
     """0 or -inf for queries a .. b against keys first .. b, float32 [b - a, 1, b - first]."""
-    distance = torch.arange(a, b)[:, None] - torch.arange(first, b)
+    distance = torch.arange(a, b, device=device)[:, None] - torch.arange(first, b, device=device)
     hidden = (distance < 0) if not window else (distance < 0) | (distance >= window)
-    return torch.zeros(distance.shape).masked_fill_(hidden, float("-inf"))[:, None]
+    return torch.zeros(distance.shape, device=device).masked_fill_(hidden, float("-inf"))[:, None]

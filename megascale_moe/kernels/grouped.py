@@ -59,6 +59,27 @@ def grouped_outer(a: Tensor, b: Tensor, groups: Groups) -> Tensor | None:
     return F.grouped_mm(a.t(), b, offs=groups.offsets)
 
 
+def rows_of_groups(values: Tensor, groups: Groups, count: int) -> Tensor:
+    """values [G, N] -> for each of `count` rows those of its group, [count, N]."""
+    return values[_group_of_rows(groups, count)]
+
+
+def sums_of_groups(x: Tensor, groups: Groups) -> Tensor:
+    """x [R, N] -> the sum over the rows of each group, [G, N] of x's dtype, zero without rows.
+
+    A product with zeros and ones: it sums in float32 and, unlike an addition by index on a GPU, in the same order every
+    time.
+    """
+    numbers = torch.arange(groups.offsets.shape[0], device=groups.offsets.device)
+    member: Tensor = numbers[:, None] == _group_of_rows(groups, x.shape[0])
+    return member.to(x.device, x.dtype) @ x
+
+
+def _group_of_rows(groups: Groups, count: int) -> Tensor:
+    """The group of each row, int64 [count]."""
+    return torch.searchsorted(groups.offsets, torch.arange(count, device=groups.offsets.device), right=True)
+
+
 def _library_takes(x: Tensor, weight: Tensor) -> bool:
     """torch's grouped_mm wants rows that are multiples of 16 bytes, and on CUDA bfloat16."""
     aligned = all(size * x.itemsize % 16 == 0 for size in (x.shape[-1], weight.shape[-1]))

@@ -60,8 +60,14 @@ def split_heads(
     return rotate(q, queries), rotate(k, keys), v.reshape(len(qkv), keys, v.shape[1] // keys)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int) -> Tensor:
-    """q [rows, s, H, w], k [rows, s, G, w], v [rows, s, G, u] -> [rows, s, H, u]; the whole square under a mask."""
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int, sinks: Tensor | None = None
+) -> Tensor:
+    """q [rows, s, H, w], k [rows, s, G, w], v [rows, s, G, u] -> [rows, s, H, u]; the whole square under a mask.
+
+    Args:
+        sinks: logits [H] of one more key per head, whose value is zero.
+    """
     rows, length, heads = q.shape[:3]
     document = torch.zeros(rows, length, dtype=torch.long, device=q.device)
     for index, (row, first, last) in enumerate(spans):
@@ -72,7 +78,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
     visible = near & (document[:, :, None] == document[:, None, :])
     k, v = (_wide(x).repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bqhw,bkhw->bhqk", _wide(q), k) * scale
-    p = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True)
+    p = weights / (total if sinks is None else total + _wide(sinks).exp()[:, None, None])
     return torch.einsum("bhqk,bkhu->bqhu", p, v).to(q.dtype)
 
 
@@ -81,6 +89,17 @@ def grouped_mm(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     counts = torch.tensor(groups.counts, device=x.device)
     group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
     return (_wide(x)[:, :, None] * _wide(weight)[group]).sum(1).to(x.dtype)
+
+
+def rows_of_groups(values: Tensor, groups: Groups, count: int) -> Tensor:
+    """values [G, N] -> for each of `count` rows those of its group, [count, N]."""
+    rows = [values[group] for group, size in enumerate(groups.counts) for _ in range(size)]
+    return torch.stack(rows) if rows else values[:0]
+
+
+def sums_of_groups(x: Tensor, groups: Groups) -> Tensor:
+    """x [R, N] -> the sum over the rows of each group, [G, N]."""
+    return torch.stack([part.sum(0) for part in _wide(x).split(groups.counts)]).to(x.dtype)
 
 
 def row_map(choice: Tensor, first: int, count: int, kept: Tensor | None = None) -> RowMap:

@@ -6,6 +6,7 @@ Grouped-query and multi-head latent attention differ only in `heads`; both hand 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -35,13 +36,18 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; heads are rows of one fused projection, queries first, then keys, then values."""
 
+    kinds: ClassVar = {"sinks": Kind.BIAS}
+    sinks: Tensor | None
+
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.config, self.spec = config, spec
         c, width = config, config.query_dim
-        self.stacked = {"qkv.weight": (c.heads * width, c.kv_heads * width, c.kv_heads * c.value_dim)}
-        self.qkv = nn.Linear(c.hidden, sum(self.stacked["qkv.weight"]), bias=False)
-        self.out = nn.Linear(c.heads * c.value_dim, c.hidden, bias=False)
+        parts = (c.heads * width, c.kv_heads * width, c.kv_heads * c.value_dim)
+        self.stacked = {"qkv.weight": parts, "qkv.bias": parts}
+        self.qkv = nn.Linear(c.hidden, sum(parts), bias=spec.attention_bias)
+        self.out = nn.Linear(c.heads * c.value_dim, c.hidden, bias=spec.attention_bias)
+        self.register_parameter("sinks", nn.Parameter(torch.empty(c.heads)) if spec.sinks else None)
         if spec.qk_norm != "none":
             per_head = spec.qk_norm == "head"
             self.q_norm = RMSNorm(width if per_head else c.heads * width, c.norm_eps)
@@ -60,7 +66,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.out(core(*self.heads(x, rope), segments, self.config, self.spec))  # type: ignore[no-any-return]
+        heads = core(*self.heads(x, rope), segments, self.config, self.spec, self.sinks)
+        return self.out(heads)  # type: ignore[no-any-return]
 
 
 class LatentAttention(nn.Module):
@@ -104,13 +111,24 @@ def latent_heads(
     return torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_shared), dim=-1), v.contiguous()
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, segments: Segments, config: ModelConfig, spec: LayerSpec) -> Tensor:
-    """Causal attention inside each document: q [T, H, w], k [T, G, w], v [T, G, u] -> [T, H * u], H a multiple of G."""
+def core(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, config: ModelConfig, spec: LayerSpec,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention inside each document: q [T, H, w], k [T, G, w], v [T, G, u] -> [T, H * u], H a multiple of G.
+
+    Args:
+        sinks: a logit per head, [H], that takes its share of every softmax and adds nothing to the result.
+    """
     q, k, v = (x.view(segments.rows, segments.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible(segments, spec.window).to(q.device),
-        scale=softmax_scale(config), enable_gqa=q.shape[1] != k.shape[1],
-    )
+    mask, scale = visible(segments, spec.window).to(q.device), softmax_scale(config)
+    if sinks is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -math.inf)
+        with_sinks = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+        out = with_sinks.softmax(-1)[..., :-1] @ v
     return out.transpose(1, 2).reshape(segments.rows * segments.length, -1)
 
 

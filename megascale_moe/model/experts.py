@@ -49,17 +49,24 @@ class DenseFFN(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts: w13 [E, 2 * ffn_hidden, hidden] (gate rows first, then up rows), w2 [E, hidden, ffn_hidden]."""
+    """E SwiGLU experts: w13 [E, 2 * ffn_hidden, hidden] (gate rows first, then up rows), w2 [E, hidden, ffn_hidden];
+    with biases b13 [E, 2 * ffn_hidden] and b2 [E, hidden].
+    """
 
-    kinds: ClassVar = {"w13": Kind.MATRIX, "w2": Kind.MATRIX}
+    kinds: ClassVar = {"w13": Kind.MATRIX, "w2": Kind.MATRIX, "b13": Kind.BIAS, "b2": Kind.BIAS}
     by_expert = True
+    b13: Tensor | None
+    b2: Tensor | None
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         c, self.activation = config, activation_of(spec)
-        self.stacked = {"w13": (c.ffn_hidden, c.ffn_hidden)}
+        self.stacked = {"w13": (c.ffn_hidden, c.ffn_hidden), "b13": (c.ffn_hidden, c.ffn_hidden)}
         self.w13 = nn.Parameter(torch.empty(c.experts, 2 * c.ffn_hidden, c.hidden))
         self.w2 = nn.Parameter(torch.empty(c.experts, c.hidden, c.ffn_hidden))
+        for name, width in (("b13", 2 * c.ffn_hidden), ("b2", c.hidden)):
+            bias = nn.Parameter(torch.empty(c.experts, width)) if spec.expert_bias else None
+            self.register_parameter(name, bias)
 
     def forward(self, x: Tensor, choice: Tensor, gate: Tensor, kept: Tensor | None = None) -> Tensor:
         """Weighted sum of each token's experts: x [T, hidden], choice and gate [T, k], kept bool [T, k]."""
@@ -68,8 +75,14 @@ class Experts(nn.Module):
             hit = choice == e if kept is None else (choice == e) & kept
             token, slot = hit.nonzero(as_tuple=True)
             # The gating weight goes in before FC2: linear, so equal, and FC2's output need not be kept.
-            hidden = self.activation(x[token] @ self.w13[e].T) * gate[token, slot, None].to(x.dtype)
-            out = out.index_add(0, token, hidden @ self.w2[e].T)
+            weight = gate[token, slot, None].to(x.dtype)
+            up = x[token] @ self.w13[e].T
+            if self.b13 is not None:
+                up = up + self.b13[e]
+            down = (self.activation(up) * weight) @ self.w2[e].T
+            if self.b2 is not None:
+                down = down + weight * self.b2[e]
+            out = out.index_add(0, token, down)
         return out
 
 
@@ -79,7 +92,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.config = config
-        self.router = Router(config)
+        self.router = Router(config, spec)
         self.experts = Experts(config, spec)
         c = config
         self.shared = (

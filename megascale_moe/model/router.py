@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from megascale_moe.config import ModelConfig
+from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.kernels.rows import count
 from megascale_moe.model.weights import Kind
 
@@ -24,18 +24,22 @@ from megascale_moe.model.weights import Kind
 class Router(nn.Module):
     """Scores a token for every expert, in float32 whatever the model's dtype."""
 
-    kinds: ClassVar = {"weight": Kind.MATRIX}
-    bias: Tensor | None
+    kinds: ClassVar = {"weight": Kind.MATRIX, "logits_bias": Kind.BIAS}
+    bias: Tensor | None  # for choosing alone, and not trained by gradients
+    logits_bias: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, config.hidden))
+        self.register_parameter("logits_bias", nn.Parameter(torch.empty(config.experts)) if spec.router_bias else None)
         self.register_buffer("bias", torch.zeros(config.experts) if config.correction_bias else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [T, hidden] -> gate [T, k], choice [T, k], probabilities [T, E], logits [T, E]."""
         logits = x.float() @ self.weight.float().T
+        if self.logits_bias is not None:
+            logits = logits + self.logits_bias.float()
         return (*route(logits, self.bias, self.config), logits)
 
 

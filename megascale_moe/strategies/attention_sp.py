@@ -68,7 +68,8 @@ def sequence_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value
     shard = Shard(("attn",), SEQUENCES, columns=(range(node.index * width, (node.index + 1) * width),))
     attn = layer.value("attn", (layer.node_tokens, width), shard=shard)
     outputs, y = _gathered_output(layer, attn, pieces)
-    return [*ops, *made, core(layer, (gathered,), sizes, attn), *outputs], y
+    own = slice(node.index * sizes[0], (node.index + 1) * sizes[0])
+    return [*ops, *made, core(layer, (gathered,), sizes, attn, own), *outputs], y
 
 
 # --- projections and all-to-all --------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class TensorParallel(AttentionStrategy):
         of_heads, out = tensor_rules(layout.node.size, layout.node.index)
         return {
             "attention.qkv.weight": of_heads, "attention.q_up.weight": of_heads, "attention.kv_up.weight": of_heads,
-            "attention.out.weight": out,
+            "attention.out.weight": out, "attention.qkv.bias": of_heads, "attention.sinks": of_heads,
         }  # fmt: skip
 
 

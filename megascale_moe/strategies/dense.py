@@ -21,12 +21,12 @@ from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 
 
 def linear(
-    name: str, x: Value, y: Value, weight: str, *, rows: Sequence[slice] = (), again: Op | None = None
+    name: str, x: Value, y: Value, weight: str, *, rows: Sequence[slice] = (), again: Op | None = None, bias: str = ""
 ) -> Op:
-    """y = x @ weight.T with the input gradient and the weight gradient as separate operators.
+    """y = x @ weight.T (+ bias) with the input gradient and the weight gradient as separate operators.
 
     Args:
-        rows: those rows of the weight alone, in this order; empty: all of it.
+        rows: those rows of the weight (and the bias) alone, in this order; empty: all of it.
         again: makes x once more for the weight gradient, so that x itself is not kept; it stands before the input
             gradient, which hides it where it is a communication.
     """
@@ -34,27 +34,56 @@ def linear(
     cost = product(T, outputs, inputs, x.nbytes + y.nbytes + inputs * outputs * x.dtype.itemsize)
     widths = [part.stop - part.start for part in rows]
 
-    def forward(x: Tensor, w: Tensor) -> Tensor:
-        return torch.cat([x @ w[part].t() for part in rows], dim=1) if rows else x @ w.t()
+    def forward(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        parts = rows or [slice(None)]
+        found = [x @ w[part].t() if b is None else torch.addmm(b[part], x, w[part].t()) for part in parts]
+        return torch.cat(found, dim=1) if rows else found[0]
 
     def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
         return dy @ (torch.cat([w[part] for part in rows]) if rows else w)
 
-    def weight_gradient(x: Tensor, dy: Tensor, sink: Gradient) -> None:
+    def weight_gradient(x: Tensor, dy: Tensor, sink: Gradient, of_bias: Gradient | None = None) -> None:
         if not rows:
             sink.add_mm(dy.t(), x)
         for part, slope in zip(rows, dy.split(widths, dim=1) if rows else (), strict=True):
             sink.add_mm_at((part,), slope.t(), x)
+        if of_bias is not None:
+            total, start = dy.sum(0, dtype=torch.float32), 0
+            if not rows:
+                of_bias.add(total)
+            for part, width in zip(rows, widths, strict=True):
+                of_bias.value()[part] += total[start : start + width]
+                start += width
 
     dx, dy = x.gradient, grad(y)
+    trained = (weight, bias) if bias else (weight,)
     return Op(
-        name=name, reads=(x,), writes=(y,), weights=(weight,), run=forward, cost=cost,
+        name=name, reads=(x,), writes=(y,), weights=trained, run=forward, cost=cost,
         backward=(
             *((again,) if again else ()),
             Op(name=name, phase=Phase.B, reads=(dy,), writes=(dx,), weights=(weight,), run=input_gradient, cost=cost),
             Op(
-                name=name, phase=Phase.W, reads=(again.writes[0] if again else x, dy), writes=(), gradients=(weight,),
+                name=name, phase=Phase.W, reads=(again.writes[0] if again else x, dy), writes=(), gradients=trained,
                 run=weight_gradient, cost=cost,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def add_bias(name: str, x: Value, y: Value, bias: str) -> Op:
+    """y = x + bias, for a bias behind a sum over ranks, whose terms must not have it each."""
+
+    def sums(d: Tensor, sink: Gradient) -> None:
+        sink.add(d.sum(0, dtype=torch.float32))
+
+    cost = Cost(1.0 * x.elements, 2 * x.nbytes)
+    return Op(
+        name=name, reads=(x,), writes=(y,), weights=(bias,), run=lambda x, b: x + b, cost=cost,
+        backward=(
+            Op(name=name, phase=Phase.B, reads=(grad(y),), writes=(x.gradient,), run=lambda d: d),
+            Op(
+                name=name, phase=Phase.W, reads=(grad(y),), writes=(), gradients=(bias,), run=sums,
+                cost=Cost(1.0 * x.elements, x.nbytes),
             ),
         ),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Where experts lie: over ep ranks by index, over etp ranks by width, or both, and what of the other FFNs follows.
 
 Every rank of a group of ep x etp consecutive ranks holds experts / ep of them, each with 1 / etp of its width: rows of
-w13 (gate and up), columns of w2. The group is one node or several.
+w13 (gate and up) and elements of its bias, columns of w2. The bias of w2 is added to a sum that several ranks have
+terms of: each adds its share of the elements. The group is one node or several.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class _Experts(FFNStrategy):
         divides("model.experts", model.experts, "parallel.ep", mesh.ep)
         if mesh.etp > 1:
             divides("model.ffn_hidden", model.ffn_hidden, self.width_key, mesh.etp)
+            if any(spec.expert_bias for spec in model.layer_kinds):
+                divides("model.hidden", model.hidden, self.width_key, mesh.etp)
 
     def rules(self, model: ModelConfig, layout: Layout) -> Rules:
         etp, mine = layout.etp, share(model.experts, layout.ep.size, layout.ep.index)
@@ -53,7 +56,7 @@ class _Experts(FFNStrategy):
             offset = (mine.start, *(0,) * (len(whole) - 2), width.start)
             return Placement(whole, shape, ((offset, shape),), EXPERTS, cut="etp")
 
-        return {"ffn.experts.w13": up, "ffn.experts.w2": down}
+        return {"ffn.experts.w13": up, "ffn.experts.b13": up, "ffn.experts.w2": down, "ffn.experts.b2": down}
 
     def ep_choices(self, node: int, stage: int, etp: int) -> Sequence[int]:
         widths = [width for width in range(node, stage + 1, node) if stage % width == 0]

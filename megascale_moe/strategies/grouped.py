@@ -14,9 +14,10 @@ from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, Phase, Work
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.kernels.activation import activation_of
-from megascale_moe.kernels.grouped import grouped_mm
+from megascale_moe.kernels.grouped import grouped_mm, rows_of_groups, sums_of_groups
 from megascale_moe.kernels.rows import RowMap, sum_rows, take_rows
 from megascale_moe.strategies.layer import Layer, Piece, columns
+from megascale_moe.strategies.placement import share
 from megascale_moe.strategies.routing import PieceRows, group_places, routed_rows
 
 Move = Callable[[Tensor, Any], Tensor]
@@ -73,16 +74,24 @@ def expert_ops(layer: Layer, x: Value, rows: Value, gates: Value, piece: Piece) 
         "fc2_out", (R, c.hidden), piece=piece, keep=Keep.NONE,
         shard=Shard(("fc2_out",), lies, partial="etp" if etp.size > 1 else ""),
     )  # fmt: skip
-    fc2 = _grouped_linear(layer, layer.name("fc2", piece), rows, down, y, layer.name("ffn.experts.w2"))
-    return [
-        _grouped_linear(layer, layer.name("fc13", piece), rows, x, up, layer.name("ffn.experts.w13")),
+    biased, product = layer.spec.expert_bias, y
+    if biased:
+        product = y.named(layer.name("fc2_product", piece)).lying(whole=("fc2_product",))
+    bias = layer.name("ffn.experts.b13") if biased else ""
+    fc2 = _grouped_linear(layer, layer.name("fc2", piece), rows, down, product, layer.name("ffn.experts.w2"))
+    ops = [
+        _grouped_linear(layer, layer.name("fc13", piece), rows, x, up, layer.name("ffn.experts.w13"), bias),
         _gated_swiglu(layer, layer.name("swiglu", piece), rows, up, down, gates),
         _with_gates(fc2, gates) if layer.layout.gates_last else fc2,
-    ], y
+    ]
+    if biased:
+        ops.append(_gated_bias(layer, layer.name("fc2_bias", piece), rows, product, y, gates))
+    return ops, y
 
 
-def _grouped_linear(layer: Layer, name: str, rows: Value, x: Value, y: Value, weight: str) -> Op:
-    """y = x @ weight[expert of the row].T; weight [experts, outputs, inputs]."""
+def _grouped_linear(layer: Layer, name: str, rows: Value, x: Value, y: Value, weight: str, bias: str = "") -> Op:
+    """y = x @ weight[expert of the row].T (+ bias[expert]); weight [experts, outputs, inputs], bias [experts, outputs].
+    """
     (R, inputs), outputs = x.shape, y.shape[1]
     local = layer.model.experts // layer.layout.ep.size
     cost = Cost(
@@ -90,24 +99,70 @@ def _grouped_linear(layer: Layer, name: str, rows: Value, x: Value, y: Value, we
         work=Work.GROUPED, size=R / local,
     )  # fmt: skip
 
-    def forward(x: Tensor, rows: PieceRows, w: Tensor) -> Tensor:
-        return grouped_mm(x, w.transpose(1, 2), rows.experts)
+    def forward(x: Tensor, rows: PieceRows, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = grouped_mm(x, w.transpose(1, 2), rows.experts)
+        return y if bias is None else y.add_(rows_of_groups(bias, rows.experts, len(y)))
 
     def input_gradient(dy: Tensor, rows: PieceRows, w: Tensor) -> Tensor:
         return grouped_mm(dy, w, rows.experts)
 
-    def weight_gradient(x: Tensor, dy: Tensor, rows: PieceRows, sink: Gradient) -> None:
+    def weight_gradient(
+        x: Tensor, dy: Tensor, rows: PieceRows, sink: Gradient, of_bias: Gradient | None = None
+    ) -> None:
         sink.add_grouped_mm(dy, x, rows.experts)
+        if of_bias is not None:
+            of_bias.add(sums_of_groups(dy, rows.experts))
 
+    trained = (weight, bias) if bias else (weight,)
     b = Op(
         name=name, phase=Phase.B, reads=(grad(y), rows), writes=(x.gradient,), weights=(weight,), run=input_gradient,
         cost=cost,
     )
     w = Op(
-        name=name, phase=Phase.W, reads=(x, grad(y), rows), writes=(), gradients=(weight,), run=weight_gradient,
+        name=name, phase=Phase.W, reads=(x, grad(y), rows), writes=(), gradients=trained, run=weight_gradient,
         cost=cost,
     )
-    return Op(name=name, reads=(x, rows), writes=(y,), weights=(weight,), run=forward, cost=cost, backward=(b, w))
+    return Op(name=name, reads=(x, rows), writes=(y,), weights=trained, run=forward, cost=cost, backward=(b, w))
+
+
+def _gated_bias(layer: Layer, name: str, rows: Value, x: Value, y: Value, gates: Value) -> Op:
+    """y = x + gating weight * bias[expert of the row].
+
+    Where etp ranks share an expert's width, x is a partial sum of theirs, to which each adds its own share of the
+    elements of the bias.
+    """
+    etp, weight = layer.layout.etp, layer.name("ffn.experts.b2")
+    mine = share(layer.model.hidden, etp.size, etp.index)
+    cut, width = slice(mine.start, mine.stop), len(mine)
+    cost = Cost(2.0 * width * x.shape[0], 2 * x.nbytes)
+
+    def forward(x: Tensor, rows: PieceRows, gates: Tensor, bias: Tensor) -> Tensor:
+        of_rows = gates.flatten()[rows.experts.slot][:, None].to(x.dtype)
+        y = x.clone()
+        y[:, cut] += of_rows * rows_of_groups(bias, rows.experts, len(x))
+        return y
+
+    def backward(gates: Tensor, rows: PieceRows, dy: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        dgates = torch.zeros_like(gates)
+        products = dy[:, cut].float() * rows_of_groups(bias, rows.experts, len(dy))
+        dgates.view(-1)[rows.experts.slot] = products.sum(-1)
+        return dy, dgates
+
+    def bias_gradient(gates: Tensor, rows: PieceRows, dy: Tensor, sink: Gradient) -> None:
+        of_rows = gates.flatten()[rows.experts.slot][:, None]
+        sink.add(sums_of_groups((dy[:, cut] * of_rows).to(dy.dtype), rows.experts))
+
+    b = Op(
+        name=name, phase=Phase.B, reads=(gates, rows, grad(y)), writes=(x.gradient, gates.gradient), weights=(weight,),
+        run=backward, cost=cost,
+    )
+    w = Op(
+        name=name, phase=Phase.W, reads=(gates, rows, grad(y)), writes=(), gradients=(weight,), run=bias_gradient,
+        cost=cost,
+    )
+    return Op(
+        name=name, reads=(x, rows, gates), writes=(y,), weights=(weight,), run=forward, cost=cost, backward=(b, w)
+    )
 
 
 def _with_gates(linear: Op, gates: Value) -> Op:

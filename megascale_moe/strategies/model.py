@@ -14,7 +14,7 @@ from megascale_moe.engine.op import Op
 from megascale_moe.engine.value import Keep, Shard, Value
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
-from megascale_moe.strategies.dense import add, add_norm, norm
+from megascale_moe.strategies.dense import add, add_bias, add_norm, norm
 from megascale_moe.strategies.ffn import dense_ffn, swiglu_ffn
 from megascale_moe.strategies.layer import Layer, pieces_of
 from megascale_moe.strategies.layout import Layout
@@ -35,6 +35,10 @@ def block_ops(layer: Layer, x: Value, y: Value) -> list[Op]:
         layer.name("attention_norm"), x, ln1, layer.name("attention_norm.weight"), c.norm_eps, skip=hidden
     )
     attention, attended = layer.strategies.attention.ops(layer, ln1)
+    if layer.spec.attention_bias:  # behind whatever sum over ranks the strategy ends with
+        biased = layer.tokens("attn_biased", c.hidden, keep=Keep.NONE)
+        bias = layer.name("attention.out.bias")
+        attention, attended = [*attention, add_bias(layer.name("out_bias"), attended, biased, bias)], biased
     total, ln2 = layer.tokens("ln2_in", c.hidden), layer.tokens("ln2_out", c.hidden, keep=Keep.NONE)
     ffn_norm = add_norm(
         layer.name("ffn_norm"), (hidden, attended), total, ln2, layer.name("ffn_norm.weight"), c.norm_eps

@@ -136,7 +136,10 @@ def _project(
     keep = Keep.NONE if layer.spec.qk_norm == "none" else Keep.PAPER  # a norm's backward reads it
     y = _fused(layer, "qkv", x.shape[0], x, chosen, piece, keep)
     rows = [] if chosen.alone else [slice(r.start, r.stop) for r in fused_columns(layer.model, chosen)]
-    return linear(layer.name("qkv", piece), x, y, layer.name("attention.qkv.weight"), rows=rows, again=again), y
+    weight, bias = (layer.name(f"attention.qkv.{which}") for which in ("weight", "bias"))
+    if not layer.spec.attention_bias:
+        bias = ""
+    return linear(layer.name("qkv", piece), x, y, weight, rows=rows, again=again, bias=bias), y
 
 
 def _norm_heads(layer: Layer, x: Value, chosen: Chosen, piece: Piece | None) -> tuple[Op, Value]:

@@ -93,12 +93,19 @@ def _router(layer: Layer, x: Value) -> tuple[Op, Value]:
     """Logits, always in float32, with an explicit backward: autograd would keep the tokens in float32 as well."""
     c, dtype = layer.model, layer.layout.dtype
     name, weight = layer.name("router"), layer.name("ffn.router.weight")
+    trained = (weight, layer.name("ffn.router.logits_bias")) if layer.spec.router_bias else (weight,)
     T = layer.layout.tokens
     y = layer.value("logits", (T, c.experts), dtype=torch.float32, shard=Shard())
     cost = product(T, c.experts, c.hidden, x.nbytes + y.nbytes)
 
-    def weight_gradient(x: Tensor, d: Tensor, sink: Gradient) -> None:
+    def forward(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits = x.float() @ w.float().t()
+        return logits if bias is None else logits.add_(bias.float())
+
+    def weight_gradient(x: Tensor, d: Tensor, sink: Gradient, of_bias: Gradient | None = None) -> None:
         sink.add(d.t() @ x.float())
+        if of_bias is not None:
+            of_bias.add(d.sum(0))
 
     backward = (
         Op(
@@ -106,14 +113,11 @@ def _router(layer: Layer, x: Value) -> tuple[Op, Value]:
             run=lambda d, w: (d @ w.float()).to(dtype),
         ),
         Op(
-            name=name, phase=Phase.W, reads=(x, grad(y)), writes=(), gradients=(weight,), cost=cost,
+            name=name, phase=Phase.W, reads=(x, grad(y)), writes=(), gradients=trained, cost=cost,
             run=weight_gradient,
         ),
     )  # fmt: skip
-    return Op(
-        name=name, reads=(x,), writes=(y,), weights=(weight,), cost=cost, backward=backward,
-        run=lambda x, w: x.float() @ w.float().t(),
-    ), y
+    return Op(name=name, reads=(x,), writes=(y,), weights=trained, cost=cost, backward=backward, run=forward), y
 
 
 def _route(layer: Layer, logits: Value) -> tuple[Op, tuple[Value, Value, Value, Value]]:

@@ -60,6 +60,36 @@ def test_bfloat16(length: int, window: int) -> None:
     check(2, length, (4, 2), (), window, torch.bfloat16)
 
 
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spans", [(), ((0, 0, 1), (0, 1, 97), (1, 0, 40), (1, 40, 97))], ids=["rows", "documents"])
+def test_sinks(spans: Spans, dtype: torch.dtype, heads: tuple[int, int], window: int) -> None:
+    q, k = torch.randn(2, 97, heads[0], 8).to(dtype), torch.randn(2, 97, heads[1], 8).to(dtype)
+    v, sinks = torch.randn(2, 97, heads[1], 6).to(dtype), torch.randn(heads[0]).to(dtype)
+    tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
+    out, graph = causal_attention_forward(q, k, v, spans, 0.4, window, sinks)
+    assert graph is None
+    inputs = leaves(q, k, v, sinks)
+    wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window, inputs[3])
+    assert_near(out, wanted.detach().to(dtype), tolerance)
+    slope = torch.randn(out.shape).to(dtype)
+    found = causal_attention_backward(slope, q, k, v, out, graph, spans, 0.4, window, sinks)
+    *of_inputs, of_sinks = gradients([wanted], [slope], inputs)
+    for value, gradient in zip(found[:3], of_inputs, strict=True):
+        assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
+    # A sum over 194 tokens of terms of size one: their rounding adds up like sqrt(194) = 14 of them.
+    assert_near(found[3], of_sinks, 2 * tolerance, terms=14.0)
+
+
+def test_a_sink_that_is_far_below_changes_nothing_and_one_far_above_takes_all() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 4) for _ in range(3))
+    plain, _ = causal_attention_forward(q, k, v, (), 0.5, 0)
+    out, _ = causal_attention_forward(q, k, v, (), 0.5, 0, torch.tensor([-1e4, 1e4]))
+    assert_near(out[:, :, 0], plain[:, :, 0], FP32)
+    assert torch.equal(out[:, :, 1], torch.zeros(1, 9, 4))
+
+
 @pytest.mark.parametrize("block", [1, 5, 1000])
 def test_backward_does_not_depend_on_the_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", block)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.kernels import reference
-from megascale_moe.kernels.grouped import Groups, grouped_mm
+from megascale_moe.kernels.grouped import Groups, grouped_mm, rows_of_groups, sums_of_groups
 from megascale_moe.kernels.rows import row_map, sum_rows, take_rows
 from tests.kernels.compare import FP32, NEAR, assert_near, gradients, leaves
 
@@ -102,3 +102,12 @@ def test_input_gradient_is_the_product_with_the_transposed_weights(counts: list[
     inputs = leaves(x, weight)
     (wanted, _) = gradients([reference.grouped_mm(inputs[0], inputs[1], groups)], [slope], inputs)
     assert_near(grouped_mm(slope, weight.transpose(1, 2), groups), wanted, FP32)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0], [1], [200, 0, 57]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_and_sums_of_groups_equal_their_twins(counts: list[int], dtype: torch.dtype) -> None:
+    groups, rows = Groups.of(counts), sum(counts)
+    values, x = torch.randn(len(counts), 7).to(dtype), torch.randn(rows, 7).to(dtype)
+    assert torch.equal(rows_of_groups(values, groups, rows), reference.rows_of_groups(values, groups, rows))
+    assert_near(sums_of_groups(x, groups), reference.sums_of_groups(x, groups), NEAR[dtype])

@@ -16,6 +16,7 @@ from megascale_moe.model.counts import attention_flops_per_token, counts, parame
 from megascale_moe.model.experts import DenseFFN, Experts
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Transformer, build, initialise
+from megascale_moe.model.weights import weights_of
 from megascale_moe.presets import PRESETS
 
 TINY = ModelConfig(
@@ -315,6 +316,42 @@ def test_initial_spread_and_norms() -> None:
         # At least 31 x 128 samples: the estimate of a spread scatters by 1.1 %.
         assert float(parameters[name].detach().std()) == pytest.approx(std, rel=0.05)
     assert all(bool((value == 1).all()) for name, value in parameters.items() if name.endswith("norm.weight"))
+
+
+def test_biases_start_at_zero_and_neither_decay_nor_count_as_products() -> None:
+    """Biases of experts are a matrix of numbers, which were drawn, decayed and counted like one of a product."""
+    biased = replace(TINY, attention_bias=True, attention_sinks=True, router_bias=True, expert_bias=True)
+    weights, plain = parameter_weights(biased), parameter_weights(TINY)
+    added = {name.split(".", 2)[2] for name in weights.keys() - plain.keys()}
+    assert added == {
+        "attention.qkv.bias", "attention.out.bias", "attention.sinks", "ffn.router.logits_bias", "ffn.experts.b13",
+        "ffn.experts.b2",
+    }  # fmt: skip
+    parameters = dict(build(biased).named_parameters())
+    for name in weights.keys() - plain.keys():
+        assert not parameters[name].any()
+        assert not weights[name].kind.decays
+        assert not weights[name].matrices
+    assert counts(biased).flops_per_token == counts(TINY).flops_per_token
+    # (4 + 2 + 2) heads of width 4, hidden 16, 4 heads, 4 experts, of whose biases half are active.
+    per_layer = {"qkv": 32, "out": 16, "sinks": 4, "router": 4, "experts": 2 * (24 + 16)}
+    assert counts(biased).parameters_active - counts(TINY).parameters_active == 2 * sum(per_layer.values())
+
+
+def test_what_nobody_declares_is_refused() -> None:
+    layer = Experts(TINY, TINY.layer_specs[0])
+    layer.register_parameter("scale", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(KeyError, match="scale"):
+        weights_of(layer)
+
+
+def test_layers_attend_as_their_specs_say() -> None:
+    config = replace(TINY, layers=3, sliding_window=5, full_attention_every=2)
+    assert [spec.window for spec in config.layer_specs] == [5, 0, 5]
+    assert config.kind_of_layer == (0, 1, 0)
+    flops = [attention_flops_per_token(config, spec) for spec in config.layer_specs]
+    assert attention_flops_per_token(config) == pytest.approx(sum(flops) / 3, rel=1e-12)  # sums in float64
+    assert flops[0] < flops[1]
 
 
 def test_fresh_correction_bias_is_zero() -> None:

@@ -84,7 +84,7 @@ def test_weights_are_normalised_and_scaled() -> None:
 
 
 def test_router_scores_in_float32_whatever_the_model_runs_in() -> None:
-    router = Router(CONFIG)
+    router = Router(CONFIG, CONFIG.layer_specs[0])
     torch.nn.init.normal_(router.weight)
     x = torch.randn(5, 16).bfloat16()
     gate, _, probabilities, logits = router.bfloat16()(x)

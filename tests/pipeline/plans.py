@@ -22,11 +22,11 @@ from megascale_moe.engine.op import Op, Phase
 from megascale_moe.engine.order import dependencies
 from megascale_moe.engine.remat import kept_bytes
 from megascale_moe.engine.trace import Trace
-from megascale_moe.model.transformer import build
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import of_micro
 from megascale_moe.strategies.model import local_inputs
 from megascale_moe.strategies.weights import placements
+from megascale_moe.tools.verify import reference
 from tests.pairs import Case, Rule
 from tests.strategies import layouts
 from tests.strategies.layouts import EXPERTS, LAYOUT, SCALE, SIZES, Result, random_rows
@@ -119,7 +119,7 @@ class Run:
 
     def __init__(self, plan: StepPlan, mesh: Mesh) -> None:
         self.plan, config = plan, plan.model
-        model = build(config)
+        model = reference.drawn(config, 0)
         self.placed = placements(config, plan.layout, plan.part)
         named = dict(model.named_parameters())
         self.weights = {name: place.take(named[name].detach()) for name, place in self.placed.items()}

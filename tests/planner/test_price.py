@@ -213,6 +213,23 @@ def test_many_layers_go_straight_on_from_few(order: str) -> None:
     assert price(whole, H800, 8).seconds == pytest.approx(simulated(whole, 8), rel=0.01)
 
 
+def test_layers_that_alternate_are_each_priced_as_what_they_are() -> None:
+    """Sliding windows and full attention by turns, in front of them two layers without experts, of either kind."""
+    mixed = replace(
+        MODEL, layers=12, dense_layers=2, dense_ffn_hidden=4096, sliding_window=128, full_attention_every=2,
+        expert_bias=True, attention_bias=True, attention_sinks=True,
+    )  # fmt: skip
+    seconds = {}
+    for every in (1, 2, 0):
+        model = replace(mixed, full_attention_every=every)
+        assert len(model.layer_kinds) == (4 if every == 2 else 2)
+        whole = replace(config(ParallelConfig(node=4, dp=2), OverlapConfig(order="scheduled")), model=model)
+        seconds[every] = price(whole, H800, 8).seconds
+        # As above, within a percent.
+        assert seconds[every] == pytest.approx(simulated(whole, 8), rel=0.01)
+    assert seconds[1] > seconds[2] > seconds[0]
+
+
 def test_a_step_waits_for_its_host_and_its_slowest_rank() -> None:
     whole = config(ParallelConfig(node=4, dp=2))
     late = replace(H800, jitter=0.02, host=0.5)

@@ -18,7 +18,7 @@ from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import backward
 from megascale_moe.engine.trace import Trace
-from megascale_moe.model.transformer import Transformer, build
+from megascale_moe.model.transformer import Transformer
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import INPUTS, auxiliary_names, load_names, local_inputs, model_ops
@@ -27,6 +27,7 @@ from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.weights import placements
 from megascale_moe.tools.verify.batch import BatchRows
 from megascale_moe.tools.verify.batch import random_rows as random_rows  # for the tests that import it from here
+from megascale_moe.tools.verify.reference import drawn
 from tests.pairs import Rule
 
 SCALE = 0.01
@@ -134,7 +135,7 @@ class Result:
 
 def reference(config: ModelConfig, batch: BatchRows, seed: int = 0) -> Result:
     """The plain modules on the whole batch."""
-    model = build(config, seed)
+    model = drawn(config, seed)
     loss, auxiliary = model.losses(*batch.part(slice(None)))
     ((loss + auxiliary) * SCALE).backward()
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -150,8 +151,8 @@ def wanted_of(config: ModelConfig, rows: int) -> Result:
 def run_rank(
     config: ModelConfig, batch: BatchRows, mesh: Mesh, dispatch: str, micro: int = 0, seed: int = 0, **strategies: str
 ) -> Result:
-    """`run_model` with initial weights from the seed."""
-    return run_model(build(config, seed), batch, mesh, dispatch, micro, **strategies)
+    """`run_model` with random weights from the seed, norms and biases too: a bias of zero may be added twice."""
+    return run_model(drawn(config, seed), batch, mesh, dispatch, micro, **strategies)
 
 
 def run_model(

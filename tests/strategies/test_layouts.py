@@ -44,6 +44,10 @@ LATENT = replace(
     SMALL, attention="mla", q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, score="sigmoid",
     correction_bias=True, expert_groups=4, top_groups=2, shared_experts=1, dense_layers=1, dense_ffn_hidden=40,
 )
+BIASED = replace(
+    SMALL, attention_bias=True, attention_sinks=True, router_bias=True, expert_bias=True, sliding_window=6,
+    full_attention_every=2, shared_experts=1,
+)
 VARIANTS = {
     "gqa": SMALL,
     "capacity": CAPACITY,
@@ -52,6 +56,7 @@ VARIANTS = {
     "mla": LATENT,
     "top-1-gated": replace(SMALL, top_k=1, norm_top_k=False, shared_experts=2, shared_gate=True),
     "top-all": replace(SMALL, top_k=8),
+    "biases-and-sinks": BIASED,
 }
 
 LOCAL = tuple(name for name, (pp, _, _) in SIZES.items() if pp == 1)  # pipelines have other lists

@@ -34,6 +34,7 @@ MODELS = {
     "tied": replace(SMALL, tied_embeddings=True, dense_layers=0, qk_norm="none"),
     "mla": replace(SMALL, attention="mla", q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2,
                    v_head_dim=6),
+    "biases": replace(SMALL, attention_bias=True, attention_sinks=True, router_bias=True, expert_bias=True),
 }  # fmt: skip
 TP = {"attention": "tp", "ffn": "tp"}
 LAYOUTS: dict[str, tuple[Mesh, dict[str, Any]]] = {

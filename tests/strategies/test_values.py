@@ -27,7 +27,7 @@ from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
 from tests.strategies.layouts import random_rows
-from tests.strategies.test_layouts import LATENT, SMALL
+from tests.strategies.test_layouts import BIASED, LATENT, SMALL
 
 ROUTED = ("routed", "arrived", "own")
 NORMED = replace(SMALL, qk_norm="head", head_dim=12, shared_experts=1, shared_gate=True)
@@ -86,7 +86,9 @@ def differs(name: str, value: object) -> str:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", [NORMED, FULL, LATENT], ids=["norms of heads", "norms over heads", "latents"])
+@pytest.mark.parametrize(
+    "model", [NORMED, FULL, LATENT, BIASED], ids=["norms of heads", "norms over heads", "latents", "biases"]
+)
 def test_every_tensor_is_as_declared(model: ModelConfig, layout: str) -> None:
     mesh, strategies = LAYOUTS[layout]
     if strategies.get("attention") == "tp" and model.attention == "gqa":

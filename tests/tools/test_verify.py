@@ -22,7 +22,7 @@ from megascale_moe.cli import main
 from megascale_moe.comm import traffic
 from megascale_moe.comm.axis import Axis, connect
 from megascale_moe.comm.collectives import Pending, tag_of
-from megascale_moe.config import Config, ModelConfig
+from megascale_moe.config import Config, LayerSpec, ModelConfig
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import parse
 from megascale_moe.kernels.grouped import Groups
@@ -407,6 +407,21 @@ def test_small_model_divides_as_the_large_one(preset: str, ranks: int) -> None:
     assert small.qk_norm == large.qk_norm
     assert (small.shared_hidden > 0) == (large.shared_hidden > 0)
     assert small.top_k < small.experts
+
+
+def test_the_small_model_has_every_kind_of_layer() -> None:
+    large = replace(
+        PRESETS["deepseek-moe"], dense_layers=7, sliding_window=4096, full_attention_every=6, attention_sinks=True,
+    )  # fmt: skip
+    small = scaled_down(large, 4)
+    small.check()
+
+    def kinds(model: ModelConfig) -> set[LayerSpec]:
+        return {replace(spec, window=min(spec.window, 1)) for spec in model.layer_kinds}
+
+    assert kinds(small) == kinds(large)
+    assert len(kinds(large)) == 4
+    assert small.layers == 4
 
 
 def test_alike_keeps_common_divisors() -> None:

@@ -33,7 +33,8 @@ def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
     """The small model for `ranks` ranks; how many layers it has is up to the layout (`with_layers`)."""
     c = model
     small = replace(
-        c, preset="", hidden=HIDDEN, vocab=alike(c.vocab, ranks, VOCAB),
+        c, preset="", hidden=alike(c.hidden, ranks, HIDDEN) if c.expert_bias else HIDDEN,
+        vocab=alike(c.vocab, ranks, VOCAB),
         sequence_length=alike(c.sequence_length, ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
         ffn_hidden=alike(c.ffn_hidden, ranks, WIDTH), shared_experts=min(c.shared_experts, 2),
         shared_ffn_hidden=_width(c.shared_ffn_hidden, ranks, WIDTH + ranks),
