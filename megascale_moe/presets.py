@@ -71,6 +71,16 @@ DEEPSEEK_V3 = ModelConfig(
     correction_bias=True, ffn_hidden=2048, shared_experts=1, dense_layers=3, dense_ffn_hidden=18432, balance_loss=1e-4,
 )
 
+# Trained on 131,072 tokens, stretched from 4,096; the loss of the balance is not published, this is transformers'.
+GPT_OSS_20B = ModelConfig(
+    layers=24, hidden=2880, heads=64, kv_heads=8, head_dim=64, vocab=201088, sequence_length=4096, attention_bias=True,
+    attention_sinks=True, sliding_window=128, full_attention_every=2, rope_theta=150_000.0, rope_factor=32.0,
+    rope_original_length=4096, rope_truncate=False, experts=32, top_k=4, router_bias=True, balance_loss=0.001,
+    ffn_hidden=2880, expert_bias=True, activation="clamped_swiglu",
+)
+
+GPT_OSS_120B = replace(GPT_OSS_20B, layers=36, experts=128)
+
 PRESETS: dict[str, ModelConfig] = {
     "debug": DEBUG,
     "quickstart": QUICKSTART,
@@ -84,6 +94,8 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-235b-a22b": QWEN3_235B_A22B,
     "olmoe-1b-7b": OLMOE_1B_7B,
     "deepseek-v3": DEEPSEEK_V3,
+    "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-120b": GPT_OSS_120B,
     "paper-internal-352b": INTERNAL_352B,
     "paper-mixtral-8x7b": replace(MIXTRAL_8X7B, vocab=65536, sequence_length=8192),
     "paper-mixtral-8x22b": replace(MIXTRAL_8X22B, vocab=65536, sequence_length=8192),

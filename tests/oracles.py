@@ -34,6 +34,10 @@ YARN: dict[str, Any] = {
     "beta_slow": 1,
 }  # fmt: skip
 
+GPT_OSS_SIZES: dict[str, Any] = {  # a limit that clamps a third of the gates
+    "intermediate_size": 20, "num_local_experts": 5, "head_dim": 8, "sliding_window": 5, "swiglu_limit": 0.6,
+}  # fmt: skip
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"intermediate_size": 20, "num_local_experts": 5}),
     "qwen3_moe": (
@@ -42,9 +46,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe": ("Olmoe", {"intermediate_size": 20, "num_experts": 5}),
     "deepseek_v3": ("DeepseekV3", DEEPSEEK_SIZES),
+    "gpt_oss": ("GptOss", GPT_OSS_SIZES),
 }
 
-# name of a case: (family, what differs from the sizes above). Every branch of the four models is in one of them.
+# name of a case: (family, what differs from the sizes above). Every branch of the five models is in one of them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "mixtral-window": ("mixtral", {"sliding_window": 5}),
@@ -71,6 +76,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-k1": ("deepseek_v3", {"num_experts_per_tok": 1}),
     "deepseek-all-experts": ("deepseek_v3", {"num_experts_per_tok": 8, "topk_group": 4}),
     "deepseek-yarn": ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "gpt-oss": ("gpt_oss", {}),
+    "gpt-oss-three-layers": ("gpt_oss", {"num_hidden_layers": 3, "sliding_window": 1, "num_experts_per_tok": 3}),
+    "gpt-oss-one-kv-head": ("gpt_oss", {"num_key_value_heads": 1, "head_dim": 10, "swiglu_limit": 7.0}),
+    "gpt-oss-k1": ("gpt_oss", {"num_experts_per_tok": 1, "swiglu_alpha": 0.7}),
+    "gpt-oss-all-experts": ("gpt_oss", {"num_experts_per_tok": 5, "tie_word_embeddings": True}),
+    "gpt-oss-no-full-layer": ("gpt_oss", {"layer_types": ["sliding_attention"] * 2}),
+    "gpt-oss-truncated-yarn": ("gpt_oss", {"rope_parameters": YARN}),
     "deepseek-yarn-scaled-table": ("deepseek_v3", {"rope_parameters": YARN}),
 }
 

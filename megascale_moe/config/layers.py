@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Activation = Literal["swiglu", "clamped_swiglu"]
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -16,6 +18,9 @@ class LayerSpec:
             logit per head takes a share of every softmax.
         dense: whether its feed-forward network is a plain one instead of experts. router_bias, expert_bias: whether
             the router's logits and both products of every expert have biases.
+        activation: between the two products of an FFN, for gate a and up b: silu(a) * b ("swiglu"), or
+            a * sigmoid(alpha * a) * (b + 1) with a <= limit and -limit <= b <= limit ("clamped_swiglu").
+        swiglu_alpha, swiglu_limit: of a clamped SwiGLU.
     """
 
     attention: Literal["gqa", "mla"]
@@ -26,4 +31,6 @@ class LayerSpec:
     dense: bool
     router_bias: bool
     expert_bias: bool
-    activation: Literal["swiglu"]
+    activation: Activation
+    swiglu_alpha: float
+    swiglu_limit: float

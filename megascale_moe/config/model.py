@@ -140,6 +140,10 @@ class ModelConfig:
         Tokens,
         Doc("Context length before YaRN extends it.", ("original_max_position_embeddings",)),
     ] = 4096
+    rope_truncate: Annotated[
+        bool,
+        Doc("Whether YaRN rounds the pairs between which it changes from one frequency to the other.", ("truncate",)),
+    ] = True
     rope_mscale_all_dim: Annotated[
         Amount,
         Doc(
@@ -275,6 +279,17 @@ class ModelConfig:
             ("moe_intermediate_size", "moe_ffn_hidden_size", "moe_inter_dim"),
         ),
     ] = 512
+    activation: Annotated[
+        Literal["swiglu", "clamped_swiglu"],
+        Doc(
+            "Activation of the feed-forward networks: SwiGLU, or that of GPT-OSS, which clamps both of its parts.",
+            ("hidden_act", "hidden_activation"),
+        ),
+    ] = "swiglu"
+    swiglu_alpha: Annotated[Factor, Doc("Factor on the gate inside the sigmoid of a clamped SwiGLU.")] = 1.702
+    swiglu_limit: Annotated[
+        Factor, Doc("Magnitude to which a clamped SwiGLU clamps its parts.", ("swiglu_clamp", "moe_swiglu_limit"))
+    ] = 7.0
     expert_bias: Annotated[
         bool, Doc("Whether the projections of the routed experts have biases.", ("moe_expert_bias", "add_bias_linear"))
     ] = False
@@ -339,7 +354,7 @@ class ModelConfig:
             attention=self.attention, qk_norm=self.qk_norm, window=0 if full else self.sliding_window,
             attention_bias=self.attention_bias, sinks=self.attention_sinks, dense=dense,
             router_bias=self.router_bias and not dense, expert_bias=self.expert_bias and not dense,
-            activation="swiglu",
+            activation=self.activation, swiglu_alpha=self.swiglu_alpha, swiglu_limit=self.swiglu_limit,
         )  # fmt: skip
 
     @cached_property

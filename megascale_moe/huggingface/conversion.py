@@ -1,4 +1,4 @@
-"""Hugging Face configs and weights to ours and back: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3.
+"""Hugging Face configs and weights to ours and back: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, GPT-OSS.
 
 What the families are is data, in `huggingface_families`; here is one small interpreter per direction. Released
 checkpoints hold one tensor per expert and projection, the modules of transformers 5 hold fused ones; both are read, the
@@ -101,8 +101,12 @@ def config_to_huggingface(config: ModelConfig, family: str = "") -> dict[str, An
     name = family or family_of(config)
     table = _family(name)
     config = _resolved(config)
-    raw = {field.theirs[0]: field.write(getattr(config, field.ours)) for field in table.fields}
-    stretch = {key: raw.pop(key) for key in ("factor", "original_max_position_embeddings", "mscale_all_dim")}
+    raw = {
+        field.theirs[0]: field.write_of(config) if field.write_of else field.write(getattr(config, field.ours))
+        for field in table.fields
+    }
+    keys = ("factor", "original_max_position_embeddings", "mscale_all_dim", "truncate")
+    stretch = {key: raw.pop(key) for key in keys if key in raw}
     stretch |= {"rope_type": "yarn", "type": "yarn", "beta_fast": 32, "beta_slow": 1}
     stretch["mscale"] = stretch["mscale_all_dim"]
     raw |= {
@@ -130,6 +134,8 @@ def family_of(config: ModelConfig) -> str:
     """The family whose tensors have the shape of this config's."""
     if config.attention == "mla":
         return "deepseek_v3"
+    if config.attention_sinks:
+        return "gpt_oss"
     return {"head": "qwen3_moe", "full": "olmoe"}.get(config.qk_norm, "mixtral")
 
 
@@ -150,7 +156,9 @@ def _essence(config: ModelConfig) -> ModelConfig:
     inert = list(TRAINING_FIELDS)
     latent = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"]
     inert += [] if config.attention == "mla" else latent
-    inert += [] if config.rope_factor > 1 else ["rope_factor", "rope_original_length", "rope_mscale_all_dim"]
+    stretch = ["rope_factor", "rope_original_length", "rope_mscale_all_dim", "rope_truncate"]
+    inert += [] if config.rope_factor > 1 else stretch
+    inert += [] if config.activation == "clamped_swiglu" else ["swiglu_alpha", "swiglu_limit"]
     inert += [] if config.dense_layers else ["dense_ffn_hidden"]
     inert += [] if config.expert_groups > 1 else ["group_score"]
     default = ModelConfig()
@@ -172,7 +180,7 @@ def parameters_from_huggingface(state: Mapping[str, Tensor], config: ModelConfig
         if rule.whole and rule.whole.format(layer=layer) in state:
             rule = replace(rule, parts=(rule.whole,))
         sources = _sources(rule, layer, config)
-        tensor = _assemble(state, sources, _stacked(rule))
+        tensor = _as_ours(_assemble(state, sources, _stacked(rule)), rule)
         used.update(source for group in sources for source in group)
         found = tuple(tensor.shape)
         require(found == shape, f"{sources[0][0]} makes {name} {found}, the config says {shape}")
@@ -184,7 +192,7 @@ def parameters_from_huggingface(state: Mapping[str, Tensor], config: ModelConfig
 def parameters_to_huggingface(
     parameters: Mapping[str, Tensor], config: ModelConfig, family: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors of a released checkpoint: one per expert and projection, contiguous views of ours."""
+    """The tensors of a released checkpoint: views of ours where the family has the same order of elements."""
     config_to_huggingface(config, family)  # refuses what the family cannot hold
     rules, state = _rules(config, family), dict[str, Tensor]()
     for name, shape in tensor_shapes(config).items():
@@ -193,6 +201,7 @@ def parameters_to_huggingface(
         require(tuple(tensor.shape) == shape, f"parameter {name} is {tuple(tensor.shape)}, the config says {shape}")
         rule, layer = _match(name, rules, config)
         sources = _sources(rule, layer, config)
+        tensor = _as_theirs(tensor, rule)
         for group, rows in zip(sources, tensor if _stacked(rule) else (tensor,), strict=True):
             state.update(zip(group, rows.split(_part_rows(name, len(rows), len(group), config)), strict=True))
     return state
@@ -235,7 +244,23 @@ def _assemble(state: Mapping[str, Tensor], sources: list[list[str]], stacked: bo
     return torch.stack(joined) if stacked else joined[0]
 
 
+def _as_ours(tensor: Tensor, rule: Rule) -> Tensor:
+    """From their order of elements: outputs last and halves of them alternating, where the rule says so."""
+    if rule.interleaved:
+        tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
+    return tensor.transpose(-1, -2).contiguous() if rule.transposed else tensor
+
+
+def _as_theirs(tensor: Tensor, rule: Rule) -> Tensor:
+    """The inverse of `_as_ours`."""
+    if rule.transposed:
+        tensor = tensor.transpose(-1, -2).contiguous()
+    return torch.stack(tensor.chunk(2, dim=-1), dim=-1).flatten(-2) if rule.interleaved else tensor
+
+
 def _fetch(state: Mapping[str, Tensor], name: str) -> Tensor:
+    blocks = f"{name}_blocks" in state
+    require(not blocks, f"{name} is quantized (MXFP4): convert the checkpoint to bfloat16 or float32 first")
     require(name in state, f"the checkpoint lacks {name}")
     tensor = state[name]
     wide = tensor.is_floating_point() and tensor.element_size() > 1

@@ -1,4 +1,4 @@
-"""The four Hugging Face families as data: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3.
+"""The Hugging Face families as data: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, GPT-OSS.
 
 A family says which config key is which field, which values of the other keys we compute, and which of their tensors
 make up each of ours. `huggingface` interprets the tables; a new family is a new table.
@@ -10,32 +10,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megascale_moe.config import require
+from megascale_moe.config import ModelConfig, require
 
 REQUIRED = object()
 
 
 @dataclass(frozen=True)
 class Field:
-    """One of our config fields: their keys (the first is written, any is read) and what an absent or null key means."""
+    """One of our config fields: their keys (the first is written, any is read) and what an absent or null key means.
+
+    `write_of` makes what is written of the whole config, where the field alone does not say it.
+    """
 
     ours: str
     theirs: tuple[str, ...]
     default: Any = REQUIRED
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
+    write_of: Callable[[ModelConfig], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
     """One of our tensors: the released tensors it concatenates along rows, `{expert}` stacked on a new first axis.
 
-    `whole` is the name of the same tensor inside a module of transformers 5, where that is another one.
+    `whole` is the name of the same tensor inside a module of transformers 5, where that is another one. `transposed`
+    and `interleaved` say how theirs differs from it: its last two dimensions are exchanged, and two halves of the
+    output dimension alternate element by element.
     """
 
     ours: str
     parts: tuple[str, ...]
     whole: str = ""
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,39 @@ def _expert_rules(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]
 
 PROJECTED_EXPERTS = _expert_rules("mlp", "gate_proj", "up_proj", "down_proj")
 
+GPT_OSS_EXPERTS = LAYER + "mlp.experts."
+GPT_OSS_RULES = (
+    Rule(
+        "layers.{layer}.attention.qkv.bias",
+        (ATTENTION + "q_proj.bias", ATTENTION + "k_proj.bias", ATTENTION + "v_proj.bias"),
+    ),
+    Rule("layers.{layer}.attention.out.bias", (ATTENTION + "o_proj.bias",)),
+    Rule("layers.{layer}.attention.sinks", (ATTENTION + "sinks",)),
+    Rule("layers.{layer}.ffn.router.weight", (LAYER + "mlp.router.weight",)),
+    Rule("layers.{layer}.ffn.router.logits_bias", (LAYER + "mlp.router.bias",)),
+    Rule(
+        "layers.{layer}.ffn.experts.w13", (GPT_OSS_EXPERTS + "gate_up_proj",), transposed=True, interleaved=True
+    ),
+    Rule("layers.{layer}.ffn.experts.b13", (GPT_OSS_EXPERTS + "gate_up_proj_bias",), interleaved=True),
+    Rule("layers.{layer}.ffn.experts.w2", (GPT_OSS_EXPERTS + "down_proj",), transposed=True),
+    Rule("layers.{layer}.ffn.experts.b2", (GPT_OSS_EXPERTS + "down_proj_bias",)),
+)
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    """Full attention in every so many layers (0: in none), sliding windows in the others."""
+    kinds = ("sliding_attention", "full_attention")
+    return [kinds[every > 0 and (index + 1) % every == 0] for index in range(layers)]
+
+
+def _every(kinds: list[str]) -> int:
+    """["sliding_attention", "full_attention", ...] -> 2: every how many layers there is full attention; 0: none."""
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    right = _layer_types(len(kinds), every)
+    require(kinds == right, f"layer_types = {kinds}: full attention has to be in every n-th layer, as in {right}")
+    return every
+
+
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         architecture="MixtralForCausalLM",
@@ -210,5 +251,31 @@ FAMILIES: dict[str, Family] = {
             "moe_layer_freq": (1, None),
         },
         rules=(*COMMON_RULES, *LATENT_RULES, CORRECTION_RULE, *PROJECTED_EXPERTS, *SHARED_RULES, *DENSE_RULES),
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        fields=(
+            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE,
+            Field("rope_theta", ("rope_theta",), 150_000.0),
+            Field("rope_truncate", ("truncate",), True),
+            Field(
+                "full_attention_every", ("layer_types",), 2, read=_every,
+                write_of=lambda config: _layer_types(config.layers, config.full_attention_every),
+            ),
+            Field("experts", ("num_local_experts", "num_experts")),
+            Field("ffn_hidden", ("intermediate_size",)),
+            Field("swiglu_alpha", ("swiglu_alpha",), 1.702),
+            Field("swiglu_limit", ("swiglu_limit",), 7.0),
+        ),
+        implied={
+            "attention_bias": True, "attention_sinks": True, "router_bias": True, "expert_bias": True,
+            "activation": "clamped_swiglu",
+        },
+        supported={
+            **{key: values for key, values in COMMON_SUPPORTED.items() if key != "truncate"},
+            "attention_bias": (True, None),
+            "rope_type": ("yarn",),  # transformers stretches this family where nothing is said
+        },
+        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *GPT_OSS_RULES),
     ),
 }

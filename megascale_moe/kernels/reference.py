@@ -41,6 +41,18 @@ def swiglu(x: Tensor, gate: Tensor | None = None) -> Tensor:
     return (y if gate is None else y * gate[:, None]).to(x.dtype)
 
 
+def clamped_swiglu(x: Tensor, gate: Tensor | None, alpha: float, limit: float) -> Tensor:
+    """x [R, 2F], gate [R] or None -> a / (1 + exp(-alpha a)) * (b + 1) * gate, [R, F].
+
+    x = [a, b]; a no larger than `limit`, b between -limit and limit.
+    """
+    width = x.shape[-1] // 2
+    a = _wide(x[:, :width]).clamp(max=limit)
+    b = _wide(x[:, width:]).clamp(-limit, limit)
+    y = a / (1 + torch.exp(-alpha * a)) * (b + 1)
+    return (y if gate is None else y * gate[:, None]).to(x.dtype)
+
+
 def split_heads(
     qkv: Tensor, rope: tuple[Tensor, Tensor], sizes: tuple[int, int, int], interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,16 @@ def swiglu(x: Tensor) -> Tensor:
 
 def activation_of(spec: LayerSpec) -> Activation:
     """Return the activation of a layer."""
-    return {"swiglu": swiglu}[spec.activation]
+    if spec.activation == "swiglu":
+        return swiglu
+    alpha, limit = spec.swiglu_alpha, spec.swiglu_limit
+
+    def clamped_swiglu(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        a, b = a.clamp(max=limit), b.clamp(-limit, limit)
+        return a * (alpha * a).sigmoid() * (b + 1)
+
+    return clamped_swiglu
 
 
 class DenseFFN(nn.Module):

@@ -22,7 +22,9 @@ def frequencies(config: ModelConfig) -> Tensor:
     if config.rope_factor <= 1:
         return plain
     low, high = (_yarn_dim(config, width, turns) for turns in (32.0, 1.0))
-    low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+    if config.rope_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain / config.rope_factor * ramp + plain * (1 - ramp)
 

@@ -49,8 +49,9 @@ def test_cases_give_every_parameter_a_gradient(name: str) -> None:
     theirs = case(name)
     result = theirs.run(*batch(theirs.config, 2, 37))
     dead = [name for name, gradient in result.gradients.items() if not gradient.abs().max() > 0]
-    constant_gate = theirs.config.experts == 1  # a softmax over one expert is 1 whatever the router says
-    assert dead == ([f"layers.{i}.ffn.router.weight" for i in range(2)] if constant_gate else [])
+    # A softmax over one expert is 1 whatever the router says; GPT-OSS takes it over the chosen ones.
+    constant_gate = theirs.config.experts == 1 or name == "gpt-oss-k1"
+    assert dead == ([name for name in result.gradients if ".router." in name] if constant_gate else [])
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(5, 2), (8, 8), (7, 1)])
@@ -164,6 +165,21 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vocab_size": 129280,
         "rope_scaling": DEEPSEEK_YARN,
     },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "attention_bias": True,
+        "attention_dropout": 0.0, "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2880, "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
+        "quantization_config": {"quant_method": "mxfp4"}, "rms_norm_eps": 1e-05, "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False,
+        "vocab_size": 201088,
+        "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False,
+        },
+    },
 }  # fmt: skip
 
 
@@ -189,6 +205,9 @@ def test_released_configs_are_our_presets(name: str) -> None:
         ("qwen3-30b-a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported, only 1"),
         ("qwen3-30b-a3b", {"mlp_only_layers": [3]}, "mlp_only_layers = [3]: only the first layers can be dense"),
         ("olmoe-1b-7b", {"clip_qkv": 8.0}, "olmoe: clip_qkv = 8.0 is not supported, only null"),
+        ("gpt-oss-20b", {"layer_types": ["full_attention", "sliding_attention"] * 12}, "full attention has to be in"),
+        ("gpt-oss-20b", {"rope_scaling": None}, "gpt_oss: rope_type = 'default' is not supported, only 'yarn'"),
+        ("gpt-oss-20b", {"attention_bias": False}, "gpt_oss: attention_bias = False is not supported, only True"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported, only 'sigmoid'"),
         ("deepseek-v3", {"rope_scaling": {**DEEPSEEK_YARN, "mscale": 0.7}}, "mscale = 0.7"),
         ("deepseek-v3", {"rope_scaling": {**DEEPSEEK_YARN, "beta_fast": 16}}, "beta_fast = 16"),
@@ -225,7 +244,10 @@ def test_a_window_counts_only_where_it_is_in_use() -> None:
 
 
 def test_presets_of_the_families_survive_a_round_trip() -> None:
-    for name in ("mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v3"):
+    for name in (
+        "mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v3", "gpt-oss-20b",
+        "gpt-oss-120b",
+    ):  # fmt: skip
         assert same_model(config_from_huggingface(config_to_huggingface(PRESETS[name])), PRESETS[name]), name
 
 
@@ -243,6 +265,16 @@ def test_checkpoint_with_tensors_missing_left_over_or_misshapen_is_refused() -> 
         parameters_from_huggingface({**state, norm: state[norm].to(torch.float8_e4m3fn)}, theirs.config)
     with pytest.raises(ConfigError, match=r"parameter embedding.weight is missing"):
         parameters_to_huggingface({}, theirs.config)
+
+
+def test_weights_in_mxfp4_are_refused() -> None:
+    """As released: blocks and scales in place of the experts' weights."""
+    theirs = oracle("gpt_oss")
+    state = parameters_to_huggingface(theirs.parameters, theirs.config)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    released = {key: value for key, value in state.items() if key != name} | {f"{name}_blocks": torch.zeros(1)}
+    with pytest.raises(ConfigError, match=r"gate_up_proj is quantized \(MXFP4\): convert the checkpoint"):
+        parameters_from_huggingface(released, theirs.config)
 
 
 def test_parts_of_a_checkpoint_that_hold_nothing_of_the_model_are_skipped() -> None:

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from megascale_moe.engine.memory import Meter
 from megascale_moe.kernels import blocks, reference
-from megascale_moe.kernels.activation import _backward, swiglu, swiglu_backward
+from megascale_moe.kernels.activation import (
+    _backward,
+    clamped_swiglu,
+    clamped_swiglu_backward,
+    swiglu,
+    swiglu_backward,
+)
 from megascale_moe.kernels.blocks import Fusion, Rowwise
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
@@ -97,6 +103,25 @@ def test_swiglu_equals_its_twin(rows: int, width: int, dtype: torch.dtype, gated
     else:
         assert dgate is not None
         assert_near(dgate, wanted[1], FP32)  # float32 whatever the dtype of x
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 4), (1, 1), (7, 12), (300, 33)])
+def test_clamped_swiglu_equals_its_twin(rows: int, width: int, dtype: torch.dtype, gated: bool) -> None:
+    x, slope = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    gate = torch.rand(rows) if gated else None
+    alpha, limit = 1.702, 0.75  # a quarter of the gates and half of the others are clamped
+    out = clamped_swiglu(x, gate, alpha, limit)
+    assert_near(out, reference.clamped_swiglu(x, gate, alpha, limit), NEAR[dtype])
+    dx, dgate = clamped_swiglu_backward(slope, x, gate, alpha, limit)
+    inputs = leaves(x) if gate is None else leaves(x, gate)
+    wanted = gradients([reference.clamped_swiglu(inputs[0], *(inputs[1:] or [None]), alpha, limit)], [slope], inputs)
+    assert_near(dx, wanted[0].to(dtype), NEAR[dtype])
+    assert (dgate is None) is (gate is None)
+    if dgate is not None:
+        # A sum over the width of products that were not rounded to the dtype on either side.
+        assert_near(dgate, wanted[1], 2 * FP32, terms=1.0)
 
 
 def test_swiglu_of_far_values_is_finite() -> None:

@@ -63,6 +63,14 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     assert found.parameters_active / 1e9 == pytest.approx(active, rel=2e-2)
 
 
+@pytest.mark.parametrize(("name", "total", "active"), [("gpt-oss-20b", 20.91, 3.61), ("gpt-oss-120b", 116.83, 5.13)])
+def test_gpt_oss_has_the_sizes_of_its_model_card(name: str, total: float, active: float) -> None:
+    """Billions to two digits; its active parameters leave out the embedding."""
+    config, found = PRESETS[name], counts(PRESETS[name])
+    assert round(found.parameters_total / 1e9, 2) == total
+    assert round((found.parameters_active - config.vocab * config.hidden) / 1e9, 2) == active
+
+
 def test_internal_352b_has_the_papers_size_and_flops() -> None:
     found = counts(PRESETS["paper-internal-352b"])
     assert round(found.parameters_total / 1e9, 1) == 351.9
@@ -71,11 +79,15 @@ def test_internal_352b_has_the_papers_size_and_flops() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_flops_follow_from_active_parameters(name: str) -> None:
-    """6 FLOPs per active matrix entry, plus attention; norms do not count, the look-up of an embedding is free."""
+    """6 FLOPs per active matrix entry, plus attention; norms and biases do not count, the look-up of an embedding is
+    free.
+    """
     config = PRESETS[name]
     found = counts(config)
     shapes = parameter_shapes(config).items()
     vectors = sum(shape[0] for _, shape in shapes if len(shape) == 1)
+    if config.expert_bias:
+        vectors += config.layers * config.top_k * (2 * config.ffn_hidden + config.hidden)
     lookup = 0 if config.tied_embeddings else config.vocab * config.hidden
     attention = 3 * config.layers * attention_flops_per_token(config)
     expected = 6 * (found.parameters_active - vectors - lookup) + attention

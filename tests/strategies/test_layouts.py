@@ -48,6 +48,10 @@ BIASED = replace(
     SMALL, attention_bias=True, attention_sinks=True, router_bias=True, expert_bias=True, sliding_window=6,
     full_attention_every=2, shared_experts=1,
 )
+GPT_OSS = replace(
+    BIASED, shared_experts=0, activation="clamped_swiglu", swiglu_limit=0.6, rope_factor=4.0, rope_original_length=8,
+    rope_truncate=False,
+)
 VARIANTS = {
     "gqa": SMALL,
     "capacity": CAPACITY,
@@ -57,6 +61,7 @@ VARIANTS = {
     "top-1-gated": replace(SMALL, top_k=1, norm_top_k=False, shared_experts=2, shared_gate=True),
     "top-all": replace(SMALL, top_k=8),
     "biases-and-sinks": BIASED,
+    "gpt-oss": GPT_OSS,
 }
 
 LOCAL = tuple(name for name, (pp, _, _) in SIZES.items() if pp == 1)  # pipelines have other lists

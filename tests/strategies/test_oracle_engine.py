@@ -36,7 +36,8 @@ TOLERANCE = 1e-5
 ONE_RANK = [
     "mixtral", "mixtral-window", "mixtral-one-kv-head", "mixtral-k1", "mixtral-tied", "qwen3", "qwen3-unnormalised",
     "qwen3-dense-first", "qwen3-yarn", "olmoe", "olmoe-all-experts", "deepseek", "deepseek-direct-query",
-    "deepseek-two-shared", "deepseek-yarn",
+    "deepseek-two-shared", "deepseek-yarn", "gpt-oss", "gpt-oss-three-layers", "gpt-oss-one-kv-head", "gpt-oss-k1",
+    "gpt-oss-truncated-yarn",
 ]  # fmt: skip
 SHAPES = [(3, 17), (1, 1), (1, 64)]  # nothing divides anything, a single token, one long row
 
@@ -87,7 +88,7 @@ def test_list_on_one_rank_equals_transformers(name: str, shape: tuple[int, int])
 
 EVEN: dict[str, dict[str, Any]] = {  # experts that two ranks can share
     "mixtral": {"num_local_experts": 6}, "qwen3_moe": {"num_experts": 6}, "olmoe": {"num_experts": 6},
-    "deepseek_v3": {},
+    "deepseek_v3": {}, "gpt_oss": {"num_local_experts": 6},
 }  # fmt: skip
 
 
@@ -103,6 +104,46 @@ def test_list_on_two_ranks_equals_transformers(family: str, dispatch: str) -> No
     ours = mean_result(results, targets.numel(), wanted.logits)  # logits are gathered nowhere: not compared here
     tensor, error = worst(errors(ours, wanted))
     assert error < TOLERANCE, f"{tensor}: {error:.2e}"
+
+
+# attention, ffn, dispatch, pieces, node, ep, etp
+GPT_OSS_LAYOUTS = [
+    ("sp", "ep", "all_to_all", 1, 4, 4, 1), ("sp", "ep", "all_gather", 3, 4, 4, 1),
+    ("tp", "ep", "all_to_all", 2, 2, 2, 1), ("tp", "tp", "auto", 1, 2, 1, 2), ("sp", "tp", "auto", 2, 2, 1, 2),
+    ("sp", "ep+tp", "all_to_all", 2, 4, 2, 2), ("tp", "ep+tp", "all_gather", 1, 2, 1, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "ffn", "dispatch", "pieces", "node", "ep", "etp"), GPT_OSS_LAYOUTS)
+def test_gpt_oss_in_every_layout_equals_transformers(
+    attention: str, ffn: str, dispatch: str, pieces: int, node: int, ep: int, etp: int
+) -> None:
+    """Sinks and biases included: one that every rank adds to its term of a sum would be there several times."""
+    theirs = oracle("gpt_oss", num_local_experts=8)
+    tokens, targets = batch(theirs.config, 3, 20)
+    config, rows = model_of(theirs, 20).config, rows_of(tokens, targets)
+    mesh = Mesh(node=node, ep=ep, etp=etp)
+    more = {"attention": attention, "ffn": ffn, "pieces": pieces}
+    results = run_ranks(node, run_layout, theirs.parameters, config, rows, mesh, dispatch, more)
+    wanted = theirs.run(tokens, targets)
+    gradients = {name: torch.zeros_like(value) for name, value in wanted.gradients.items()}
+    for result in results:
+        for name, placement in result.placements.items():
+            for (offset, size), first, last in placement.ranges:
+                place = tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))
+                part = result.gradients[name].flatten()[first:last].view(size)
+                gradients[name][place] = part / (layouts.SCALE * targets.numel())
+    loss = torch.tensor(sum(result.loss for result in results) / targets.numel())
+    tensor, error = worst(errors(Result(wanted.logits, loss, gradients), wanted))
+    assert error < TOLERANCE, f"{tensor}: {error:.2e}"
+
+
+def run_layout(
+    parameters: dict[str, Tensor], config: ModelConfig, rows: BatchRows, mesh: Mesh, dispatch: str, more: dict[str, Any]
+) -> layouts.Result:
+    model = Transformer(config)
+    model.load_state_dict(parameters)
+    return run_model(model, rows, mesh, dispatch, **more)
 
 
 def run_half(parameters: dict[str, Tensor], config: ModelConfig, rows: BatchRows, dispatch: str) -> layouts.Result:
