@@ -23,6 +23,7 @@ from megascale_moe.data import IGNORE, TokenRow, micro_batches
 from megascale_moe.pipeline.batches import micro_batch
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
+from megascale_moe.train.config_file import choices
 from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import Trainer
 
@@ -60,7 +61,7 @@ def config_of(model: ModelConfig = MODEL, train: TrainConfig = TRAIN, **parallel
     if sizes.get("ffn") == "tp":
         sizes["etp"] = sizes["node"]
     config = Config(model=model, parallel=ParallelConfig(**sizes), train=train)  # type: ignore[arg-type]
-    config.check()
+    config.check(choices())
     return config
 
 
