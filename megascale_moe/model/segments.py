@@ -59,15 +59,11 @@ class Segments:
         """Tokens per document, int64 [count]."""
         return torch.tensor(self.boundaries).diff()
 
-    def documents(self, part: int = 0, parts: int = 1) -> Tensor:
-        """Document index of each token, int64 [rows * length / parts], for the `part`-th slice of every row."""
-        return self._slice(torch.repeat_interleave(torch.arange(self.count), self.lengths), part, parts)
+    def documents(self) -> Tensor:
+        """Document index of each token, int64 [rows * length]."""
+        return torch.repeat_interleave(torch.arange(self.count), self.lengths)
 
-    def positions(self, part: int = 0, parts: int = 1) -> Tensor:
-        """Position of each token in its document, int64 [rows * length / parts], for one slice of every row."""
+    def positions(self) -> Tensor:
+        """Position of each token in its document, int64 [rows * length]."""
         starts = torch.repeat_interleave(torch.tensor(self.boundaries[:-1]), self.lengths)
-        return self._slice(torch.arange(self.rows * self.length) - starts, part, parts)
-
-    def _slice(self, values: Tensor, part: int, parts: int) -> Tensor:
-        width = self.length // parts
-        return values.view(self.rows, self.length)[:, part * width : (part + 1) * width].reshape(-1)
+        return torch.arange(self.rows * self.length) - starts

@@ -138,10 +138,10 @@ def _scatter(layer: Layer, found: Heads, y: Value, piece: Piece) -> Op:
     layout, name = layer.layout, layer.name("scatter_heads", piece)
     T, mine, places = layout.tokens, c_width(layer), within(piece, layer.model)
     widths = [_width(layer, peer) for peer in piece.peers]
-    ordered = piece.uncut
+    ordered, slices = piece.uncut, layer.slices
 
     def finish(whole: Tensor, _: object) -> Tensor:
-        return _in_sequences(whole, mine, layer) if ordered else whole.view(-1, mine)
+        return slices.sequences(whole.view(-1, mine)) if ordered else whole.view(-1, mine)
 
     def pack_back(d: Tensor) -> Sequence[Tensor]:
         return _by_rank(d, layer) if ordered else d.split(T)
@@ -201,7 +201,7 @@ def _assemble(layer: Layer, arrived: Sequence[Value], pieces: Sequence[Piece]) -
     sizes = [len(piece.sources) for piece in pieces]
 
     def run(*parts: Tensor) -> Tensor:
-        return _in_sequences(torch.cat(_sorted(parts, ranks, tokens)), width, layer)
+        return layer.slices.sequences(torch.cat(_sorted(parts, ranks, tokens)))
 
     def run_backward(d: Tensor) -> tuple[Tensor, ...]:
         return _stacked(_by_rank(d, layer), ranks, sizes)
@@ -253,7 +253,7 @@ def _gather(layer: Layer, x: Value, y: Value, piece: Piece) -> Op:
     layout, name = layer.layout, layer.name("gather_heads", piece)
     T, count = layout.tokens, len(piece.distances)
     width = int(y.shape[1]) // count
-    shape, ordered = (T, width), piece.uncut
+    shape, ordered, slices = (T, width), piece.uncut, layer.slices
     there = Traffic(
         axis=layout.node, tag=tag(name, Phase.F), dtype=layout.dtype, typical=shape, shapes=lambda: [shape] * count,
         pack=lambda x: _by_rank(x, layer) if ordered else [part.contiguous() for part in x.split(T)],
@@ -262,7 +262,7 @@ def _gather(layer: Layer, x: Value, y: Value, piece: Piece) -> Op:
     back = Traffic(
         axis=layout.node, tag=tag(name, Phase.B), dtype=layout.dtype, typical=shape, shapes=lambda: [shape] * count,
         pack=lambda d: [part.contiguous() for part in d.chunk(count, dim=1)], distances=piece.way(home=True),
-        finish=lambda whole, parts: _in_sequences(whole, width, layer) if ordered else as_rows(whole, parts),
+        finish=lambda whole, parts: slices.sequences(as_rows(whole, parts)) if ordered else as_rows(whole, parts),
     )  # fmt: skip
     elements = T * width * piece.sent
     return with_backward(
@@ -286,7 +286,7 @@ def _deal_rows(layer: Layer, attn: Value, pieces: Sequence[Piece]) -> tuple[Op, 
     name, cost = layer.name("deal_tokens"), Cost(memory_bytes=2 * attn.nbytes)
     backward = Op(
         name=name, phase=Phase.B, reads=tuple(map(grad, parts)), writes=(attn.gradient,), cost=cost,
-        run=lambda *parts: _in_sequences(torch.cat(_sorted(parts, ranks, tokens)), int(attn.shape[1]), layer),
+        run=lambda *parts: layer.slices.sequences(torch.cat(_sorted(parts, ranks, tokens))),
     )
     deal_op = Op(
         name=name, reads=(attn,), writes=tuple(parts), cost=cost, backward=(backward,),
@@ -335,16 +335,10 @@ def _add_product(
 # --- the order of tokens ---------------------------------------------------------------------------------------------
 
 
-def _in_sequences(whole: Tensor, width: int, layer: Layer) -> Tensor:
-    """The slices of every rank one behind the other -> whole sequences, [tokens of the node, width]."""
-    by_rank: Tensor = whole.view(layer.layout.node.size, layer.layout.rows, -1, width)
-    return by_rank.transpose(0, 1).reshape(-1, width)
-
-
 def _by_rank(x: Tensor, layer: Layer) -> Sequence[Tensor]:
     """Whole sequences x [tokens of the node, width] -> for each rank its slice of every one, [tokens, width]."""
-    by_rank: Tensor = x.unflatten(0, (layer.layout.rows, layer.layout.node.size, -1)).transpose(0, 1).contiguous()
-    return by_rank.flatten(1, 2).unbind()
+    slices: Sequence[Tensor] = layer.slices.by_rank(x).split(layer.layout.tokens)
+    return slices
 
 
 def _sorted(parts: Sequence[Tensor], ranks: Sequence[int], tokens: int) -> list[Tensor]:

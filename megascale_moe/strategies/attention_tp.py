@@ -91,7 +91,7 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
         *made,
         core(layer, found, found.sizes, attn),
         linear(layer.name("out"), attn, partial, layer.name("attention.out.weight")),
-        scatter_sums(layer.layout, layer.name("scatter_tokens"), partial, y, piece),
+        scatter_sums(layer.layout, layer.name("scatter_tokens"), partial, y, piece, slices=layer.slices),
     ], y
 
 
@@ -101,4 +101,4 @@ def _gather(layer: Layer, x: Value, piece: Piece) -> Op:
     name = "gather_tokens" if layer.spec.attention == "gqa" else f"gather_{tensor}"
     shard = Shard((tensor,), SEQUENCES, partial_gradient="node")
     y = layer.value(f"{tensor}_ag", (layer.node_tokens, x.shape[1]), shard=shard, keep=Keep.NONE)
-    return gather_tokens(layer.layout, layer.name(name), x, y, piece)
+    return gather_tokens(layer.layout, layer.name(name), x, y, piece, slices=layer.slices)

@@ -20,8 +20,7 @@ from megascale_moe.engine.op import Cost, Op, Phase
 from megascale_moe.engine.value import Rows, Shard, Value
 from megascale_moe.strategies.layer import Layer, Piece
 from megascale_moe.strategies.layout import Layout
-
-Reorder = Callable[[Tensor], Tensor]
+from megascale_moe.strategies.slices import Slices
 
 
 def communication(
@@ -53,37 +52,46 @@ def with_backward(forward: Op, backward: Op) -> Op:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def gather_tokens(layout: Layout, name: str, x: Value, y: Value, piece: Piece, dx: Value | None = None) -> Op:
+def gather_tokens(
+    layout: Layout, name: str, x: Value, y: Value, piece: Piece, dx: Value | None = None, slices: Slices | None = None
+) -> Op:
     """x [tokens, width] to the piece's ranks; y [ranks * tokens, width]: theirs, in the order of `piece.sources`.
 
     Args:
-        y: of whole sequences, the slices of the node's ranks are put together to them.
         dx: where the piece is cut, what comes back of the gradient from each rank, [ranks * tokens, width].
+        slices: where y is to be whole sequences, what the ranks of the node hold of them.
     """
     slope = dx or x.gradient
     return with_backward(
-        _spread(layout, name, Phase.F, x, y, piece), _collect(layout, name, Phase.B, y.gradient, slope, piece)
+        _spread(layout, name, Phase.F, x, y, piece, slices),
+        _collect(layout, name, Phase.B, y.gradient, slope, piece, slices),
     )
 
 
-def scatter_sums(layout: Layout, name: str, x: Value, y: Value, piece: Piece, dy: str = "") -> Op:
+def scatter_sums(
+    layout: Layout, name: str, x: Value, y: Value, piece: Piece, dy: str = "", slices: Slices | None = None
+) -> Op:
     """Partial sums x [ranks * tokens, width] to where the tokens belong; y [tokens, width]: their sum over all ranks.
 
     Args:
         y: where the piece is cut, what came from each rank, not summed: [ranks * tokens, width].
         dy: the gradient of the sum, then.
+        slices: where x is of whole sequences, what the ranks of the node hold of them.
     """
     slope = y.named(dy) if dy else y.gradient
     return with_backward(
-        _collect(layout, name, Phase.F, x, y, piece), _spread(layout, name, Phase.B, slope, x.gradient, piece)
+        _collect(layout, name, Phase.F, x, y, piece, slices),
+        _spread(layout, name, Phase.B, slope, x.gradient, piece, slices),
     )
 
 
-def _spread(layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: Piece) -> Op:
+def _spread(
+    layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: Piece, slices: Slices | None
+) -> Op:
     """The same tokens to every rank of a piece."""
     axis, width, count = piece.axis, y.shape[1], len(piece.distances)
     shape, number = (layout.tokens, int(width)), tag(name, phase)
-    ordered: Reorder = (lambda out: _swap(out, axis.size, layout.rows)) if _sequences(y) else (lambda out: out)
+    ordered = slices.sequences if slices else _as_is
     traffic = Traffic(
         axis=axis, tag=number, pack=lambda x: [x.contiguous()] * count, shapes=lambda: [shape] * count, typical=shape,
         finish=lambda whole, parts: ordered(as_rows(whole, parts)), dtype=layout.dtype,
@@ -93,11 +101,13 @@ def _spread(layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: 
     return communication(name, phase, (x,), (y,), traffic, layout.tokens * width * piece.sent, layout, native)
 
 
-def _collect(layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: Piece) -> Op:
+def _collect(
+    layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece: Piece, slices: Slices | None
+) -> Op:
     """To every rank of a piece its part; the sum of what comes, unless the piece is cut."""
     axis, width, count = piece.axis, x.shape[1], len(piece.distances)
     shape, number = (layout.tokens, int(width)), tag(name, phase)
-    by_rank: Reorder = (lambda x: _swap(x, layout.rows, axis.size)) if _sequences(x) else (lambda x: x.contiguous())
+    by_rank = slices.by_rank if slices else Tensor.contiguous
     traffic = Traffic(
         axis=axis, tag=number, pack=lambda x: by_rank(x).chunk(count), shapes=lambda: [shape] * count, typical=shape,
         finish=sum_to(layout.dtype) if piece.uncut else as_rows, dtype=layout.dtype, sums=piece.uncut,
@@ -107,14 +117,8 @@ def _collect(layout: Layout, name: str, phase: Phase, x: Value, y: Value, piece:
     return communication(name, phase, (x,), (y,), traffic, layout.tokens * width * piece.sent, layout, native)
 
 
-def _sequences(x: Value) -> bool:
-    return x.shard is not None and x.shard.rows.kind == "sequences"
-
-
-def _swap(x: Tensor, outer: int, inner: int) -> Tensor:
-    """x [outer * inner * t, width] -> [inner * outer * t, width]."""
-    blocks: Tensor = x.unflatten(0, (outer, inner, -1))
-    return blocks.transpose(0, 1).reshape(x.shape)
+def _as_is(x: Tensor) -> Tensor:
+    return x
 
 
 # --- pieces of tokens ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.engine.names import in_layer
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.slices import Slices
 from megascale_moe.strategies.strategy import Strategies
 
 
@@ -135,6 +136,11 @@ class Layer:
     def node_tokens(self) -> int:
         """Tokens of all ranks of the node together: whole sequences."""
         return self.layout.rows * self.layout.length
+
+    @property
+    def slices(self) -> Slices:
+        """Which tokens of every sequence the ranks of the node hold."""
+        return self.strategies.attention.slices(self.layout.rows, self.layout.length, self.layout.node.size)
 
 
 SEQUENCES = Rows("sequences", "node")

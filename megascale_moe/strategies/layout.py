@@ -15,8 +15,8 @@ from megascale_moe.engine.op import Stream
 class Layout:
     """A micro-batch of `rows` x `length` tokens on this rank's axes, and the strategy of each module.
 
-    Between operators of a layer the tokens are sharded by sequence: this rank holds the `node.index`-th slice of
-    every row, flattened to [tokens, ...].
+    Between operators of a layer the tokens are sharded by sequence: this rank holds its slice of every row
+    (`slices.Slices`), flattened to [tokens, ...].
 
     Attributes:
         attention, ffn, vocabulary, dispatch: names of strategies (`registry.py`); dispatch "auto": the cheapest form.

@@ -18,7 +18,7 @@ from megascale_moe.strategies.dense import add, add_bias, add_norm, norm
 from megascale_moe.strategies.ffn import dense_ffn, swiglu_ffn
 from megascale_moe.strategies.layer import Layer, pieces_of
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.registry import strategies_of
+from megascale_moe.strategies.registry import slices_of, strategies_of
 from megascale_moe.strategies.routing import routing_ops
 from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.strategy import Head as Head
@@ -123,22 +123,16 @@ def local_inputs(
     tokens that its attention projects.
     """
     node, device, strategies = layout.node, tokens.device, strategies_of(layout, config)
-    whole = strategies.attention.rotates_sequences(layout)
-    positions = segments.positions() if whole else segments.positions(node.index, node.size)
-    width = layout.length // node.size
-    part = slice(node.index * width, (node.index + 1) * width)
+    slices, positions = slices_of(layout), segments.positions()
+    if not strategies.attention.rotates_sequences(layout):
+        positions = slices.take(positions, node.index)
 
     def local(x: Tensor) -> Tensor:
-        return rank_order(x, node.size) if strategies.vocabulary.gathers_tokens(layout) else x[:, part].reshape(-1)
+        flat = x.reshape(-1)
+        return slices.by_rank(flat) if strategies.vocabulary.gathers_tokens(layout) else slices.take(flat, node.index)
 
     values = {"tokens": local(tokens), "rope": rotary_table(config, positions.to(device)), "segments": segments}
     return values if targets is None else values | {"targets": local(targets)}
-
-
-def rank_order(x: Tensor, parts: int) -> Tensor:
-    """x [rows, length] -> [rows * length]: the slices of every row of rank 0, of rank 1, ..."""
-    rows, length = x.shape
-    return torch.movedim(x.view(rows, parts, length // parts), 1, 0).reshape(-1)
 
 
 def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]:

@@ -30,7 +30,7 @@ from megascale_moe.model.weights import weights_of
 from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import block_ops
-from megascale_moe.strategies.registry import strategies_of
+from megascale_moe.strategies.registry import slices_of, strategies_of
 
 
 class MoEBlock(Block):
@@ -101,7 +101,8 @@ class _RunBlock(torch.autograd.Function):
         program, ctx.backward_program = block.programs(segments.rows, segments.length, x.dtype)
         names = [name for name, _ in block.named_parameters()]
         weights = dict(zip(names, (p.detach() for p in parameters), strict=True)) | dict(block.named_buffers())
-        rope = rotary_table(block.config, segments.positions(node.index, node.size).to(x.device))
+        slices = slices_of(Layout(segments.rows, segments.length, block.axes, x.dtype))
+        rope = rotary_table(block.config, slices.take(segments.positions(), node.index).to(x.device))
         values = {"x": x.detach().flatten(0, 1), "rope": rope, "segments": segments}
         out = program.run(values, weights)
         ctx.weights, ctx.names, ctx.shape = weights, names, x.shape

@@ -16,6 +16,7 @@ from megascale_moe.strategies.experts_all_gather import ALL_GATHER
 from megascale_moe.strategies.experts_all_to_all import ALL_TO_ALL
 from megascale_moe.strategies.ffn_layouts import EXPERT_PARALLEL, EXPERT_TENSOR_PARALLEL, TENSOR_PARALLEL_FFN
 from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.slices import Slices
 from megascale_moe.strategies.strategy import (
     AttentionStrategy,
     DispatchForm,
@@ -92,6 +93,12 @@ def strategies_of(layout: Layout, model: ModelConfig) -> Strategies:
         named(ATTENTION, layout.attention, "parallel.attention"), named(FFN, layout.ffn, "parallel.ffn"),
         dispatch_of(layout, model), named(VOCABULARY, layout.vocabulary, "parallel.vocabulary"),
     )  # fmt: skip
+
+
+def slices_of(layout: Layout) -> Slices:
+    """Return which tokens of every sequence the ranks of a layout's node hold between modules."""
+    attention = named(ATTENTION, layout.attention, "parallel.attention")
+    return attention.slices(layout.rows, layout.length, layout.node.size)
 
 
 def dispatch_of(layout: Layout, model: ModelConfig) -> DispatchForm:

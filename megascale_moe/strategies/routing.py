@@ -187,10 +187,10 @@ def _balance(layer: Layer, probabilities: Value, z: Value, choice: Value) -> Op:
     per_token = layer.value("balance_weights", (layout.tokens, c.experts), dtype=torch.float32, shard=Shard())
 
     def run(probabilities: Tensor, z: Tensor, choice: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        whole = rows_in_order(choice, layout)[layout.group.index // node.size]
-        device = whole.device
-        weights = balance_weights(whole, segments.documents().to(device), segments.lengths.to(device), c)
-        per_token = weights[segments.documents(node.index, node.size).to(device)] * c.balance_loss
+        device, documents = choice.device, segments.documents()
+        whole = layer.slices.sequences(choice).split(len(documents))[layout.group.index // node.size]
+        weights = balance_weights(whole, documents.to(device), segments.lengths.to(device), c)
+        per_token = weights[layer.slices.take(documents, node.index).to(device)] * c.balance_loss
         return (per_token * probabilities).sum() + c.z_loss * z, per_token
 
     def run_backward(per_token: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,24 +229,10 @@ def _declared_rows(layer: Layer, piece: Piece, vectors: int) -> Value:
     return layer.own("rows", 8.0 * (vectors * routed_rows(layer, piece) + tokens) + 4.0 * experts, piece)
 
 
-def rows_in_order(x: Tensor, layout: Layout) -> Tensor:
-    """x [group * tokens, k], slices of rows as ranks hold them -> whole rows [group / node, rows * length, k]."""
-    blocks = x.view(-1, layout.node.size, layout.rows, layout.length // layout.node.size, x.shape[-1])
-    return blocks.transpose(1, 2).reshape(len(blocks), layout.rows * layout.length, x.shape[-1])
-
-
-def _slices_of_rows(x: Tensor, layout: Layout) -> Tensor:
-    """The inverse of `rows_in_order`."""
-    blocks = x.view(len(x), layout.rows, layout.node.size, layout.length // layout.node.size, x.shape[-1])
-    return blocks.transpose(1, 2).reshape(-1, x.shape[-1])
-
-
-def rows_within_capacity(choice: Tensor, gate: Tensor, c: ModelConfig, layout: Layout) -> Tensor:
+def rows_within_capacity(choice: Tensor, gate: Tensor, layer: Layer) -> Tensor:
     """Return which assignments of all ranks' tokens survive dropping, bool [group * tokens, k]."""
-    whole = [rows_in_order(x, layout).flatten(0, 1) for x in (choice, gate)]
-    rows = layout.rows * layout.group.size // layout.node.size
-    kept = within_capacity(whole[0], whole[1], rows, c)
-    return _slices_of_rows(kept.view(-1, layout.rows * layout.length, c.top_k), layout)
+    slices, rows = layer.slices, len(choice) // layer.layout.length
+    return slices.by_rank(within_capacity(slices.sequences(choice), slices.sequences(gate), rows, layer.model))
 
 
 def _plan(layer: Layer, routing: Routing) -> Op:
@@ -255,7 +241,7 @@ def _plan(layer: Layer, routing: Routing) -> Op:
     travels = routing.own is not None
 
     def run(gate: Tensor, choice: Tensor) -> tuple[object, ...] | PieceRows:
-        kept = rows_within_capacity(choice, gate, c, layout) if c.capacity_factor else None
+        kept = rows_within_capacity(choice, gate, layer) if c.capacity_factor else None
         per_rank: list[int] = []
         own = None
         if travels:

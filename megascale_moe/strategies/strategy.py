@@ -22,6 +22,7 @@ from megascale_moe.engine.op import Op
 from megascale_moe.engine.value import Value
 from megascale_moe.model.weights import Weight
 from megascale_moe.strategies.placement import Placement
+from megascale_moe.strategies.slices import Slices
 
 if TYPE_CHECKING:
     from megascale_moe.strategies.layer import Layer
@@ -60,11 +61,21 @@ class Strategy:
 
 
 class AttentionStrategy(Strategy):
-    """From a layer's normed input to the result of its attention."""
+    """From a layer's normed input to the result of its attention.
+
+    Attributes:
+        zigzag: whether the ranks of a node hold an early and a late chunk of every sequence each (`slices.Slices`).
+    """
+
+    zigzag: ClassVar[bool] = False
 
     def ops(self, layer: Layer, x: Value) -> tuple[list[Op], Value]:
         """Return the operators from x [tokens, hidden] to the attention's result, [tokens, hidden]."""
         raise NotImplementedError
+
+    def slices(self, rows: int, length: int, node: int) -> Slices:
+        """Return how `node` ranks share out `rows` x `length` tokens between modules."""
+        return Slices(rows, length, node, self.zigzag and node > 1)
 
     def rotates_sequences(self, layout: Layout) -> bool:
         """Whether rotary embedding is applied to whole sequences of the node rather than to this rank's slices."""

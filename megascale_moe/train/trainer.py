@@ -43,7 +43,7 @@ from megascale_moe.strategies.model import (
     local_inputs,
     moe_layers,
 )
-from megascale_moe.strategies.registry import strategies_of
+from megascale_moe.strategies.registry import slices_of, strategies_of
 from megascale_moe.strategies.weights import initial, placements
 from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
 
@@ -242,11 +242,12 @@ class Trainer:
         if self.part.last:
             logits = out[of_micro("logits", 0)]
             layout = self.program(1, 1, "logits")[0].layout
+            part, place = slices_of(layout).place(len(tokens) - 1)
             if strategies_of(layout, self.model).vocabulary.gathers_tokens(layout):
                 width = logits.shape[1]
-                mine[node.index * width : (node.index + 1) * width] = logits[len(tokens) - 1]
-            elif (len(tokens) - 1) // (length // node.size) == node.index:
-                mine.copy_(logits[(len(tokens) - 1) % (length // node.size)])
+                mine[node.index * width : (node.index + 1) * width] = logits[part * layout.tokens + place]
+            elif part == node.index:
+                mine.copy_(logits[place])
         return all_reduce_sum(all_reduce_sum(mine, node), self.axes["pp"]).cpu()
 
     # --- state -------------------------------------------------------------------------------------------------------

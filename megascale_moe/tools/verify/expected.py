@@ -100,9 +100,7 @@ class Expected:
         case, length = self.case, self.case.model.sequence_length
         replica, index = divmod(rank % case.mesh.stage, case.mesh.node)
         first = replica * case.share + self.micro * case.rows
-        width = length // case.mesh.node
-        rows = torch.arange(first, first + case.rows)[:, None] * length
-        return (rows + torch.arange(index * width, (index + 1) * width)).flatten()
+        return case.slices.take(torch.arange(case.rows * length), index) + first * length
 
 
 class _RoutedRows:

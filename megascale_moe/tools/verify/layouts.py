@@ -30,6 +30,7 @@ from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import part_ops
 from megascale_moe.strategies.registry import dispatch_of, names
+from megascale_moe.strategies.slices import Slices
 from megascale_moe.strategies.stages import Part, stage_parts
 from megascale_moe.tools.verify.scale import scaled_down, with_layers
 
@@ -64,6 +65,12 @@ class Case:
     def share(self) -> int:
         """Sequences of one data-parallel rank."""
         return self.rows * self.micros
+
+    @property
+    def slices(self) -> Slices:
+        """Which tokens of every sequence of a micro-batch the ranks of a node hold."""
+        attention = registry.named(registry.ATTENTION, self.parallel.attention, "parallel.attention")
+        return attention.slices(self.rows, self.model.sequence_length, self.mesh.node)
 
     @property
     def words(self) -> dict[str, str | int]:

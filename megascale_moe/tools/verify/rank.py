@@ -123,9 +123,9 @@ class RankOfLayout:
 
     def tokens_of(self, micro: int) -> Tensor:
         """Numbers of this rank's tokens of a micro-batch in the global batch, [tokens]."""
-        length, node = self.case.model.sequence_length, self.axes["node"]
-        numbers = torch.arange(self.case.rows * length).view(self.case.rows, node.size, -1)[:, node.index]
-        return numbers.flatten() + self.first_row(micro) * length
+        length = self.case.model.sequence_length
+        numbers = self.case.slices.take(torch.arange(self.case.rows * length), self.axes["node"].index)
+        return numbers + self.first_row(micro) * length
 
     @cached_property
     def program(self) -> Program:

@@ -35,7 +35,7 @@ def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
     small = replace(
         c, preset="", hidden=alike(c.hidden, ranks, HIDDEN) if c.expert_bias else HIDDEN,
         vocab=alike(c.vocab, ranks, VOCAB),
-        sequence_length=alike(c.sequence_length, ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
+        sequence_length=alike(c.sequence_length, 2 * ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
         ffn_hidden=alike(c.ffn_hidden, ranks, WIDTH), shared_experts=min(c.shared_experts, 2),
         shared_ffn_hidden=_width(c.shared_ffn_hidden, ranks, WIDTH + ranks),
         dense_ffn_hidden=_width(c.dense_ffn_hidden, ranks, WIDTH + ranks),

@@ -1,0 +1,90 @@
+"""Which tokens of every sequence a rank of a node holds, and whole sequences out of the ranks' slices.
+
+Between modules tokens are sharded by sequence: each rank of a node has a slice of every row of the micro-batch. Whether
+a slice is contiguous is up to the attention strategy (`AttentionStrategy.zigzag`). Under a causal mask the last of n
+contiguous slices would see 2n - 1 times as many keys as the first. In zig-zag order a rank holds chunks r and
+2n - 1 - r of the 2n chunks of a row instead, and all ranks have the same work.
+
+Whatever turns slices into sequences or back asks here, so that routing, balance losses, vocabulary and sampling work in
+either order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a micro-batch of `rows` x `length` tokens is shared out over the `parts` ranks of a node.
+
+    Attributes:
+        zigzag: whether a rank holds an early and a late chunk of every row rather than one contiguous slice.
+    """
+
+    rows: int
+    length: int
+    parts: int
+    zigzag: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a rank."""
+        return self.rows * self.length // self.parts
+
+    def runs(self, part: int) -> tuple[range, ...]:
+        """Return the positions that a rank holds of every row, as ranges of consecutive ones, ascending."""
+        chunks = (part, 2 * self.parts - 1 - part) if self.zigzag else (part,)
+        width = self.length // (self.parts * len(chunks))
+        return tuple(range(chunk * width, (chunk + 1) * width) for chunk in chunks)
+
+    def take(self, x: Tensor, part: int) -> Tensor:
+        """Return the slices of one rank: x [rows * length, ...] -> [tokens, ...]."""
+        whole = x.view(self.rows, self.length, *x.shape[1:])
+        return torch.cat([whole[:, run.start : run.stop] for run in self.runs(part)], dim=1).flatten(0, 1)
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """Return the slices of every rank, one rank behind the other; the inverse of `sequences`.
+
+        x [nodes * rows * length, ...], of one node or of several, -> [nodes * parts * tokens, ...], contiguous.
+        """
+        if self.parts == 1:
+            return x.contiguous()
+        if self.zigzag:
+            early, late = x.view(-1, self.rows, 2, self.parts, self._chunk, *x.shape[1:]).unbind(2)
+            blocks = torch.stack((early, late.flip(2)), dim=3)  # [nodes, rows, parts, 2, chunk, ...]
+        else:
+            blocks = x.view(-1, self.rows, self.parts, self._chunk, *x.shape[1:])
+        return blocks.transpose(1, 2).reshape(x.shape)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """Return whole rows out of the slices of every rank, which lie one rank behind the other.
+
+        x [nodes * parts * tokens, ...] -> [nodes * rows * length, ...], contiguous.
+        """
+        if self.parts == 1:
+            return x.contiguous()
+        if self.zigzag:
+            blocks = x.view(-1, self.parts, self.rows, 2, self._chunk, *x.shape[1:])
+            early, late = blocks.transpose(1, 2).unbind(3)  # [nodes, rows, parts, chunk, ...]
+            return torch.stack((early, late.flip(2)), dim=2).reshape(x.shape)
+        blocks = x.view(-1, self.parts, self.rows, self._chunk, *x.shape[1:])
+        return blocks.transpose(1, 2).reshape(x.shape)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Return which rank holds a position of the rows, and where in its slice of a row."""
+        for part in range(self.parts):
+            before = 0
+            for run in self.runs(part):
+                if position in run:
+                    return part, before + position - run.start
+                before += len(run)
+        raise IndexError(f"position {position} of rows of {self.length} tokens")
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens that stay together."""
+        return self.length // (self.parts * (2 if self.zigzag else 1))

@@ -1,0 +1,98 @@
+"""Slices of sequences: contiguous and in zig-zag order, as indices and through a whole training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from megascale_moe.comm.mesh import Mesh
+from megascale_moe.config import ModelConfig
+from megascale_moe.strategies import registry
+from megascale_moe.strategies.attention_sp import SequenceParallel
+from megascale_moe.strategies.attention_tp import TensorParallel
+from megascale_moe.strategies.slices import Slices
+from megascale_moe.testing import run_ranks
+from tests.strategies.layouts import compare, random_rows, run_rank, wanted_of
+from tests.strategies.test_layouts import CAPACITY, LATENT, SMALL, TOLERANCE
+
+
+@pytest.mark.parametrize(("zigzag", "runs"), [
+    (False, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]),
+    (True, [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]),
+])  # fmt: skip
+def test_positions_that_a_rank_holds(zigzag: bool, runs: list[list[int]]) -> None:
+    slices = Slices(2, 12, 3, zigzag)
+    assert [[position for run in slices.runs(part) for position in run] for part in range(3)] == runs
+    tokens = torch.arange(24)
+    for part, positions in enumerate(runs):
+        assert slices.take(tokens, part).tolist() == [*positions, *(12 + position for position in positions)]
+        assert [slices.place(position) for position in positions] == [(part, place) for place in range(4)]
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_slices_of_all_ranks_are_the_sequences(parts: int, zigzag: bool) -> None:
+    """Of two nodes one behind the other; both ways."""
+    slices = Slices(2, 24, parts, zigzag)
+    whole = torch.randn(2 * 48, 3)
+    by_rank = torch.cat([slices.take(node, part) for node in whole.split(48) for part in range(parts)])
+    assert torch.equal(slices.by_rank(whole), by_rank)
+    assert torch.equal(slices.sequences(by_rank), whole)
+    assert torch.equal(slices.by_rank(whole[:, 0]), by_rank[:, 0])
+
+
+def test_a_position_outside_of_the_rows_is_held_by_nobody() -> None:
+    with pytest.raises(IndexError, match="position 12 of rows of 12 tokens"):
+        Slices(1, 12, 3).place(12)
+
+
+# --- whole steps in zig-zag order ------------------------------------------------------------------------------------
+
+
+class ZigzagSequenceParallel(SequenceParallel):
+    """All-to-all attention over tokens in zig-zag order."""
+
+    name = "zigzag-sp"
+    zigzag = True
+
+
+class ZigzagTensorParallel(TensorParallel):
+    """Tensor-parallel attention over tokens in zig-zag order."""
+
+    name = "zigzag-tp"
+    zigzag = True
+
+
+@pytest.fixture
+def zigzag() -> Iterator[None]:
+    """Both are registered for a test."""
+    before = registry.ATTENTION
+    for strategy in (ZigzagSequenceParallel(), ZigzagTensorParallel()):
+        registry.register(strategy)
+    yield
+    registry.ATTENTION = before
+
+
+STEPS: dict[str, tuple[ModelConfig, Mesh, dict[str, Any]]] = {
+    "capacity over two nodes": (CAPACITY, Mesh(dp=2, node=2, ep=4), {"attention": "zigzag-sp"}),
+    "sharded vocabulary": (SMALL, Mesh(node=4, ep=4), {"attention": "zigzag-sp", "vocabulary": "sharded"}),
+    "tensor-parallel experts": (LATENT, Mesh(node=4, etp=4), {"attention": "zigzag-sp", "ffn": "tp"}),
+    "tensor-parallel attention": (SMALL, Mesh(node=2, ep=2), {"attention": "zigzag-tp", "vocabulary": "sharded"}),
+    "three pieces": (replace(SMALL, kv_heads=1), Mesh(node=4, ep=4), {"attention": "zigzag-sp", "pieces": 3}),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_in_zigzag_order_equal_the_plain_model(step: str, zigzag: None) -> None:
+    """Whatever a strategy says of its slices, the rest follows: routing, capacity, balance, vocabulary, messages."""
+    config, mesh, strategies = STEPS[step]
+    run = partial(run_rank, **strategies)
+    results = run_ranks(mesh.world, run, config, random_rows(config, rows=4), mesh, "all_to_all")
+    loss, gradient, name = compare(results, wanted_of(config, 4))
+    assert loss < TOLERANCE
+    assert gradient < TOLERANCE, name
