@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 BLOCK = 64  # queries: their scores against a few hundred keys stay in the L2 cache
 Spans = tuple[tuple[int, int, int], ...]
@@ -39,9 +41,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    length = q.shape[1]
+    """The last query stands at the position of the last key."""
+    mask = _bias(q.shape[1], k.shape[1], window, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = _visible(length, window, q.device) if 0 < window < length else None
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -60,11 +62,21 @@ class _Entrance(torch.autograd.Function):
         return None, None  # gradients are taken in front of it
 
 
+def _bias(queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:
+    """What torch's kernel needs beside q, k, v; None: the queries stand at the positions of the keys and see all."""
+    if 0 < window < keys:
+        return _visible(queries, keys, window, device)
+    if queries == keys:
+        return None
+    # torch knows a fused kernel for this diagonal on a GPU alone.
+    return _visible(queries, keys, keys, device) if device.type == "cpu" else causal_lower_right(queries, keys)
+
+
 @lru_cache(maxsize=8)  # one for all layers: torch saves it for the backward of each
-def _visible(length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys a query may see, bool [length, length]."""
-    index = torch.arange(length, device=device)
-    distance = index[:, None] - index
+def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Which keys a query may see, bool [queries, keys]; the last query stands at the position of the last key."""
+    index = torch.arange(keys, device=device)
+    distance = index[keys - queries :, None] - index
     return (distance >= 0) & (distance < window)
 
 
@@ -95,12 +107,16 @@ class Graph:
         self._exits: list[torch.autograd.graph.GradientEdge] = []
         self._boxes: list[list[Tensor | _Part]] = []
 
-    def attend(self, spans: Spans, scale: float, window: int) -> Tensor:
-        """Run torch's kernel on the inputs, document by document, and return the result [rows, s, H, u]."""
+    def attend(self, spans: Spans, scale: float, window: int, place: Tensor | None = None) -> Tensor:
+        """Run torch's kernel on the inputs, document by document, and return the result [rows, s, H, u].
+
+        Args:
+            place: where the result is written, if it is one document.
+        """
         parts = [(slice(row, row + 1), slice(a, b)) for row, a, b in spans]
         if not parts:
             result, boxes = self._attend((slice(None), slice(None)), scale, window)
-            out = result.detach()
+            out = result.detach() if place is None else place.copy_(result.detach())
             self._find_result(boxes, result, out, out)
             return out
         q, _, v = self._tensors
@@ -220,22 +236,32 @@ def _parts(q: Tensor, spans: Spans) -> list[tuple[slice, slice]]:
 def _documents_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: Tensor | None
 ) -> Tensor:
-    """n documents of one length: q [n, s, H, w], k [n, s, G, w], v [n, s, G, u] -> [n, s, H, u]."""
+    """n documents of one length: q [n, s, H, w], k [n, L, G, w], v [n, L, G, u] -> [n, s, H, u].
+
+    The queries stand at the last s positions of the keys.
+    """
     n, s, heads, _ = q.shape
-    groups = k.shape[2]
+    groups, skipped = k.shape[2], k.shape[1] - s
     queries, values = _by_group(q * scale, groups), _by_group(v, groups).squeeze(2)
     keys_t = _by_group(k, groups).squeeze(2).transpose(1, 2).contiguous()
     out, more = queries.new_empty(n * groups, s, heads // groups, v.shape[3]), _sinks_by_group(sinks, n, groups)
     for a in range(0, s, BLOCK):
-        b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
-        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window, more).to(q.dtype)
-        out[:, a:b] = torch.bmm(p[..., : b - first], values[:, first:b]).view(-1, b - a, heads // groups, v.shape[3])
+        b, first, last = _seen(a, s, skipped, window)
+        p = _probabilities(queries[:, a:b], keys_t[:, :, first:last], a + skipped, first, window, more).to(q.dtype)
+        part = torch.bmm(p[..., : last - first], values[:, first:last])
+        out[:, a:b] = part.view(-1, b - a, heads // groups, v.shape[3])
     return _by_token(out, n)
 
 
 def _sinks_by_group(sinks: Tensor | None, n: int, groups: int) -> Tensor | None:
     """sinks [H] -> float32 [n * groups, 1, H / groups, 1]."""
     return None if sinks is None else sinks.float().view(groups, 1, -1, 1).repeat(n, 1, 1, 1)
+
+
+def _seen(a: int, s: int, skipped: int, window: int) -> tuple[int, int, int]:
+    """Where a block of s queries ends that begins at query a, and the first and the last key, exclusive, it meets."""
+    b = min(a + BLOCK, s)
+    return b, max(0, a + skipped - window + 1) if window else 0, b + skipped
 
 
 def _probabilities(
@@ -262,22 +288,22 @@ def _probabilities(
 def _documents_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """n documents of one length: gradient [n, s, H, u], q [n, s, H, w], k [n, s, G, w], v [n, s, G, u]."""
+    """n documents of one length: gradient [n, s, H, u], q [n, s, H, w], k [n, L, G, w], v [n, L, G, u]."""
     n, s, heads, width = q.shape
-    groups = k.shape[2]
+    groups, skipped = k.shape[2], k.shape[1] - s
     share = heads // groups
     queries, slopes = _by_group(q * scale, groups), _by_group(gradient, groups)  # [n * G, s, H / G, w or u]
-    keys, values = _by_group(k, groups).squeeze(2), _by_group(v, groups).squeeze(2)  # [n * G, s, w or u]
+    keys, values = _by_group(k, groups).squeeze(2), _by_group(v, groups).squeeze(2)  # [n * G, L, w or u]
     keys_t, values_t = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
     more = _sinks_by_group(sinks, n, groups)
     dsinks = q.new_zeros(heads, dtype=torch.float32)
     for a in range(0, s, BLOCK):
-        b, first = min(a + BLOCK, s), max(0, a - window + 1) if window else 0
+        b, first, last = _seen(a, s, skipped, window)
         block, slope = queries[:, a:b].flatten(1, 2), slopes[:, a:b].flatten(1, 2)
-        p = _probabilities(queries[:, a:b], keys_t[:, :, first:b], a, first, window, more)
-        dp = torch.bmm(slope, values_t[:, :, first:b]).float()
+        p = _probabilities(queries[:, a:b], keys_t[:, :, first:last], a + skipped, first, window, more)
+        dp = torch.bmm(slope, values_t[:, :, first:last]).float()
         if sinks is not None:
             dp = F.pad(dp, (0, 1))  # their value is zero
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)  # what autograd calls
@@ -285,9 +311,9 @@ def _documents_backward(
             dsinks += ds[..., -1].view(n, groups, b - a, share).sum((0, 2)).flatten()
             p, ds = p[..., :-1], ds[..., :-1]
         ds = ds.to(q.dtype)
-        _add_bmm(dv[:, first:b], p.to(q.dtype).transpose(1, 2), slope)
-        _add_bmm(dk[:, first:b], ds.transpose(1, 2), block)
-        dq[:, a:b] = torch.bmm(ds, keys[:, first:b]).view(-1, b - a, share, width)
+        _add_bmm(dv[:, first:last], p.to(q.dtype).transpose(1, 2), slope)
+        _add_bmm(dk[:, first:last], ds.transpose(1, 2), block)
+        dq[:, a:b] = torch.bmm(ds, keys[:, first:last]).view(-1, b - a, share, width)
     found = _by_token(dq * scale, n), _by_token(dk[:, :, None], n), _by_token(dv[:, :, None], n)
     return found if sinks is None else (*found, dsinks)
 
@@ -317,3 +343,90 @@ def _mask(a: int, b: int, first: int, window: int, device: torch.device) -> Tens
     distance = torch.arange(a, b, device=device)[:, None] - torch.arange(first, b, device=device)
     hidden = (distance < 0) if not window else (distance < 0) | (distance >= window)
     return torch.zeros(distance.shape, device=device).masked_fill_(hidden, float("-inf"))[:, None]
+
+
+# --- blocks: some queries of a document against all keys that they may see -------------------------------------------
+
+
+class Block(NamedTuple):
+    """Consecutive queries of one document, in some rows, and the keys that they meet.
+
+    Attributes:
+        rows: of the batch. queries: their places in q. keys: places in k and v, of which the last one is the position
+            of the last query and all belong to the document.
+    """
+
+    rows: slice
+    queries: slice
+    keys: slice
+
+
+def block_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float, window: int, sinks: Tensor | None = None
+) -> tuple[Tensor, list[Graph] | None]:
+    """Return causal attention of queries that are a part of their sequences, and what its backward needs beside that.
+
+    q [rows, t, H, w], k [rows, s, G, w], v [rows, s, G, u] -> [rows, t, H, u].
+
+    Args:
+        blocks: each query is in one of them.
+        window: a query sees at most this many tokens, itself included; 0: all.
+        sinks: see `causal_attention_forward`.
+    """
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    if q.is_meta:
+        return out, None
+    if sinks is not None or _ours(q, v):
+        for rows, queries, keys in _by_thread(blocks):
+            at, seen = (rows, queries), (rows, keys)
+            out[at] = _documents_forward(q[at], k[seen], v[seen], scale, window, sinks)
+        return out, None
+    graphs = []
+    for rows, queries, keys in blocks:
+        at, seen = (rows, queries), (rows, keys)
+        graphs.append(Graph(q[at], k[seen], v[seen]))
+        graphs[-1].attend((), scale, window, out[at])
+        graphs[-1].close()
+    return out, graphs
+
+
+def block_attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, graphs: Sequence[Graph] | None,
+    blocks: Sequence[Block], scale: float, window: int, sinks: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, and of the sinks if there are any, from that of the output [rows, t, H, u]; blocks that
+    share keys are summed in float32.
+    """
+    dq = torch.empty_like(q)
+    dsinks = () if sinks is None else (torch.zeros_like(sinks, dtype=torch.float32),)
+    if q.is_meta:
+        return dq, torch.empty_like(k), torch.empty_like(v), *dsinks
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    for index, (rows, queries, keys) in enumerate(_by_thread(blocks) if graphs is None else blocks):
+        at, seen = (rows, queries), (rows, keys)
+        inputs = (q[at], k[seen], v[seen])
+        if graphs is None:
+            slopes = _documents_backward(gradient[at], *inputs, scale, window, sinks)
+        else:
+            slopes = graphs[index].gradients((*inputs, out[at]), [gradient[at]])
+        dq[at] = slopes[0]
+        dk[seen] += slopes[1]
+        dv[seen] += slopes[2]
+        for total, slope in zip(dsinks, slopes[3:], strict=True):
+            total += slope
+    return dq, dk.to(k.dtype), dv.to(v.dtype), *dsinks
+
+
+def _ours(q: Tensor, v: Tensor) -> bool:
+    """Whether our own loops over blocks run rather than torch's kernel; see `causal_attention_forward`."""
+    alone = torch.get_num_threads() == 1 or q.shape[3] != v.shape[3]
+    return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or alone)
+
+
+def _by_thread(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks with as many rows at a time as there are threads."""
+    step = torch.get_num_threads()
+    return [
+        block._replace(rows=slice(row, min(row + step, block.rows.stop)))
+        for block in blocks for row in range(block.rows.start, block.rows.stop, step)
+    ]  # fmt: skip
