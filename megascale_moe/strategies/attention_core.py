@@ -10,65 +10,95 @@ from torch import Tensor
 from megascale_moe.engine.names import suffixed
 from megascale_moe.engine.op import Cost, Op, Phase, Work
 from megascale_moe.engine.value import Keep, Value
-from megascale_moe.kernels.attention import Graph, Spans, causal_attention_backward, causal_attention_forward
+from megascale_moe.kernels.attention import (
+    Block,
+    Spans,
+    block_attention_backward,
+    block_attention_forward,
+    causal_attention_backward,
+    causal_attention_forward,
+)
 from megascale_moe.model.counts import attention_flops_per_token
 from megascale_moe.model.rotary import softmax_scale
 from megascale_moe.model.segments import Segments
-from megascale_moe.strategies.heads import pack, unpack
+from megascale_moe.strategies.heads import pack, unpack, unpack_keys
 from megascale_moe.strategies.layer import Layer
 
 
 def core(
     layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: Value, own: slice = slice(None)
 ) -> Op:
-    """Causal attention inside each document; y [T, H * u] for whole sequences of T tokens.
+    """Causal attention inside each document; y [T, H * u] for the T tokens of the queries.
+
+    Queries are those of whole sequences, or of this rank's slices; keys and values always of whole sequences.
 
     Args:
-        heads: q [T, H, w], k [T, G, w] and v [T, G, u], or one value with all of them side by side.
+        heads: q [T, H, w], k [S, G, w] and v [S, G, u]; or q, and keys and values side by side; or one value with all
+            of them side by side.
         sizes: H, G and w.
         own: which of the heads whose sinks this rank has are those.
     """
     c, layout = layer.model, layer.layout
-    scale, window, rows, length = softmax_scale(c), layer.spec.window, layout.rows, layout.length
+    scale, window, rows = softmax_scale(c), layer.spec.window, layout.rows
     queries, keys, width = sizes
-    name, packed = layer.name("attention"), len(heads) == 1
+    tokens, name = heads[0].shape[0], layer.name("attention")
+    sliced = tokens < layer.node_tokens
     sinks = (layer.name("attention.sinks"),) if layer.spec.sinks else ()
-    statistics = 0.0 if sinks else 4.0 * layer.node_tokens * queries
+    statistics = 0.0 if sinks else 4.0 * tokens * queries
     graph = Value(suffixed(name, "graph"), (statistics,), torch.uint8, keep=Keep.PAPER)
 
     def by_row(values: Sequence[Tensor]) -> list[Tensor]:
-        split = unpack(values[0], queries, keys, width) if packed else values
-        return [x.reshape(rows, length, -1, x.shape[-1]) for x in split]
+        split: Sequence[Tensor] = values
+        if len(values) == 1:
+            split = unpack(values[0], queries, keys, width)
+        elif len(values) == 2:
+            split = (values[0], *unpack_keys(values[1], keys, width))
+        return [x.reshape(rows, -1, *x.shape[1:]) for x in split]
 
-    def spans(segments: Segments) -> Spans:
-        return () if segments.is_whole_rows else segments.spans
+    def blocks(segments: Segments) -> list[Block]:
+        return layer.slices.blocks(layout.node.index, segments, window)
 
-    def run(*args: object) -> tuple[Tensor, Graph | None]:
+    def run(*args: object) -> tuple[Tensor, object]:
         values, (segments, *more) = args[: len(heads)], args[len(heads) :]
-        where, mine = spans(segments), [w[own] for w in more]  # type: ignore
-        out, graph = causal_attention_forward(*by_row(values), where, scale, window, *mine)  # type: ignore
-        return out.reshape(rows * length, -1), graph
+        mine = [w[own] for w in more]  # type: ignore
+        out: Tensor
+        graph: object
+        if sliced:
+            out, graph = block_attention_forward(*by_row(values), blocks(segments), scale, window, *mine)  # type: ignore
+        else:
+            out, graph = causal_attention_forward(*by_row(values), _spans(segments), scale, window, *mine)  # type: ignore
+        return out.flatten(0, 1).flatten(1), graph
 
     def run_backward(*args: object) -> tuple[Tensor, ...] | Tensor:
         values, (segments, graph, out, d, *more) = args[: len(heads)], args[len(heads) :]
-        gradient, result = (x.view(rows, length, -1, c.value_dim) for x in (d, out))  # type: ignore
-        parts = causal_attention_backward(
-            gradient, *by_row(values), result, graph, spans(segments), scale, window,  # type: ignore
-            *(w[own] for w in more[:1]),  # type: ignore
-        )  # fmt: skip
+        mine = [w[own] for w in more[:1]]  # type: ignore
+        gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))  # type: ignore
+        given = (gradient, *by_row(values), result, graph)  # type: ignore
+        if sliced:
+            parts = block_attention_backward(*given, blocks(segments), scale, window, *mine)  # type: ignore
+        else:
+            parts = causal_attention_backward(*given, _spans(segments), scale, window, *mine)  # type: ignore
         for sink, slope in zip(more[1:], parts[3:], strict=True):
             sink.value()[own] += slope  # type: ignore
-        flat = tuple(part.flatten(0, 1) for part in parts[:3])
-        return pack(*flat) if packed else flat
+        dq, dk, dv = (part.flatten(0, 1) for part in parts[:3])
+        if len(values) == 1:
+            return pack(dq, dk, dv)
+        return (dq, pack(dk, dv)) if len(values) == 2 else (dq, dk, dv)
 
-    flops = layer.node_tokens * attention_flops_per_token(c, layer.spec) * queries / c.heads
-    cost = Cost(flops, sum(x.nbytes for x in heads) + y.nbytes, work=Work.ATTENTION, size=length)
+    # Whatever a rank's share of the queries, it is a fair one: slices are in zig-zag order, or sequences are whole.
+    flops = tokens * attention_flops_per_token(c, layer.spec) * queries / c.heads
+    cost = Cost(flops, sum(x.nbytes for x in heads) + y.nbytes, work=Work.ATTENTION, size=layout.length)
     backward = Op(
         name=name, phase=Phase.B, reads=(*heads, "segments", graph, y, y.gradient),
         writes=tuple(x.gradient for x in heads), weights=sinks, gradients=sinks, run=run_backward,
-        cost=Cost(2.5 * flops, 2 * cost.memory_bytes, work=Work.ATTENTION, size=length),
+        cost=Cost(2.5 * flops, 2 * cost.memory_bytes, work=Work.ATTENTION, size=layout.length),
     )
     return Op(
         name=name, reads=(*heads, "segments"), writes=(y, graph), weights=sinks, run=run, cost=cost,
         backward=(backward,),
     )
+
+
+def _spans(segments: Segments) -> Spans:
+    """The documents; none where every row is one."""
+    return () if segments.is_whole_rows else segments.spans

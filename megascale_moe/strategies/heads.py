@@ -90,12 +90,18 @@ def select(x: Tensor, heads: Sequence[int]) -> Tensor:
     return part.reshape(x.shape[0], -1)
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return heads side by side, [T, queries | keys | values]."""
-    return torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), dim=1)
+def pack(*parts: Tensor) -> Tensor:
+    """Return heads side by side: of q, k, v [T, queries | keys | values], of k and v alone [T, keys | values]."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def unpack(x: Tensor, queries: int, keys: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return views q [T, queries, w], k [T, keys, w], v [T, keys, u] of packed heads; w = `width`."""
     q, k, v = x.split([queries * width, keys * width, x.shape[1] - (queries + keys) * width], dim=1)
     return q.unflatten(1, (queries, -1)), k.unflatten(1, (keys, -1)), v.unflatten(1, (keys, -1))
+
+
+def unpack_keys(x: Tensor, keys: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return views k [T, keys, w], v [T, keys, u] of packed keys and values; w = `width`."""
+    k, v = x.split([keys * width, x.shape[1] - keys * width], dim=1)
+    return k.unflatten(1, (keys, -1)), v.unflatten(1, (keys, -1))

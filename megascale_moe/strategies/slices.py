@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megascale_moe.kernels.attention import Block
+from megascale_moe.model.segments import Segments
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -73,6 +76,26 @@ class Slices:
             return torch.stack((early, late.flip(2)), dim=2).reshape(x.shape)
         blocks = x.view(-1, self.parts, self.rows, self._chunk, *x.shape[1:])
         return blocks.transpose(1, 2).reshape(x.shape)
+
+    def blocks(self, part: int, segments: Segments, window: int) -> list[Block]:
+        """Return what the queries of a rank meet of the keys of whole rows, document by document.
+
+        Args:
+            window: a query sees at most this many tokens, itself included; 0: all of its document.
+        """
+        documents = [(slice(row, row + 1), first, last) for row, first, last in segments.spans]
+        if segments.is_whole_rows:
+            documents = [(slice(0, self.rows), 0, self.length)]
+        found, before = [], 0
+        for run in self.runs(part):
+            for rows, first, last in documents:
+                a, b = max(first, run.start), min(last, run.stop)
+                if a < b:
+                    key = max(first, a - window + 1) if window else first
+                    queries = slice(before + a - run.start, before + b - run.start)
+                    found.append(Block(rows, queries, slice(key, b)))
+            before += len(run)
+        return found
 
     def place(self, position: int) -> tuple[int, int]:
         """Return which rank holds a position of the rows, and where in its slice of a row."""

@@ -12,6 +12,8 @@ import torch
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig
+from megascale_moe.model.attention import visible
+from megascale_moe.model.segments import Segments
 from megascale_moe.strategies import registry
 from megascale_moe.strategies.attention_sp import SequenceParallel
 from megascale_moe.strategies.attention_tp import TensorParallel
@@ -49,6 +51,41 @@ def test_slices_of_all_ranks_are_the_sequences(parts: int, zigzag: bool) -> None
 def test_a_position_outside_of_the_rows_is_held_by_nobody() -> None:
     with pytest.raises(IndexError, match="position 12 of rows of 12 tokens"):
         Slices(1, 12, 3).place(12)
+
+
+PACKED = Segments(2, 24, (0, 1, 7, 24, 36, 41, 48))
+
+
+def pairs(slices: Slices, part: int, segments: Segments, window: int) -> torch.Tensor:
+    """Which keys the queries of a rank see, bool [rows, tokens of a row, length], counted out of its blocks."""
+    found = torch.zeros(slices.rows, slices.length // slices.parts, slices.length, dtype=torch.int64)
+    for rows, queries, keys in slices.blocks(part, segments, window):
+        count = queries.stop - queries.start
+        positions = torch.arange(keys.stop - count, keys.stop)[:, None]
+        distance = positions - torch.arange(keys.start, keys.stop)
+        found[rows, queries, keys] += (distance >= 0) & (distance < (window or slices.length))
+    assert found.max() == 1  # no query meets a key twice
+    return found.bool()
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("segments", [Segments.whole_rows(2, 24), PACKED], ids=["whole rows", "documents"])
+def test_blocks_are_what_the_mask_of_whole_rows_shows(segments: Segments, zigzag: bool, window: int) -> None:
+    slices = Slices(2, 24, 3, zigzag)
+    mask = visible(segments, window)[:, 0].flatten(0, 1)
+    for part in range(3):
+        assert torch.equal(pairs(slices, part, segments, window).flatten(0, 1), slices.take(mask, part))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_zigzag_shares_the_causal_square_out_equally(parts: int) -> None:
+    """Exactly; contiguous slices have from 1 to 2n - 1 parts of it."""
+    segments = Segments.whole_rows(2, 24)
+    sizes = [int(pairs(Slices(2, 24, parts, zigzag=True), part, segments, 0).sum()) for part in range(parts)]
+    assert sizes == [2 * (24 * 25 // 2) // parts] * parts
+    uneven = [int(pairs(Slices(2, 24, parts), part, segments, 0).sum()) for part in range(parts)]
+    assert uneven[-1] > 2 * uneven[0]
 
 
 # --- whole steps in zig-zag order ------------------------------------------------------------------------------------
