@@ -43,7 +43,7 @@ class TensorParallel(AttentionStrategy):
         if grouped:
             divides("model.kv_heads", model.kv_heads, "parallel.node", node, " (or parallel.attention = 'sp')")
 
-    def rotates_sequences(self, layout: Layout) -> bool:
+    def rotates_sequences(self, layout: Layout, model: ModelConfig) -> bool:
         return True
 
     def ops(self, layer: Layer, x: Value) -> tuple[list[Op], Value]:

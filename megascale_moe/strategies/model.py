@@ -124,7 +124,7 @@ def local_inputs(
     """
     node, device, strategies = layout.node, tokens.device, strategies_of(layout, config)
     slices, positions = slices_of(layout), segments.positions()
-    if not strategies.attention.rotates_sequences(layout):
+    if not strategies.attention.rotates_sequences(layout, config):
         positions = slices.take(positions, node.index)
 
     def local(x: Tensor) -> Tensor:

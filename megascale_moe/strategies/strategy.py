@@ -77,7 +77,7 @@ class AttentionStrategy(Strategy):
         """Return how `node` ranks share out `rows` x `length` tokens between modules."""
         return Slices(rows, length, node, self.zigzag and node > 1)
 
-    def rotates_sequences(self, layout: Layout) -> bool:
+    def rotates_sequences(self, layout: Layout, model: ModelConfig) -> bool:
         """Whether rotary embedding is applied to whole sequences of the node rather than to this rank's slices."""
         return layout.node.size == 1
 
