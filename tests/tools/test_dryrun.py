@@ -347,6 +347,14 @@ def test_table_names_what_matters(tmp_path: Path) -> None:
         assert text in found.stdout
 
 
+def test_table_shows_messages_that_are_made_again(tmp_path: Path) -> None:
+    """Tokens are gathered once more in backward: the table ended in a KeyError, with recomputed messages too."""
+    for option in ("--parallel.attention=tp", "--overlap.remat=paper"):
+        found = command(tmp_path, "--gpus=8", option)
+        assert found.status == 0, found.stderr
+        assert "made again" in found.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

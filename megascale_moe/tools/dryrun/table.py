@@ -8,7 +8,7 @@ from rich.table import Table
 from megascale_moe.tools.dryrun.step import DryRun
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
-PHASES = {"F": "forward", "B": "backward", "W": "synchronisation"}
+PHASES = {"F": "forward", "B": "backward", "R": "made again", "W": "synchronisation"}
 
 
 WIDTH = 110  # columns that the longest operator's name needs
