@@ -46,8 +46,11 @@ class ParallelConfig:
         Special(0, "ep x etp, or all ranks / (pp x dp)"),
     ] = 0
     attention: Annotated[
-        Literal["sp", "tp"],
-        Doc("Parallelism of attention in a node: over the sequence (sp, Ulysses) or over heads (tp, tensor-parallel)."),
+        Literal["sp", "tp", "cp"],
+        Doc(
+            "Parallelism of attention in a node: over the sequence with heads exchanged (sp, Ulysses), over heads "
+            "(tp, tensor-parallel), or over the sequence with keys gathered (cp, context-parallel)."
+        ),
     ] = "sp"
     ffn: Annotated[
         Literal["ep", "tp", "ep+tp"],

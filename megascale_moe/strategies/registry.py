@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from megascale_moe.config import ConfigError, ModelConfig
+from megascale_moe.strategies.attention_cp import CONTEXT_PARALLEL
 from megascale_moe.strategies.attention_sp import SEQUENCE_PARALLEL
 from megascale_moe.strategies.attention_tp import TENSOR_PARALLEL
 from megascale_moe.strategies.experts_all_gather import ALL_GATHER
@@ -28,7 +29,7 @@ from megascale_moe.strategies.strategy import (
 from megascale_moe.strategies.vocabulary_replicated import REPLICATED
 from megascale_moe.strategies.vocabulary_sharded import SHARDED
 
-ATTENTION: tuple[AttentionStrategy, ...] = (SEQUENCE_PARALLEL, TENSOR_PARALLEL)
+ATTENTION: tuple[AttentionStrategy, ...] = (SEQUENCE_PARALLEL, TENSOR_PARALLEL, CONTEXT_PARALLEL)
 FFN: tuple[FFNStrategy, ...] = (EXPERT_PARALLEL, TENSOR_PARALLEL_FFN, EXPERT_TENSOR_PARALLEL)
 DISPATCH: tuple[DispatchForm, ...] = (ALL_TO_ALL, ALL_GATHER)
 VOCABULARY: tuple[VocabularyStrategy, ...] = (REPLICATED, SHARDED)

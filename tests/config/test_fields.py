@@ -191,7 +191,7 @@ def test_choices_of_the_caller_replace_those_of_the_type() -> None:
 
 
 def test_a_config_that_a_program_made_is_checked_like_one_that_was_read() -> None:
-    for values in ({"ep": -1}, {"ep": True}, {"attention": "cp"}, {"stage_layers": (0,)}):
+    for values in ({"ep": -1}, {"ep": True}, {"attention": "ring"}, {"stage_layers": (0,)}):
         with pytest.raises(ConfigError) as read:
             from_dict({"parallel": values})
         with pytest.raises(ConfigError) as made:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megascale_moe.comm.axis import single
+from megascale_moe.comm.axis import axes_of, single
 from megascale_moe.config import ConfigError, ModelConfig, OverlapConfig, ParallelConfig
 from megascale_moe.engine.cost import Rates
 from megascale_moe.engine.executor import Program
@@ -20,15 +20,18 @@ from megascale_moe.engine.op import Op, backward
 from megascale_moe.engine.remat import keeps_within, kept_bytes, kept_names, policy, rematerialize
 from megascale_moe.engine.value import Keep, Value
 from megascale_moe.model.segments import Segments
-from megascale_moe.model.transformer import Transformer
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import Stage
 from megascale_moe.presets import PRESETS
-from megascale_moe.strategies.model import INPUTS, hidden_state, local_inputs
+from megascale_moe.strategies.fit import mesh_of
+from megascale_moe.strategies.model import INPUTS, buffers_of, hidden_state, local_inputs
+from megascale_moe.strategies.placement import Placement
+from megascale_moe.strategies.weights import placements
 from tests.strategies.test_layouts import SMALL
 
 LAYERS = 4
 GIVEN = ("rope", "segments")
+ALONE = ParallelConfig(dp=1, node=1, ep=1)
 CPU, META = torch.device("cpu"), torch.device("meta")
 MODELS = ("qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v3", "mixtral-8x7b", "gpt-oss-20b")
 
@@ -49,10 +52,13 @@ def small(name: str) -> ModelConfig:
 
 
 def stage_of(
-    model: ModelConfig, remat: str, budget: int = 0, dtype: torch.dtype = torch.bfloat16
-) -> tuple[StepPlan, Stage]:
+    model: ModelConfig, remat: str, budget: int = 0, dtype: torch.dtype = torch.bfloat16,
+    parallel: ParallelConfig = ALONE,
+) -> tuple[StepPlan, Stage]:  # fmt: skip
+    """The step of the first rank, whose peers exist on paper only."""
     overlap = OverlapConfig(remat=remat, activation_bytes=budget)  # type: ignore[arg-type]
-    plan = StepPlan(model, ParallelConfig(dp=1, node=1, ep=1), single(), dtype, 1, device=META, overlap=overlap)
+    axes = axes_of(mesh_of(parallel, model, parallel.node), 0)
+    plan = StepPlan(model, parallel, axes, dtype, 1, device=META, overlap=overlap)
     (stage,) = plan.stages.values()
     return plan, stage
 
@@ -66,7 +72,8 @@ def counted(plan: StepPlan, stage: Stage, device: torch.device) -> int:
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     inputs: dict[str, Any] = local_inputs(tokens, None, plan.layout, Segments.whole_rows(*shape), model)
     with torch.device(device):
-        weights = {name: torch.rand(value.shape, dtype=dtype) for name, value in shapes_of(model).items()}
+        weights = {name: torch.rand(place.shape, dtype=dtype) for name, place in shapes_of(plan).items()}
+        weights |= buffers_of(model, plan.part, device)
     meter = Meter()
     with meter:
         x = torch.randn(plan.layout.tokens, model.hidden, dtype=dtype, device=device)
@@ -79,9 +86,21 @@ def counted(plan: StepPlan, stage: Stage, device: torch.device) -> int:
         return meter.alive
 
 
-def shapes_of(model: ModelConfig) -> dict[str, torch.Tensor]:
-    with META:
-        return dict(Transformer(model).state_dict())
+def shapes_of(plan: StepPlan) -> dict[str, Placement]:
+    return placements(plan.model, plan.layout, plan.part)
+
+
+@pytest.mark.parametrize("remat", ["none", "paper", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_declared_bytes_are_kept_where_keys_are_gathered(name: str, remat: str) -> None:
+    """Context parallelism on four ranks; "paper" keeps no tokens of other ranks."""
+    parallel = ParallelConfig(dp=1, node=4, attention="cp", dispatch="all_gather")
+    plan, stage = stage_of(layers_of(name), remat, parallel=parallel)
+    declared, found = kept_bytes(stage.forward, stage.backward), counted(plan, stage, META)
+    statistics = {"none": 1, "paper": 1, "full": 0}[remat] * 2 * 4 * 512 // 4 * plan.model.heads
+    assert declared == found + statistics
+    kept = {parse(name).tensor for name in kept_names(stage.forward, stage.backward)}
+    assert bool(kept & {"keys_ag", "kv_latent_ag"}) is (remat == "none")
 
 
 @pytest.mark.parametrize("remat", ["none", "paper", "full"])

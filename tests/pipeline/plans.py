@@ -47,11 +47,11 @@ FACTORS = {
 
 
 def attention_is_cut_in_pieces(sizes: str, attention: str, split: str) -> bool:
-    """Into as many as the case says, 9 being one for each rank.
+    """Into as many as the case says, 9 being one for each rank; only Ulysses has pieces.
 
     Else a pair of two factors could be in the table and nowhere in what runs.
     """
-    return split == "none" or attention == "alone" or (2 if split == "9" else int(split)) <= SIZES[sizes][2]
+    return split == "none" or attention != "sp" or (2 if split == "9" else int(split)) <= SIZES[sizes][2]
 
 
 def experts_are_cut_in_pieces(sizes: str, experts: str, split: str) -> bool:

@@ -105,11 +105,11 @@ def test_declared_bytes_are_half_and_payload_plus_scales(parallel: str) -> None:
         compressed += 1
         assert bf16[name, phase] == size / 2
         assert size / 4 < fp8[name, phase] <= size / 4 * (1 + 1 / 4)  # messages have 4 rows or 16 columns at least
-    assert compressed >= 8
+    assert compressed >= 6
 
 
 @pytest.mark.parametrize("wire", ["bf16", "fp8"])
-@pytest.mark.parametrize("parallel", ["sp+ep all-to-all", "sp+ep all-gather", "tp+tp"])
+@pytest.mark.parametrize("parallel", ["sp+ep all-to-all", "sp+ep all-gather", "tp+tp", "cp+ep"])
 def test_counted_bytes_are_the_declared_ones(parallel: str, wire: str) -> None:
     """Over all ranks routed rows are as many as declared; their FP8 scales are as many as messages have channels."""
     mesh = mesh_of(PARALLEL[parallel], SHARED, 4)

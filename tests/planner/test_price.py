@@ -149,7 +149,7 @@ def test_sums_of_gradients_have_a_price() -> None:
     assert costs == {Cost(memory_bytes=2 * 3 * tokens * MODEL.hidden * 2)}
 
 
-@pytest.mark.parametrize("attention", ["sp", "tp"])
+@pytest.mark.parametrize("attention", ["sp", "tp", "cp"])
 @pytest.mark.parametrize("ffn", ["ep", "tp"])
 def test_products_of_a_step_are_the_models_flops(attention: str, ffn: str) -> None:
     """All FLOPs that a peak is asked for, over all ranks: the model's own, with attention's backward at 2.5 of its

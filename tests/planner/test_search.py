@@ -42,7 +42,7 @@ def test_every_layout_of_a_space_is_one_and_there_once(gpus: int) -> None:
     if gpus == 8:
         p = [config.parallel for config in made]
         assert {each.pp for each in p} == {1, 2, 4}
-        assert {each.attention for each in p} == {"sp", "tp"}
+        assert {each.attention for each in p} == {"sp", "tp", "cp"}
         assert {each.ffn for each in p} == {"ep", "tp", "ep+tp"}
         assert {each.schedule for each in p} == {"1f1b", "interleaved", "zero_bubble"}
         assert {config.train.micro_batch for config in made} == {1, 2, 4, 8, 16}

@@ -56,7 +56,7 @@ EXPERTS: dict[str, tuple[str, str, str]] = {
 LAYOUT: dict[str, tuple[str, ...]] = {
     "sizes": tuple(SIZES),
     "experts": tuple(EXPERTS),
-    "attention": ("alone", "sp", "tp"),
+    "attention": ("alone", "sp", "tp", "cp"),
     "vocabulary": ("replicated", "sharded"),
 }
 """The factors of a layout; "schedule" may be one more. Attention is "alone" on a node of one rank."""
@@ -70,7 +70,7 @@ def parallel_of(case: Mapping[str, str]) -> ParallelConfig:
     schedule = case.get("schedule", "1f1b")
     return ParallelConfig(
         pp=pp, dp=dp, node=node, ep=ep, etp=etp, ffn=ffn, dispatch=dispatch,  # type: ignore[arg-type]
-        attention="tp" if case["attention"] == "tp" else "sp", vocabulary=case["vocabulary"],  # type: ignore[arg-type]
+        attention=case["attention"].replace("alone", "sp"), vocabulary=case["vocabulary"],  # type: ignore[arg-type]
         schedule=schedule, virtual_stages=2 if schedule == "interleaved" else 1,  # type: ignore[arg-type]
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[Mesh, dict[str, Any]]] = {
     "tp + tp": (Mesh(node=4, etp=4), {"attention": "tp", "ffn": "tp", "vocabulary": "sharded"}),
     "sp + tp in 4": (Mesh(node=4, etp=4), {"ffn": "tp", "pieces": 4}),
     "sp + ep x etp in 2": (Mesh(node=4, ep=2, etp=2), {"ffn": "ep+tp", "dispatch": "all_to_all", "pieces": 2}),
+    "cp + all-to-all in 2": (Mesh(node=4, ep=4), {"attention": "cp", "dispatch": "all_to_all", "pieces": 2}),
     "two nodes": (Mesh(dp=2, node=2, ep=4), {"dispatch": "all_to_all", "pieces": 3}),
 }
 

@@ -14,6 +14,8 @@ and where the paper has none, ours: n = ep x etp, whose etp ranks share every ex
     embedding, before the head      bsh (n-1) / n each
     softmax over n parts            3 numbers of 4 bytes for each of bs tokens to n-1 ranks
     latent attention, tp            as tp, but what comes in are latents instead of h: bs (n-1) / n of their widths
+    attention, context parallel     bs (n-1) / n of the width of all keys and values, (2/m) bsh (n-1) / n where heads
+                                    have equal widths; of that of the latents where keys and values are made of them
 """
 
 from __future__ import annotations
@@ -132,6 +134,29 @@ def test_tensor_parallel_attention(n: int, phase: Phase) -> None:
 
 
 @pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize(("n", "kv_heads"), [(2, 4), (4, 1), (4, 8), (8, 2)])
+def test_context_parallel_attention(n: int, kv_heads: int, phase: Phase) -> None:
+    """Every key head travels once, also where there are fewer than ranks; there is no second message."""
+    c = replace(CONFIG, kv_heads=kv_heads)
+    found = declared(c, strategy(c, Mesh(node=n, ep=n), attention="cp"))
+    bsh, m = ROWS * c.sequence_length * c.hidden, c.heads // kv_heads
+    assert found.pop(("gather_keys", phase)) == 4 * 2 / m * bsh * (n - 1) / n
+    experts = declared(c, strategy(c, Mesh(node=n, ep=n)))
+    assert {key for key in found if key[1] == phase} == {
+        key for key in experts if key[1] == phase and key[0] not in ("scatter_heads", "gather_heads")
+    }
+
+
+@pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_context_parallel_latent_attention(n: int, phase: Phase) -> None:
+    """One message of 20 + 4 numbers a token."""
+    found = declared(LATENT, strategy(LATENT, Mesh(node=n, ep=n), attention="cp"))
+    assert found["gather_latents", phase] == 4 * ROWS * LATENT.sequence_length * (n - 1) / n * 24
+    assert ("gather_keys", phase) not in found
+
+
+@pytest.mark.parametrize("phase", BOTH)
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_tensor_parallel_ffn(n: int, phase: Phase) -> None:
     """Of experts and of a dense layer; the routing travels as with experts by index."""
@@ -234,7 +259,7 @@ def test_bytes_that_travel_are_those_declared(mesh: Mesh, k: int, kv_heads: int,
 
 
 WIDE = replace(LATENT, dense_layers=1, dense_ffn_hidden=16, layers=2, shared_experts=1, tied_embeddings=True)
-TP, SHARDED = {"attention": "tp"}, {"vocabulary": "sharded"}
+TP, CP, SHARDED = {"attention": "tp"}, {"attention": "cp"}, {"vocabulary": "sharded"}
 
 
 @pytest.mark.parametrize(("c", "mesh", "dispatch", "strategies"), [
@@ -245,6 +270,8 @@ TP, SHARDED = {"attention": "tp"}, {"vocabulary": "sharded"}
     (CONFIG, Mesh(node=4, ep=2, etp=2), "all_gather", {**SHARDED, "ffn": "ep+tp"}),
     (CONFIG, Mesh(dp=2, node=2, ep=2, etp=2), "all_to_all", {**SHARDED, "ffn": "ep+tp"}),
     (CONFIG, Mesh(dp=2, node=2, etp=2), "auto", {"ffn": "tp"}),
+    (CONFIG, Mesh(node=4, ep=4), "all_to_all", {**CP, **SHARDED}),
+    (WIDE, Mesh(dp=2, node=2, ep=2), "all_gather", CP),
 ])  # fmt: skip
 def test_bytes_of_strategies_that_travel_are_those_declared(
     c: ModelConfig, mesh: Mesh, dispatch: str, strategies: dict[str, str]

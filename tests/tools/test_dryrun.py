@@ -145,6 +145,7 @@ def real_step(config: Config, mesh: Mesh) -> dict[str, int]:
 LAYOUTS = {
     "sp+ep": ParallelConfig(dp=2, node=2, ep=2),
     "tp+tp": ParallelConfig(node=2, dp=2, attention="tp", ffn="tp", vocabulary="sharded"),
+    "cp+ep": ParallelConfig(dp=2, node=2, ep=2, attention="cp"),
     "pipeline": ParallelConfig(pp=2, node=2, schedule="zero_bubble"),
     "interleaved": ParallelConfig(pp=2, dp=2, node=1, ep=1, schedule="interleaved", virtual_stages=2),
     "ep x etp": ParallelConfig(node=4, ffn="ep+tp", ep=2, etp=2),
