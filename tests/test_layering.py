@@ -7,6 +7,9 @@ to a process group makes the reference semantics depend on the runtime that is t
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +39,11 @@ UNBOUND = ("testing", "", "__main__")  # may import everything and be imported b
 BANNED_NAMES = {"util", "utils", "common", "core", "base", "helper", "helpers", "misc", "manager", "experiments"}
 FUNCTION_LINES = 80
 FILE_LINES = 500
+PARAMETERS = 8
+"""Of a function, beside self. Triton's kernels have no structures to pass."""
+ROOM_SHARE = 0.2
+PACKAGE_TOKENS = 202_000
+"""Of Python, without comments and line breaks, so that packing lines gains nothing. To be lowered when code goes."""
 
 
 def modules() -> dict[str, ast.Module]:
@@ -130,13 +138,32 @@ def too_long(name: str, tree: ast.Module) -> list[str]:
     return [f"{function} has {lines} lines" for function, lines in sizes.items() if lines > FUNCTION_LINES]
 
 
+def too_many_parameters(name: str, tree: ast.Module) -> list[str]:
+    """Functions whose parameters belong together in some structure."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not compiled(node):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(each.arg not in ("self", "cls") for each in given)
+            if count > PARAMETERS:
+                found.append(f"{name}:{node.lineno} {node.name} has {count} parameters")
+    return found
+
+
+def compiled(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Triton compiles it."""
+    return any(ast.unparse(each) == "triton.jit" for each in function.decorator_list)
+
+
 def undocumented(name: str, tree: ast.Module) -> list[str]:
     """Modules with code that do not say what they are for."""
     return [f"{name}: no module docstring"] if tree.body and ast.get_docstring(tree) is None else []
 
 
 Rule = Callable[[str, ast.Module], list[str]]
-RULES: tuple[Rule, ...] = (upward, relative, hidden, distributed, badly_named, too_long, undocumented)
+RULES: tuple[Rule, ...] = (
+    upward, relative, hidden, distributed, badly_named, too_long, too_many_parameters, undocumented,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -147,6 +174,34 @@ def test_every_module_keeps_the_rule(parsed: dict[str, ast.Module], rule: Rule) 
 def test_no_file_is_too_long() -> None:
     lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")}
     assert {path: lines for path, lines in lengths.items() if lines > FILE_LINES} == {}
+
+
+def test_one_word_for_one_thing(parsed: dict[str, ast.Module]) -> None:
+    """No two public classes have the same name."""
+    places = defaultdict(list)
+    for name, tree in parsed.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_the_package_and_its_rooms_stay_small() -> None:
+    sizes: Counter[str] = Counter()
+    for path in ROOT.rglob("*.py"):
+        sizes[path.relative_to(ROOT).parts[0]] += tokens(path.read_text(encoding="utf-8"))
+    assert sizes.total() <= PACKAGE_TOKENS
+    assert {room: size for room, size in sizes.items() if size > ROOM_SHARE * PACKAGE_TOKENS} == {}
+
+
+def tokens(source: str) -> int:
+    """Return how many tokens a file has that mean something."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    return sum(token.type not in silent for token in tokenize.generate_tokens(io.StringIO(source).readline))
+
+
+def test_tokens_are_counted_whatever_the_lines() -> None:
+    assert tokens("x = f(1)  # why\n") == tokens("x = (\n    f(1)\n)") - 2 == 6
 
 
 @pytest.mark.parametrize(
@@ -173,6 +228,7 @@ def test_no_file_is_too_long() -> None:
         (badly_named, "train.utils", ""),
         (badly_named, "core.op", ""),
         (too_long, "train.loop", "def f():\n" + "    pass\n" * FUNCTION_LINES),
+        (too_many_parameters, "train.loop", "def f(self, a, b, c, d, e, *, g, h, i, j): pass"),
         (undocumented, "train.loop", "x = 1"),
     ],
 )
@@ -190,6 +246,8 @@ def test_the_rule_catches(rule: Rule, name: str, source: str) -> None:
         (distributed, "comm.axis", "import torch.distributed as dist"),
         (badly_named, "strategies.basement", ""),
         (too_long, "train.loop", "def f():\n" + "    pass\n" * (FUNCTION_LINES - 1)),
+        (too_many_parameters, "train.loop", "def f(self, a, b, c, d, e, *, g, h, i): pass"),
+        (too_many_parameters, "kernels.narrow", "@triton.jit\ndef f(a, b, c, d, e, g, h, i, j): pass"),
     ],
 )
 def test_the_rule_allows(rule: Rule, name: str, source: str) -> None:

@@ -48,7 +48,7 @@ def attention_sides(dtype: torch.dtype, rows: int, heads: int, groups: int, widt
     out = causal_attention(leaves[0], leaves[1], leaves[2], (), width**-0.5, 0)
     return {
         "torch": lambda: torch.autograd.grad(out, leaves, d, retain_graph=True),
-        "ours": lambda: causal_attention_backward(d, q, k, v, d, None, (), width**-0.5, 0),
+        "ours": lambda: causal_attention_backward(d, (q, k, v), d, None, (), width**-0.5, 0),
     }
 
 

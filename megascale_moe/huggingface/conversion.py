@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.config import ConfigError, ModelConfig, from_dict, require
-from megascale_moe.huggingface.families import DIRECT_QUERY_RULE, FAMILIES, REQUIRED, Family, Field, Rule
+from megascale_moe.huggingface.families import DIRECT_QUERY_RULE, FAMILIES, REQUIRED, ConfigName, Family, NameRule
 from megascale_moe.model.transformer import Transformer
 
 # Fields that train a model but do not change what it computes; capacity is one, because released models drop nothing.
@@ -68,7 +68,7 @@ def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _read_field(field: Field, flat: Mapping[str, Any], name: str) -> Any:
+def _read_field(field: ConfigName, flat: Mapping[str, Any], name: str) -> Any:
     found = [flat[key] for key in field.theirs if key in flat]
     require(bool(found) or field.default is not REQUIRED, f"{name} config: key {field.theirs[0]!r} is missing")
     return field.read(found[0]) if found else field.default
@@ -213,14 +213,14 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
 
 
-def _rules(config: ModelConfig, family: str = "") -> dict[str, Rule]:
+def _rules(config: ModelConfig, family: str = "") -> dict[str, NameRule]:
     rules = {rule.ours: rule for rule in _family(family or family_of(config)).rules}
     if config.attention == "mla" and not config.q_lora_rank:
         rules[DIRECT_QUERY_RULE.ours] = DIRECT_QUERY_RULE
     return rules
 
 
-def _match(name: str, rules: Mapping[str, Rule], config: ModelConfig) -> tuple[Rule, str]:
+def _match(name: str, rules: Mapping[str, NameRule], config: ModelConfig) -> tuple[NameRule, str]:
     """The rule for one of our tensors, and its layer."""
     layer = re.match(r"layers\.(\d+)\.(.*)", name)
     pattern = f"layers.{{layer}}.{layer[2]}" if layer else name
@@ -228,11 +228,11 @@ def _match(name: str, rules: Mapping[str, Rule], config: ModelConfig) -> tuple[R
     return rules[pattern], layer[1] if layer else ""
 
 
-def _stacked(rule: Rule) -> bool:
+def _stacked(rule: NameRule) -> bool:
     return "{expert}" in rule.parts[0]
 
 
-def _sources(rule: Rule, layer: str, config: ModelConfig) -> list[list[str]]:
+def _sources(rule: NameRule, layer: str, config: ModelConfig) -> list[list[str]]:
     """Their names, one group per expert (one group in all where nothing is stacked)."""
     experts: Iterable[int] = range(config.experts) if _stacked(rule) else (0,)
     return [[part.format(layer=layer, expert=expert) for part in rule.parts] for expert in experts]
@@ -244,14 +244,14 @@ def _assemble(state: Mapping[str, Tensor], sources: list[list[str]], stacked: bo
     return torch.stack(joined) if stacked else joined[0]
 
 
-def _as_ours(tensor: Tensor, rule: Rule) -> Tensor:
+def _as_ours(tensor: Tensor, rule: NameRule) -> Tensor:
     """From their order of elements: outputs last and halves of them alternating, where the rule says so."""
     if rule.interleaved:
         tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
     return tensor.transpose(-1, -2).contiguous() if rule.transposed else tensor
 
 
-def _as_theirs(tensor: Tensor, rule: Rule) -> Tensor:
+def _as_theirs(tensor: Tensor, rule: NameRule) -> Tensor:
     """The inverse of `_as_ours`."""
     if rule.transposed:
         tensor = tensor.transpose(-1, -2).contiguous()

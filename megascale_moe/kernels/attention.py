@@ -205,12 +205,13 @@ def causal_attention_forward(
 
 
 def causal_attention_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, graph: Graph | None, spans: Spans, scale: float,
+    gradient: Tensor, inputs: Sequence[Tensor], out: Tensor, graph: Graph | None, spans: Spans, scale: float,
     window: int, sinks: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, and of the sinks if there are any, from that of the output [rows, s, H, u]; `out` is the
-    output itself.
+    """Gradients of the inputs q, k, v, and of the sinks if there are any, from that of the output [rows, s, H, u];
+    `out` is the output itself.
     """
+    q, k, v = inputs
     if graph is not None:
         slopes = [gradient[row : row + 1, a:b] for row, a, b in spans] or [gradient]
         return graph.gradients((q, k, v, out), slopes)
@@ -348,7 +349,7 @@ def _mask(a: int, b: int, first: int, window: int, device: torch.device) -> Tens
 # --- blocks: some queries of a document against all keys that they may see -------------------------------------------
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Consecutive queries of one document, in some rows, and the keys that they meet.
 
     Attributes:
@@ -362,8 +363,9 @@ class Block(NamedTuple):
 
 
 def block_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float, window: int, sinks: Tensor | None = None
-) -> tuple[Tensor, list[Graph] | None]:
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[QueryBlock], scale: float, window: int,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, list[Graph] | None]:  # fmt: skip
     """Return causal attention of queries that are a part of their sequences, and what its backward needs beside that.
 
     q [rows, t, H, w], k [rows, s, G, w], v [rows, s, G, u] -> [rows, t, H, u].
@@ -391,12 +393,13 @@ def block_attention_forward(
 
 
 def block_attention_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, graphs: Sequence[Graph] | None,
-    blocks: Sequence[Block], scale: float, window: int, sinks: Tensor | None = None,
+    gradient: Tensor, inputs: Sequence[Tensor], out: Tensor, graphs: Sequence[Graph] | None,
+    blocks: Sequence[QueryBlock], scale: float, window: int, sinks: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, and of the sinks if there are any, from that of the output [rows, t, H, u]; blocks that
-    share keys are summed in float32.
+    """Gradients of the inputs q, k, v, and of the sinks if there are any, from that of the output [rows, t, H, u];
+    blocks that share keys are summed in float32.
     """
+    q, k, v = inputs
     dq = torch.empty_like(q)
     dsinks = () if sinks is None else (torch.zeros_like(sinks, dtype=torch.float32),)
     if q.is_meta:
@@ -404,11 +407,11 @@ def block_attention_backward(
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for index, (rows, queries, keys) in enumerate(_by_thread(blocks) if graphs is None else blocks):
         at, seen = (rows, queries), (rows, keys)
-        inputs = (q[at], k[seen], v[seen])
+        here = (q[at], k[seen], v[seen])
         if graphs is None:
-            slopes = _documents_backward(gradient[at], *inputs, scale, window, sinks)
+            slopes = _documents_backward(gradient[at], *here, scale, window, sinks)
         else:
-            slopes = graphs[index].gradients((*inputs, out[at]), [gradient[at]])
+            slopes = graphs[index].gradients((*here, out[at]), [gradient[at]])
         dq[at] = slopes[0]
         dk[seen] += slopes[1]
         dv[seen] += slopes[2]
@@ -423,7 +426,7 @@ def _ours(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or alone)
 
 
-def _by_thread(blocks: Sequence[Block]) -> list[Block]:
+def _by_thread(blocks: Sequence[QueryBlock]) -> list[QueryBlock]:
     """The blocks with as many rows at a time as there are threads."""
     step = torch.get_num_threads()
     return [

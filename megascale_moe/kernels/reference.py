@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megascale_moe.kernels.attention import Block, Spans
+from megascale_moe.kernels.attention import QueryBlock, Spans
 from megascale_moe.kernels.grouped import Groups
 from megascale_moe.kernels.rows import RowMap
 
@@ -97,8 +97,9 @@ def causal_attention(
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float, window: int
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[QueryBlock], scale: float, window: int,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """q [rows, t, H, w], k [rows, s, G, w], v [rows, s, G, u] -> [rows, t, H, u]; the whole rectangle under a mask."""
     heads, visible = q.shape[2], torch.zeros(len(q), q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     for rows, queries, keys in blocks:
@@ -108,7 +109,9 @@ def block_attention(
             visible[rows, query, first : position + 1] = True
     k, v = (_wide(x).repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bqhw,bkhw->bhqk", _wide(q), k) * scale
-    p = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True)
+    p = weights / (total if sinks is None else total + _wide(sinks).exp()[:, None, None])
     return torch.einsum("bhqk,bkhu->bqhu", p, v).to(q.dtype)
 
 

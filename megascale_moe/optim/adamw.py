@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw  # the function: making torch's optimizer cl
 
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.op import Cost
-from megascale_moe.optim.rule import Rule, Shard, State, Whole
+from megascale_moe.optim.rule import Rule, State, WeightShard, Whole
 
 
 class AdamW(Rule):
@@ -18,7 +18,7 @@ class AdamW(Rule):
     name = "adamw"
     state = (State("exp_avg"), State("exp_avg_sq", signed=False))
 
-    def update(self, shard: Shard, change: Tensor, rate: float, config: TrainConfig) -> None:
+    def update(self, shard: WeightShard, change: Tensor, rate: float, config: TrainConfig) -> None:
         """See `Rule.update`; `change` is only read."""
         adamw(
             [shard.master], [change], [shard.state["exp_avg"]], [shard.state["exp_avg_sq"]], [], [shard.count],

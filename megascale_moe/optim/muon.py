@@ -22,7 +22,7 @@ from torch import Tensor
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.op import Cost, Work, product
 from megascale_moe.optim.adamw import ADAMW
-from megascale_moe.optim.rule import MatrixRule, Rule, Shard, State, Whole
+from megascale_moe.optim.rule import MatrixRule, Rule, State, WeightShard, Whole
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -43,7 +43,7 @@ class Muon(MatrixRule):
         """Return AdamW for weights without matrices."""
         return self if matrices else ADAMW
 
-    def prepare(self, shard: Shard, gradient: Tensor, config: TrainConfig) -> Tensor:
+    def prepare(self, shard: WeightShard, gradient: Tensor, config: TrainConfig) -> Tensor:
         """Return gradient + mu (mu momentum + gradient), float32 [S], in the place of the gradient."""
         momentum = shard.state["momentum"].mul_(config.muon_momentum).add_(gradient)
         return gradient.add_(momentum, alpha=config.muon_momentum)
@@ -53,7 +53,7 @@ class Muon(MatrixRule):
         rows, columns = matrices.shape[-2:]
         return orthogonalised(matrices).mul_(scale(rows, columns, config))
 
-    def update(self, shard: Shard, change: Tensor, rate: float, config: TrainConfig) -> None:
+    def update(self, shard: WeightShard, change: Tensor, rate: float, config: TrainConfig) -> None:
         """Take the orthogonalised direction `change`, float32 [S], from the weights, which decay."""
         shard.master.mul_(1.0 - rate * config.weight_decay).add_(change, alpha=-rate)
 

@@ -36,7 +36,7 @@ class State:
 
 
 @dataclass
-class Shard:
+class WeightShard:
     """The elements of a group of weights that this rank updates.
 
     Attributes:
@@ -87,7 +87,7 @@ class Rule(ABC):
         return self
 
     @abstractmethod
-    def update(self, shard: Shard, change: Tensor, rate: float, config: TrainConfig) -> None:
+    def update(self, shard: WeightShard, change: Tensor, rate: float, config: TrainConfig) -> None:
         """Update the master weights and the state of a shard in place.
 
         Args:
@@ -118,7 +118,7 @@ class MatrixRule(Rule):
     """
 
     @abstractmethod
-    def prepare(self, shard: Shard, gradient: Tensor, config: TrainConfig) -> Tensor:
+    def prepare(self, shard: WeightShard, gradient: Tensor, config: TrainConfig) -> Tensor:
         """Return what matrices are made of, float32 [S], and update the state; `gradient` [S] may be overwritten.
 
         What lies between the weights of a shard is zero, and must come out as zero.

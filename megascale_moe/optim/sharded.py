@@ -29,7 +29,7 @@ from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.optim.hidden import hide, without_gathering
 from megascale_moe.optim.norm import clipped, norm_ops
 from megascale_moe.optim.registry import rule_of
-from megascale_moe.optim.rule import MatrixRule, Rule, Shard
+from megascale_moe.optim.rule import MatrixRule, Rule, WeightShard
 from megascale_moe.optim.sync import (
     CHUNK,
     Job,
@@ -214,10 +214,10 @@ def _rule_of_group(group: FlatWeights, rule: Rule) -> Rule:
     return found.pop()
 
 
-def _shard(group: FlatWeights, rule: Rule) -> Shard:
+def _shard(group: FlatWeights, rule: Rule) -> WeightShard:
     master = group.master
     state = {each.name: torch.zeros_like(master, dtype=each.dtype) for each in rule.state}
-    return Shard(master, state, torch.zeros((), device=master.device), group.decay)
+    return WeightShard(master, state, torch.zeros((), device=master.device), group.decay)
 
 
 def _written(group: FlatWeights) -> Tensor:

@@ -19,7 +19,7 @@ from megascale_moe.model.counts import parameter_weights
 from megascale_moe.optim.registry import rule_of
 from megascale_moe.pipeline.batches import DTYPES
 from megascale_moe.planner.space import CandidateLayout
-from megascale_moe.planner.stages import Kind, Once, Stages
+from megascale_moe.planner.stages import Once, StageKind, Stages
 from megascale_moe.planner.step import Pricer
 
 GRADIENT_BYTES = 4
@@ -35,7 +35,7 @@ class Floors:
         self.config, self.gpus, self.pricer, self.capacity, self.remats = config, gpus, pricer, capacity, remats
         model = config.model
         self.layers = {
-            Kind.one(place, model): model.kind_of_layer.count(place) for place in range(len(model.layer_kinds))
+            StageKind.one(place, model): model.kind_of_layer.count(place) for place in range(len(model.layer_kinds))
         }
         self.experts, self.others = _sizes_of(config)
         self._once = Once()
@@ -83,13 +83,13 @@ class Floors:
         copied = experts.copied / mesh.ffn + others.copied / mesh.node
         return (copied + (experts.shared + others.shared) / mesh.stage) / mesh.pp
 
-    def _took(self, layout: CandidateLayout, kind: Kind, phase: str, remat: str) -> dict[Stream, float]:
+    def _took(self, layout: CandidateLayout, kind: StageKind, phase: str, remat: str) -> dict[Stream, float]:
         """Seconds of a layer and micro-batch by stream."""
         return self._once(
             ("took", kind, phase, remat, layout.inside), lambda: self._stages(layout, remat).totals(kind, phase)
         )
 
-    def _kept(self, layout: CandidateLayout, kind: Kind, remat: str) -> float:
+    def _kept(self, layout: CandidateLayout, kind: StageKind, remat: str) -> float:
         """Bytes of a layer and micro-batch from forward to backward; in proportion to its sequences."""
         one = layout._replace(rows=1)
 

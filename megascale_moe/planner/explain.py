@@ -18,7 +18,7 @@ from megascale_moe.engine.op import Op, Stream
 from megascale_moe.engine.order import Span
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.space import changed
-from megascale_moe.planner.stages import Kind, along
+from megascale_moe.planner.stages import StageKind, along
 from megascale_moe.planner.step import PricedLayout, Pricer
 
 WORDS = {
@@ -95,7 +95,7 @@ def criterion(layout: PricedLayout) -> float:
 def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
     """Where the seconds of a step go on a rank of the middle, and the largest operators of each share."""
     place = layout.mesh.pp // 2
-    kinds = [Kind.of(part, layout.config.model) for part in layout.plan.parts[place :: layout.mesh.pp]]
+    kinds = [StageKind.of(part, layout.config.model) for part in layout.plan.parts[place :: layout.mesh.pp]]
     micros = layout.plan.micros
     total = [0.0] * len(Shares._fields)
     ops: dict[str, dict[str, float]] = {name: defaultdict(float) for name in Shares._fields}
@@ -119,7 +119,7 @@ def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
     return seconds | rest, largest
 
 
-def _shares(layout: PricedLayout, phase: str, kind: Kind) -> Shares:
+def _shares(layout: PricedLayout, phase: str, kind: StageKind) -> Shares:
     found = dict.fromkeys(Shares._fields, 0.0)
     for op, span in layout.stages.spans(kind, phase):
         found[_share(op)] += _seconds(op, span)

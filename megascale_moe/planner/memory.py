@@ -21,7 +21,7 @@ from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.schedule import Action
 from megascale_moe.pipeline.storageless import META, inputs_without_storage, message_without_storage
 from megascale_moe.planner.lists import optimizer_of
-from megascale_moe.planner.stages import Kind, StageBytes, Stages, along
+from megascale_moe.planner.stages import StageBytes, StageKind, Stages, along
 from megascale_moe.strategies.model import buffers_of
 from megascale_moe.strategies.stages import Part, parts_of_rank, together
 
@@ -52,7 +52,7 @@ def rank_bytes(
         update: look at the end of the step, too, which takes longest; else it counts as nothing.
     """
     parts = parts_of_rank(plan.parts, plan.parallel.pp, place)
-    of_stage = {number: stages.bytes(Kind.of(part, plan.model)) for number, part in parts.items()}
+    of_stage = {number: stages.bytes(StageKind.of(part, plan.model)) for number, part in parts.items()}
     whole = together(parts)
     optimizer = optimizer_of(plan, train, whole)
     stays = optimizer.held_bytes()
@@ -83,13 +83,13 @@ def _peak(actions: Sequence[Action], of_stage: Mapping[int, StageBytes]) -> floa
 def _last_micro(stages: Stages, plan: StepPlan, train: TrainConfig, whole: Part) -> int:
     """The most that the last micro-batch takes with synchronisation among its operators."""
 
-    def measure(few: Kind) -> StageBytes:
+    def measure(few: StageKind) -> StageBytes:
         return StageBytes(0.0, 0.0, _hidden(stages, plan, train, few))
 
-    return round(along(Kind.of(whole, plan.model), measure).backward)
+    return round(along(StageKind.of(whole, plan.model), measure).backward)
 
 
-def _hidden(stages: Stages, plan: StepPlan, train: TrainConfig, kind: Kind) -> float:
+def _hidden(stages: Stages, plan: StepPlan, train: TrainConfig, kind: StageKind) -> float:
     """Return the peak bytes of a forward, its backward, synchronisation and update, in one list."""
     stage, part = stages.lists(kind), kind.part(plan.model)
     optimizer = optimizer_of(plan, train, part)

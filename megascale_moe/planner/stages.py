@@ -34,7 +34,7 @@ FEW = 2
 """Layers of a kind of which a list is built at most."""
 
 
-class Kind(NamedTuple):
+class StageKind(NamedTuple):
     """What a part of a model consists of.
 
     Attributes:
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     last: bool
 
     @classmethod
-    def of(cls, part: Part, model: ModelConfig) -> Kind:
+    def of(cls, part: Part, model: ModelConfig) -> StageKind:
         """Return the kind of some layers."""
         counts, kinds = [0] * len(model.layer_kinds), model.kind_of_layer
         for layer in part.layers:
@@ -55,7 +55,7 @@ class Kind(NamedTuple):
         return cls(tuple(counts), part.first, part.last)
 
     @classmethod
-    def one(cls, place: int, model: ModelConfig) -> Kind:
+    def one(cls, place: int, model: ModelConfig) -> StageKind:
         """Return a single layer of one of the model's kinds."""
         return cls(tuple(int(place == other) for other in range(len(model.layer_kinds))), first=False, last=False)
 
@@ -64,7 +64,7 @@ class Kind(NamedTuple):
         """Layers in all."""
         return sum(self.layers)
 
-    def at_most(self, count: int) -> Kind:
+    def at_most(self, count: int) -> StageKind:
         """Return the same with no more than `count` layers of each kind."""
         return self._replace(layers=tuple(min(number, count) for number in self.layers))
 
@@ -102,7 +102,7 @@ Numbers = TypeVar("Numbers", bound=tuple[float, ...])  # a named tuple
 Made = TypeVar("Made")
 
 
-def along(kind: Kind, measure: Callable[[Kind], Numbers]) -> Numbers:
+def along(kind: StageKind, measure: Callable[[StageKind], Numbers]) -> Numbers:
     """What `measure` finds, straight on from what it finds for few layers and for one less where there are more."""
     most = kind.at_most(FEW)
     found = measure(most)
@@ -158,7 +158,7 @@ class Stages:
     interference: Interference = UNDISTURBED
     _once: Once = field(default_factory=Once)
 
-    def lists(self, kind: Kind) -> Stage:
+    def lists(self, kind: StageKind) -> Stage:
         """The lists of a part."""
 
         def made() -> Stage:
@@ -170,7 +170,7 @@ class Stages:
 
         return self._once(("lists", kind), made)
 
-    def spans(self, kind: Kind, phase: str) -> list[tuple[Op, Span]]:
+    def spans(self, kind: StageKind, phase: str) -> list[tuple[Op, Span]]:
         """When each operator of an action runs; not for deep parts."""
         ops = action_ops(self.lists(kind), phase)
         return list(zip(ops, simulate(ops, self.seconds, self.interference), strict=True))
@@ -178,15 +178,15 @@ class Stages:
     def _simulated(self, ops: Sequence[Op]) -> Took:
         return simulated(ops, self.seconds, self.interference)
 
-    def took(self, kind: Kind, phase: str) -> Took:
+    def took(self, kind: StageKind, phase: str) -> Took:
         """An action of a pipeline: F, B, W or BW of one micro-batch."""
 
-        def measure(few: Kind) -> Took:
+        def measure(few: StageKind) -> Took:
             return self._once((few, phase), lambda: self._simulated(action_ops(self.lists(few), phase)))
 
         return along(kind, measure)
 
-    def totals(self, kind: Kind, phase: str) -> dict[Stream, float]:
+    def totals(self, kind: StageKind, phase: str) -> dict[Stream, float]:
         """Seconds of an action by stream, as if nothing waited for anything; not for deep parts."""
         found: dict[Stream, float] = dict.fromkeys(Stream, 0.0)
         for op in action_ops(self.lists(kind), phase):
@@ -197,29 +197,29 @@ class Stages:
         """Of an operator."""
         return self.plan.profile.cost.seconds(op)
 
-    def saved(self, kind: Kind) -> float:
+    def saved(self, kind: StageKind) -> float:
         """Seconds by which a forward and the backward of another micro-batch woven into each other take less."""
 
-        def measure(few: Kind) -> Took:
+        def measure(few: StageKind) -> Took:
             return Took(self._once((few, "woven"), lambda: self._saved(few)), 0.0)
 
         return along(kind, measure).seconds
 
-    def _saved(self, kind: Kind) -> float:
+    def _saved(self, kind: StageKind) -> float:
         stage = self.lists(kind)
         work = [*in_micro_batch(stage.forward, 0), *in_micro_batch(stage.backward, 1)]
         apart = self.took(kind, "F").seconds + self.took(kind, "BW").seconds
         return max(apart - self._simulated(best_order(work, self.seconds)).seconds, 0.0)
 
-    def bytes(self, kind: Kind) -> StageBytes:
+    def bytes(self, kind: StageKind) -> StageBytes:
         """What a micro-batch takes of memory."""
 
-        def measure(few: Kind) -> StageBytes:
+        def measure(few: StageKind) -> StageBytes:
             return self._once((few, "bytes"), lambda: weighed(*self.on_paper(few)))
 
         return along(kind, measure)
 
-    def on_paper(self, kind: Kind) -> tuple[StepPlan, Stage, Mapping[str, Tensor], Mapping[str, Gradient]]:
+    def on_paper(self, kind: StageKind) -> tuple[StepPlan, Stage, Mapping[str, Tensor], Mapping[str, Gradient]]:
         """What a part needs to run without storage: plan, lists, weights, gradients."""
         plan, part = self.plan, kind.part(self.plan.model)
         optimizer = optimizer_of(plan, self.train, part)

@@ -32,7 +32,7 @@ from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
-from megascale_moe.planner.stages import Kind, Once, Stages, Took, along, inner, simulated
+from megascale_moe.planner.stages import Once, StageKind, Stages, Took, along, inner, simulated
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.stages import Part, parts_of_rank, together
 
@@ -205,7 +205,7 @@ class PricedLayout:
     def _saved(self, forward: int, backward: int) -> float:
         """By weaving a stage's forward into the backward of another's behind it."""
         kind, other = self._kinds[forward], self._kinds[backward]
-        common = Kind(tuple(map(min, kind.layers, other.layers)), first=False, last=False)
+        common = StageKind(tuple(map(min, kind.layers, other.layers)), first=False, last=False)
         if not common.depth:  # nothing alike to weave
             return 0.0
         return self._once(("saved", common), lambda: self.stages.saved(common))
@@ -262,27 +262,27 @@ class PricedLayout:
     def _few_micros(self, which: int) -> int:
         return 1 + max(action.micro for action in self._few[which][0])
 
-    def _seconds(self, kinds: Sequence[Kind], *phases: str) -> list[float]:
+    def _seconds(self, kinds: Sequence[StageKind], *phases: str) -> list[float]:
         """Return the seconds of the given actions on each of some stages, few of which differ."""
         found = {kind: sum(self.stages.took(kind, phase).seconds for phase in phases) for kind in set(kinds)}
         return [found[kind] for kind in kinds]
 
     @cached_property
-    def _kinds(self) -> list[Kind]:
-        return [Kind.of(part, self.config.model) for part in self.plan.parts]
+    def _kinds(self) -> list[StageKind]:
+        return [StageKind.of(part, self.config.model) for part in self.plan.parts]
 
     def synchronisation(self, place: int) -> Took:
         """Return by how much synchronisation and update lengthen a step, for the ranks at a place of the pipeline."""
         whole = together(parts_of_rank(self.plan.parts, self.mesh.pp, place))
-        kind = Kind.of(whole, self.config.model)
+        kind = StageKind.of(whole, self.config.model)
         return self._once(kind, lambda: self._synchronised(whole, kind))
 
-    def _synchronised(self, whole: Part, kind: Kind) -> Took:
+    def _synchronised(self, whole: Part, kind: StageKind) -> Took:
         if not self.hides:
             return self._simulated(optimizer_of(self.plan, self.config.train, whole, by_layer=False).ops)
         return along(kind, self._hidden)
 
-    def _hidden(self, kind: Kind) -> Took:
+    def _hidden(self, kind: StageKind) -> Took:
         """Among the operators of the last micro-batches of a step."""
         assert self.prices is not None
         prices, stage = self.prices, self.stages.lists(kind)

@@ -11,7 +11,7 @@ from megascale_moe.engine.names import suffixed
 from megascale_moe.engine.op import Cost, Op, Phase, Work
 from megascale_moe.engine.value import Keep, Value
 from megascale_moe.kernels.attention import (
-    Block,
+    QueryBlock,
     Spans,
     block_attention_backward,
     block_attention_forward,
@@ -55,7 +55,7 @@ def core(
             split = (values[0], *unpack_keys(values[1], keys, width))
         return [x.reshape(rows, -1, *x.shape[1:]) for x in split]
 
-    def blocks(segments: Segments) -> list[Block]:
+    def blocks(segments: Segments) -> list[QueryBlock]:
         return layer.slices.blocks(layout.node.index, segments, window)
 
     def run(*args: object) -> tuple[Tensor, object]:
@@ -73,7 +73,7 @@ def core(
         values, (segments, graph, out, d, *more) = args[: len(heads)], args[len(heads) :]
         mine = [w[own] for w in more[:1]]  # type: ignore
         gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))  # type: ignore
-        given = (gradient, *by_row(values), result, graph)  # type: ignore
+        given = (gradient, by_row(values), result, graph)  # type: ignore
         if sliced:
             parts = block_attention_backward(*given, blocks(segments), scale, window, *mine)  # type: ignore
         else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megascale_moe.kernels.attention import Block
+from megascale_moe.kernels.attention import QueryBlock
 from megascale_moe.model.segments import Segments
 
 
@@ -77,7 +77,7 @@ class Slices:
         blocks = x.view(-1, self.parts, self.rows, self._chunk, *x.shape[1:])
         return blocks.transpose(1, 2).reshape(x.shape)
 
-    def blocks(self, part: int, segments: Segments, window: int) -> list[Block]:
+    def blocks(self, part: int, segments: Segments, window: int) -> list[QueryBlock]:
         """Return what the queries of a rank meet of the keys of whole rows, document by document.
 
         Args:
@@ -93,7 +93,7 @@ class Slices:
                 if a < b:
                     key = max(first, a - window + 1) if window else first
                     queries = slice(before + a - run.start, before + b - run.start)
-                    found.append(Block(rows, queries, slice(key, b)))
+                    found.append(QueryBlock(rows, queries, slice(key, b)))
             before += len(run)
         return found
 

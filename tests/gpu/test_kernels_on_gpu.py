@@ -88,7 +88,7 @@ def test_attention(heads: tuple[int, int], spans: Spans, window: int, dtype: tor
     wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.3, window)
     assert_near(out, wanted.detach().to(dtype), ATTENTION[dtype])
     slope = randn(*out.shape, dtype=dtype)
-    found = causal_attention_backward(slope, q, k, v, out, graph, spans, 0.3, window)
+    found = causal_attention_backward(slope, (q, k, v), out, graph, spans, 0.3, window)
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert_near(value, gradient.to(dtype), 2 * ATTENTION[dtype], terms=1.0)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megascale_moe.kernels import attention, reference
 from megascale_moe.kernels.attention import (
-    Block,
+    QueryBlock,
     Spans,
     block_attention_backward,
     block_attention_forward,
@@ -41,7 +41,7 @@ def check(
     wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window)
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = causal_attention_backward(slope, q, k, v, out, graph, spans, 0.4, window)
+    found = causal_attention_backward(slope, (q, k, v), out, graph, spans, 0.4, window)
     # A single token sees only itself: its q and k gradients are zero, what is left is rounding of terms of size one.
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -81,7 +81,7 @@ def test_sinks(spans: Spans, dtype: torch.dtype, heads: tuple[int, int], window:
     wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window, inputs[3])
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = causal_attention_backward(slope, q, k, v, out, graph, spans, 0.4, window, sinks)
+    found = causal_attention_backward(slope, (q, k, v), out, graph, spans, 0.4, window, sinks)
     *of_inputs, of_sinks = gradients([wanted], [slope], inputs)
     for value, gradient in zip(found[:3], of_inputs, strict=True):
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -126,7 +126,7 @@ def test_documents_do_not_see_each_other(threads: int, monkeypatch: pytest.Monke
 
     def run() -> tuple[Tensor, ...]:
         out, graph = causal_attention_forward(q, k, v, spans, 1.0, 0)
-        return out, *causal_attention_backward(slope, q, k, v, out, graph, spans, 1.0, 0)
+        return out, *causal_attention_backward(slope, (q, k, v), out, graph, spans, 1.0, 0)
 
     before = [value.clone() for value in run()]
     for tensor in (q, k, v, slope):
@@ -139,27 +139,27 @@ def test_documents_do_not_see_each_other(threads: int, monkeypatch: pytest.Monke
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def part_of_rows(rows: int, length: int, runs: list[range]) -> list[Block]:
+def part_of_rows(rows: int, length: int, runs: list[range]) -> list[QueryBlock]:
     """Runs of queries of whole rows, as a rank has them of a sequence."""
     found, before = [], 0
     for run in runs:
         places = slice(before, before + len(run))
-        found.append(Block(slice(0, rows), places, slice(0, run.stop)))
+        found.append(QueryBlock(slice(0, rows), places, slice(0, run.stop)))
         before += len(run)
     return found
 
 
 # Two documents in the first row, one in the second; queries 3 .. 9 and 60 .. 150 of each row, of 150 tokens.
 PACKED = [
-    Block(slice(0, 1), slice(0, 2), slice(0, 5)), Block(slice(0, 1), slice(2, 6), slice(5, 9)),
-    Block(slice(0, 1), slice(6, 96), slice(5, 150)), Block(slice(1, 2), slice(0, 6), slice(0, 9)),
-    Block(slice(1, 2), slice(6, 96), slice(0, 150)),
+    QueryBlock(slice(0, 1), slice(0, 2), slice(0, 5)), QueryBlock(slice(0, 1), slice(2, 6), slice(5, 9)),
+    QueryBlock(slice(0, 1), slice(6, 96), slice(5, 150)), QueryBlock(slice(1, 2), slice(0, 6), slice(0, 9)),
+    QueryBlock(slice(1, 2), slice(6, 96), slice(0, 150)),
 ]  # fmt: skip
 EARLY_AND_LATE = part_of_rows(2, 150, [range(10, 20), range(80, 150)])
 
 
 def check_blocks(
-    blocks: list[Block], heads: tuple[int, int], window: int, dtype: torch.dtype, ours: bool = True,
+    blocks: list[QueryBlock], heads: tuple[int, int], window: int, dtype: torch.dtype, ours: bool = True,
     value_width: int = 6,
 ) -> None:  # fmt: skip
     """Forward and backward of two rows of 150 tokens against the slow twin; keys and values lie in one matrix."""
@@ -174,7 +174,7 @@ def check_blocks(
     tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = block_attention_backward(slope, q, k, v, out, graphs, blocks, 0.4, window)
+    found = block_attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window)
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert value.dtype == dtype
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -183,13 +183,13 @@ def check_blocks(
 @pytest.mark.parametrize("window", [0, 1, 7, 70, 1000])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("blocks", [EARLY_AND_LATE, PACKED], ids=["whole rows", "documents"])
-def test_blocks(blocks: list[Block], heads: tuple[int, int], window: int) -> None:
+def test_blocks(blocks: list[QueryBlock], heads: tuple[int, int], window: int) -> None:
     check_blocks(blocks, heads, window, torch.float32)
 
 
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("blocks", [EARLY_AND_LATE, PACKED], ids=["whole rows", "documents"])
-def test_blocks_in_bfloat16(blocks: list[Block], window: int) -> None:
+def test_blocks_in_bfloat16(blocks: list[QueryBlock], window: int) -> None:
     check_blocks(blocks, (4, 2), window, torch.bfloat16)
 
 
@@ -197,7 +197,7 @@ def test_blocks_in_bfloat16(blocks: list[Block], window: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blocks", [EARLY_AND_LATE, PACKED], ids=["whole rows", "documents"])
 def test_blocks_by_several_threads(
-    blocks: list[Block], dtype: torch.dtype, window: int, monkeypatch: pytest.MonkeyPatch
+    blocks: list[QueryBlock], dtype: torch.dtype, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 torch's kernel runs then, block by block; ours where values are narrower than keys."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -205,13 +205,32 @@ def test_blocks_by_several_threads(
     check_blocks(blocks, (4, 2), window, dtype, ours=dtype == torch.bfloat16, value_width=8)
 
 
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("blocks", [EARLY_AND_LATE, PACKED], ids=["whole rows", "documents"])
+def test_blocks_with_sinks(blocks: list[QueryBlock], window: int) -> None:
+    count = max(block.queries.stop for block in blocks)
+    q, k, v = torch.randn(2, count, 4, 8), torch.randn(2, 150, 2, 8), torch.randn(2, 150, 2, 6)
+    sinks = torch.randn(4)
+    out, graphs = block_attention_forward(q, k, v, blocks, 0.4, window, sinks)
+    inputs = leaves(q, k, v, sinks)
+    wanted = reference.block_attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window, inputs[3])
+    assert_near(out, wanted.detach().to(q.dtype), FP32)
+    slope = torch.randn(out.shape)
+    found = block_attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window, sinks)
+    *of_inputs, of_sinks = gradients([wanted], [slope], inputs)
+    for value, gradient in zip(found[:3], of_inputs, strict=True):
+        assert_near(value, gradient.to(q.dtype), 2 * FP32, terms=1.0)
+    # Sums over up to 192 queries of terms of size one: their rounding adds up like sqrt(192) = 14 of them.
+    assert_near(found[3], of_sinks, 2 * FP32, terms=14.0)
+
+
 def test_one_block_of_everything_is_attention_of_whole_rows() -> None:
     """Bit for bit: the same loop, with nothing skipped."""
     q, k, v, slope = (torch.randn(2, 70, 2, 4) for _ in range(4))
     blocks = part_of_rows(2, 70, [range(70)])
     out, graphs = block_attention_forward(q, k, v, blocks, 1.0, 0)
-    found = block_attention_backward(slope, q, k, v, out, graphs, blocks, 1.0, 0)
-    wanted = causal_attention_backward(slope, q, k, v, out, None, (), 1.0, 0)
+    found = block_attention_backward(slope, (q, k, v), out, graphs, blocks, 1.0, 0)
+    wanted = causal_attention_backward(slope, (q, k, v), out, None, (), 1.0, 0)
     assert all(torch.equal(value, expected) for value, expected in zip(found, wanted, strict=True))
 
 
@@ -220,5 +239,5 @@ def test_blocks_without_storage() -> None:
     out, graphs = block_attention_forward(q, kv, kv[..., :6], PACKED, 1.0, 0)
     assert graphs is None
     assert out.shape == (2, 96, 4, 6)
-    found = block_attention_backward(out, q, kv, kv[..., :6], out, None, PACKED, 1.0, 0)
+    found = block_attention_backward(out, (q, kv, kv[..., :6]), out, None, PACKED, 1.0, 0)
     assert [tuple(value.shape) for value in found] == [(2, 96, 4, 8), (2, 150, 2, 8), (2, 150, 2, 6)]

@@ -23,7 +23,7 @@ from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import Transformer, build
 from megascale_moe.optim.adamw import ADAMW
 from megascale_moe.optim.muon import COEFFICIENTS, MUON, orthogonalised, scale
-from megascale_moe.optim.rule import Shard
+from megascale_moe.optim.rule import WeightShard
 from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
 from megascale_moe.tools.dryrun.step import dry_run
@@ -75,7 +75,8 @@ def test_against_torchs_muon(kind: str) -> None:
     for shape in ((24, 8), (8, 24)):
         weight = nn.Parameter(torch.randn(shape))
         start = weight.detach().clone()
-        shard = Shard(start.flatten().clone(), {"momentum": torch.zeros(weight.numel())}, torch.zeros(()), decay=True)
+        state = {"momentum": torch.zeros(weight.numel())}
+        shard = WeightShard(start.flatten().clone(), state, torch.zeros(()), decay=True)
         theirs = torch.optim.Muon(
             [weight], lr=0.02, weight_decay=0.1, momentum=0.95,
             adjust_lr_fn="match_rms_adamw" if kind == "adamw_rms" else "original",

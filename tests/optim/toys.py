@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.op import Cost, Work
-from megascale_moe.optim.rule import MatrixRule, Rule, Shard, State, Whole
+from megascale_moe.optim.rule import MatrixRule, Rule, State, WeightShard, Whole
 
 KEPT = 0.9
 """Of the velocity, from step to step."""
@@ -23,7 +23,7 @@ class HeavyBall(Rule):
     name = "heavy_ball"
     state = (State("velocity"),)
 
-    def update(self, shard: Shard, change: Tensor, rate: float, config: TrainConfig) -> None:
+    def update(self, shard: WeightShard, change: Tensor, rate: float, config: TrainConfig) -> None:
         velocity = shard.state["velocity"].mul_(KEPT).add_(change)
         shard.master.copy_(decayed(shard.master, rate, config, decay=shard.decay)).sub_(velocity, alpha=rate)
 
@@ -50,13 +50,13 @@ class Cubed(MatrixRule):
     def of(self, matrices: tuple[int, ...]) -> Rule:
         return self if matrices else HEAVY_BALL
 
-    def prepare(self, shard: Shard, gradient: Tensor, config: TrainConfig) -> Tensor:
+    def prepare(self, shard: WeightShard, gradient: Tensor, config: TrainConfig) -> Tensor:
         return gradient.copy_(shard.state["speed"].mul_(KEPT).add_(gradient))
 
     def transform(self, matrices: Tensor, config: TrainConfig) -> Tensor:
         return cubed(matrices)
 
-    def update(self, shard: Shard, change: Tensor, rate: float, config: TrainConfig) -> None:
+    def update(self, shard: WeightShard, change: Tensor, rate: float, config: TrainConfig) -> None:
         shard.master.copy_(decayed(shard.master, rate, config, decay=shard.decay)).sub_(change, alpha=rate)
 
     def dtype(self, device: torch.device, config: TrainConfig) -> torch.dtype:

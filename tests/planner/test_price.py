@@ -21,7 +21,7 @@ from megascale_moe.optim.sharded import ShardedOptimizer
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.planner.cluster import Cluster, Curve, load
 from megascale_moe.planner.price import Peers, Prices
-from megascale_moe.planner.stages import Kind
+from megascale_moe.planner.stages import StageKind
 from megascale_moe.planner.step import Pricer, StepPrice, price, slowest
 from megascale_moe.presets import PRESETS
 from megascale_moe.strategies.fit import mesh_of
@@ -280,7 +280,7 @@ def test_two_micro_batches_at_once_hide_what_one_cannot() -> None:
         Pricer(H800).layout(config(parallel, OverlapConfig(order="scheduled", micro_batches=count)), 8)
         for count in (1, 2)
     )
-    kind = Kind((2,), first=False, last=False)
+    kind = StageKind((2,), first=False, last=False)
     apart = alone.stages.took(kind, "F").seconds + alone.stages.took(kind, "BW").seconds
     computed = sum(
         H800_PRICES.seconds(each) for phase in ("forward", "backward")

@@ -10,7 +10,7 @@ from megascale_moe.engine.order import makespan
 from megascale_moe.engine.trace import Event, Trace, write_chrome
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.search import Plan, capacity
-from megascale_moe.planner.stages import Kind
+from megascale_moe.planner.stages import StageKind
 from megascale_moe.planner.step import PricedLayout
 
 LAYERS = 2
@@ -37,7 +37,7 @@ def _actions(place: int, spans: Sequence[Any]) -> list[dict[str, object]]:
 
 def _operators(layout: PricedLayout) -> list[dict[str, object]]:
     place, pid = layout.mesh.pp // 2, layout.mesh.pp
-    kind = Kind.of(layout.plan.parts[place], layout.config.model).at_most(LAYERS)
+    kind = StageKind.of(layout.plan.parts[place], layout.config.model).at_most(LAYERS)
     at, events = 0.0, list[Event]()
     for phase in layout.phases:
         spans = layout.stages.spans(kind, phase)
