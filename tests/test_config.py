@@ -124,7 +124,7 @@ def test_resolved_default_reads_back_without_presets(tmp_path: Path) -> None:
         ({"model": {"norm_eps": True}}, "config: model.norm_eps = True: must be of type float"),
         ({"model": {"tied_embeddings": 1}}, "config: model.tied_embeddings = 1: must be of type bool"),
         ({"run": {"folder": ["a"]}}, "config: run.folder = ['a']: must be of type str"),
-        ({"parallel": {"attention": "cp"}}, "config: parallel.attention = 'cp': must be one of 'sp', 'tp'"),
+        ({"parallel": {"attention": "ring"}}, "config: parallel.attention = 'ring': must be one of 'sp', 'tp', 'cp'"),
         ({"wire": {"gradients": "fp16"}}, "wire.gradients = 'fp16': must be one of 'fp32', 'bf16', 'fp8', 'auto'"),
     ],
 )

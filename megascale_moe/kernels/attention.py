@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 BLOCK = 64  # queries: their scores against a few hundred keys stay in the L2 cache
 Spans = tuple[tuple[int, int, int], ...]
@@ -68,8 +67,12 @@ def _bias(queries: int, keys: int, window: int, device: torch.device) -> Tensor 
         return _visible(queries, keys, window, device)
     if queries == keys:
         return None
-    # torch knows a fused kernel for this diagonal on a GPU alone.
-    return _visible(queries, keys, keys, device) if device.type == "cpu" else causal_lower_right(queries, keys)
+    if device.type == "cpu":
+        return _visible(queries, keys, keys, device)
+    # torch knows a fused kernel for this diagonal on a GPU alone. The import loads its compiler: seconds.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(queries, keys)
 
 
 @lru_cache(maxsize=8)  # one for all layers: torch saves it for the backward of each

@@ -180,9 +180,9 @@ def test_choices_of_the_caller_replace_those_of_the_type() -> None:
     config = from_dict(raw, choices=CHOICES)
     assert config.parallel.attention == "ring"
     config.check(CHOICES)
-    with pytest.raises(ConfigError, match=r"parallel\.attention = 'ring': must be one of 'sp', 'tp'$"):
+    with pytest.raises(ConfigError, match=r"parallel\.attention = 'ring': must be one of 'sp', 'tp', 'cp'$"):
         config.check()
-    with pytest.raises(ConfigError, match=r"config: parallel\.attention = 'ring': must be one of 'sp', 'tp'$"):
+    with pytest.raises(ConfigError, match=r"config: parallel\.attention = 'ring': must be one of 'sp', 'tp', 'cp'$"):
         from_dict(raw)
     with pytest.raises(ConfigError, match=r"parallel\.attention = 'cp': must be one of 'sp', 'tp', 'ring'$"):
         from_dict({}, ["parallel.attention=cp"], choices=CHOICES)

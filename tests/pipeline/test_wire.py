@@ -49,6 +49,7 @@ PARALLEL = {
     "tp+tp": ParallelConfig(dp=2, node=2, attention="tp", ffn="tp", vocabulary="sharded"),
     "ep x etp": ParallelConfig(dp=1, node=4, ffn="ep+tp", ep=2, etp=2, dispatch="all_to_all"),
     "pipeline": ParallelConfig(pp=2, dp=1, node=2, dispatch="all_gather"),
+    "cp+ep": ParallelConfig(dp=1, node=4, attention="cp", dispatch="all_gather"),
 }
 BOUNDS = {"bf16": (1e-6, 2e-2), "fp8": (1e-4, 0.25)}
 FACTORS = {

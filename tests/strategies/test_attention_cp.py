@@ -25,7 +25,7 @@ from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import local_inputs, model_ops
 from megascale_moe.strategies.registry import slices_of
 from megascale_moe.testing import run_ranks
-from megascale_moe.tools.verify.batch import Rows, random_rows
+from megascale_moe.tools.verify.batch import BatchRows, random_rows
 from megascale_moe.train.trainer import Trainer
 from tests.strategies.layouts import compare, reference, run_rank
 from tests.strategies.test_layouts import LATENT, SMALL, TOLERANCE
@@ -49,7 +49,7 @@ def test_packed_documents_of_any_length(config: ModelConfig, window: int) -> Non
     """Documents of one token, over the border of two chunks, over the chunks of three ranks, and of a whole row."""
     config = replace(config, sliding_window=window)
     plain = random_rows(config, rows=4)
-    batch = Rows(plain.tokens, plain.targets, ((0, 1, 2, 15), (0, 3, 5), (0,), (0, 7, 8, 9)))
+    batch = BatchRows(plain.tokens, plain.targets, ((0, 1, 2, 15), (0, 3, 5), (0,), (0, 7, 8, 9)))
     run = partial(run_rank, attention="cp", vocabulary="sharded")
     results = run_ranks(4, run, config, batch, Mesh(node=4, ep=4), "all_to_all")
     loss, gradient, name = compare(results, reference(config, batch))
