@@ -33,6 +33,9 @@ from megascale_moe.strategies.placement import MatrixPart
 
 TOGETHER = 1 << 24
 """Elements of matrices of one shape that are transformed at once: enough to fill a GPU, little beside a shard."""
+TOGETHER_ON_CPU = 1 << 18
+"""The same where products are computed in a core's cache: four matrices of 256 x 256 at a time took Muon's steps 10 %
+less time than 96, in FP32 as in BF16."""
 
 WORDS = ("inter", "intra", "tensor")
 """What the hops are called in the names of operators."""
@@ -227,9 +230,9 @@ class WholeMatrices:
         by_shape: dict[tuple[int, int], list[int]] = {}
         for index in self._owned:
             by_shape.setdefault(self.matrices[index].part.shape, []).append(index)
-        found = []
+        found, together = [], TOGETHER_ON_CPU if self.group.master.is_cpu else TOGETHER
         for (rows, columns), indices in by_shape.items():
-            most = max(TOGETHER // (rows * columns), 1)
+            most = max(together // (rows * columns), 1)
             found += [
                 ((rows, columns), indices[first : first + most]) for first in range(0, len(indices), most)
             ]

@@ -20,7 +20,7 @@ from megascale_moe.optim import registry
 from megascale_moe.optim.flat import FlatWeights
 from megascale_moe.optim.groups import flat_groups
 from megascale_moe.optim.sharded import ShardedOptimizer
-from megascale_moe.optim.whole import TOGETHER
+from megascale_moe.optim.whole import TOGETHER_ON_CPU
 from megascale_moe.strategies.placement import Placement, columns, everything, rows, share
 from megascale_moe.testing import run_ranks
 from tests.optim import layouts
@@ -253,10 +253,10 @@ def test_large_matrices_are_transformed_a_few_at_a_time(monkeypatch: pytest.Monk
     cubed_ = CUBED.transform
     monkeypatch.setattr(CUBED, "transform", noted)
     whole = on_ranks(LAYOUTS["one rank"], TRAIN, 1)
-    assert max(sizes) <= TOGETHER
+    assert max(sizes) <= TOGETHER_ON_CPU
     assert max(sizes) > 1000
     sizes.clear()
-    monkeypatch.setattr("megascale_moe.optim.whole.TOGETHER", 1000)
+    monkeypatch.setattr("megascale_moe.optim.whole.TOGETHER_ON_CPU", 1000)
     few = on_ranks(LAYOUTS["one rank"], TRAIN, 1)
     assert max(sizes) <= 1000
     assert all(torch.equal(weight, whole[0].weights[name]) for name, weight in few[0].weights.items())
