@@ -19,12 +19,18 @@ from itertools import combinations, product
 Case = dict[str, str]  # factor -> value
 Pair = frozenset[tuple[str, str]]  # two (factor, value)
 Rule = Callable[..., bool]  # what is legal among the values of the factors that its parameters are named after
-TRIED = 16  # pairs that are tried as the beginning of the next case; more make tables hardly shorter
+TRIED = 32  # pairs that are tried as the beginning of the next case; more make tables hardly shorter
 
 
-def pairs(factors: Mapping[str, Sequence[str]], *rules: Rule) -> list[Case]:
-    """Cases in which every pair of values occurs that occurs in any case which all rules allow."""
+def pairs(factors: Mapping[str, Sequence[str]], *rules: Rule, beside: Sequence[Case] = ()) -> list[Case]:
+    """Cases in which every pair of values occurs that occurs in any case which all rules allow.
+
+    Args:
+        beside: cases of another table, with whose pairs this one need not deal.
+    """
     table = _Table(factors, rules)
+    for case in beside:
+        table.take(case)
     cases: list[Case] = []
     while table.missing:
         found = []
@@ -37,7 +43,7 @@ def pairs(factors: Mapping[str, Sequence[str]], *rules: Rule) -> list[Case]:
         if found:
             cases.append(max(found, key=lambda case: sum(pair in table.missing for pair in pairs_of(case))))
             table.take(cases[-1])
-    return _without_idle(cases)
+    return _without_idle(cases, beside)
 
 
 def pairs_of(case: Case) -> list[Pair]:
@@ -50,9 +56,9 @@ def name_of(case: Case) -> str:
     return ",".join(f"{factor}={value}" for factor, value in case.items())
 
 
-def _without_idle(cases: list[Case]) -> list[Case]:
+def _without_idle(cases: Sequence[Case], beside: Sequence[Case]) -> list[Case]:
     """The cases without those all of whose pairs others have as well, most of them earlier ones."""
-    times = Counter(pair for case in cases for pair in pairs_of(case))
+    times = Counter(pair for case in [*cases, *beside] for pair in pairs_of(case))
     kept = []
     for case in cases:
         if all(times[pair] > 1 for pair in pairs_of(case)):

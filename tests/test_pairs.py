@@ -47,6 +47,16 @@ def test_a_rule_is_kept_and_costs_only_the_pairs_that_it_forbids() -> None:
     assert meetings(cases) == meetings(every(FACTORS)) - forbidden
 
 
+def test_what_another_table_has_is_left_to_it() -> None:
+    """Two tables then have all pairs, and the second none for the sake of what is in the first alone."""
+    whole = pairs(FACTORS)
+    first = pairs({name: FACTORS[name] for name in ("order", "split", "wire")})
+    second = pairs(FACTORS, beside=first)
+    assert meetings(first) | meetings(second) == meetings(whole)
+    assert len(second) < len(whole)
+    assert pairs(FACTORS, beside=whole) == []
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_pair_that_some_legal_case_has_is_covered(seed: int) -> None:
     """With any set of legal cases, which a rule knows only when a case is finished; most pairs then fit few others."""

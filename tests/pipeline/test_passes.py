@@ -2,7 +2,8 @@
 
 Covered by pairs (tests/pairs.py): every two values of model, layout (mesh, experts with their dispatch, attention,
 vocabulary), schedule of a pipeline, pieces, order, rematerialization and micro-batches at once meet in some case, if
-they fit each other. All are compared in float32; test_wire.py has a table for narrow formats, whose bounds are wide.
+they fit each other: here, or both being of the model and the layout, in tests/strategies/test_layouts.py. All are
+compared in float32; test_wire.py has a table for narrow formats, whose bounds are wide.
 
 Beyond the orders that the package makes, any that keeps the dependencies must do: some are drawn by chance.
 """
@@ -31,10 +32,11 @@ from megascale_moe.testing import run_ranks
 from tests.pairs import Case, name_of, pairs
 from tests.pipeline.plans import FACTORS, MICROS, ROWS, RULES, overlap_of, run_drawn, run_plan
 from tests.strategies.layouts import compare, fitted, parallel_of, wanted_of
+from tests.strategies.test_layouts import CASES as ALONE
 from tests.strategies.test_layouts import SMALL, TOLERANCE, VARIANTS
 
 SHARED = replace(SMALL, shared_experts=1)
-CASES = pairs(FACTORS, *RULES)
+CASES = pairs(FACTORS, *RULES, beside=ALONE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -72,7 +74,7 @@ def test_splitting_cuts_all_that_a_case_says() -> None:
 # Layouts with every kind of communication, on lists that passes have made long.
 DRAWN: dict[str, tuple[ParallelConfig, OverlapConfig]] = {
     "sp + ep by all-to-all, cut": (
-        ParallelConfig(dp=1, node=4, dispatch="all_to_all"), OverlapConfig(remat="paper", split="4"),
+        ParallelConfig(dp=1, node=4, dispatch="all_to_all"), OverlapConfig(remat="paper", split="2"),
     ),
     "sp + ep by all-gather, over nodes": (
         ParallelConfig(dp=2, node=2, ep=4, dispatch="all_gather"), OverlapConfig(remat="full", split="2"),

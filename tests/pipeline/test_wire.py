@@ -1,8 +1,8 @@
 """Compressed communication of activations: the same gradients within what the formats round, bytes as they say.
 
-Covered by pairs (tests/pairs.py): each format meets every mesh, experts with their dispatch, attention, vocabulary,
-order, rematerialization and number of pieces, and these meet each other, on those models whose communications differ.
-That nothing is misplaced is said by the same table in float32 (test_passes.py), whose bound is 10,000 times as narrow.
+Covered by pairs (tests/pairs.py): formats, order, rematerialization, pieces and micro-batches at once meet each other,
+every mesh, experts with their dispatch, attention and vocabulary, on those models whose communications differ. That
+nothing is misplaced is said by the same in float32 (test_passes.py), with a bound that is 10,000 times as narrow.
 
 Gradients are compared as relative errors of whole tensors. A sum of many elements that were rounded independently, each
 by at most u of its size, is off by less than u: BF16 has u = 2^-8 and some ten roundings follow each other in two
@@ -38,6 +38,7 @@ from tests.pipeline import plans
 from tests.pipeline.plans import MICROS, ROWS, RULES, overlap_of, run_plan
 from tests.pipeline.test_passes import SHARED
 from tests.strategies.layouts import compare, fitted, parallel_of, wanted_of
+from tests.strategies.test_layouts import CASES as ALONE
 from tests.strategies.test_layouts import VARIANTS
 
 PARALLEL = {
@@ -64,7 +65,7 @@ def dense(model: ModelConfig) -> ModelConfig:
     return replace(model, top_k=model.experts, top_groups=model.expert_groups)
 
 
-CASES = pairs(FACTORS, *RULES)
+CASES = pairs(FACTORS, *RULES, beside=ALONE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
