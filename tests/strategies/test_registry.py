@@ -15,6 +15,7 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, ModelConfig, ParallelConfig
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.value import Value
+from megascale_moe.optim import registry as optimizers
 from megascale_moe.strategies import registry
 from megascale_moe.strategies.attention_sp import sequence_parallel_attention
 from megascale_moe.strategies.fit import mesh_of
@@ -23,6 +24,7 @@ from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.refusals import divides
 from megascale_moe.strategies.strategy import AttentionStrategy
 from megascale_moe.tools.verify.layouts import all_cases
+from tests.optim.toys import CUBED
 from tests.strategies.test_layouts import SMALL
 
 KINDS = ("ATTENTION", "FFN", "DISPATCH", "VOCABULARY")
@@ -75,10 +77,11 @@ def test_every_strategy_is_searched_verified_and_offered(toy: AttentionStrategy)
     assert registry.strategies_of(layout, SMALL).attention is toy
 
 
-def test_a_strategy_from_outside_trains_verifies_plans_and_reports(
+def test_a_strategy_and_an_optimizer_from_outside_train_verify_plan_and_report(
     toy: AttentionStrategy, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing but the object and `register`: no other file of the package knows it."""
+    """Nothing but two objects and their registries: no other file of the package knows them."""
+    monkeypatch.setattr(optimizers, "RULES", (*optimizers.RULES, CUBED))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     for number in range(20):
@@ -92,6 +95,7 @@ def test_a_strategy_from_outside_trains_verifies_plans_and_reports(
         node = 2
         attention = "toy"
         [train]
+        optimizer = "cubed"
         steps = 2
         global_batch = 4
         eval_rows = 2
@@ -116,10 +120,13 @@ def test_a_strategy_from_outside_trains_verifies_plans_and_reports(
     assert run("dryrun", "toy.toml", "--gpus", "2")["ranks"] == 2
     planned = run("plan", "toy.toml", "--cluster", "h100", "--gpus", "2", "--keep", "parallel.attention")
     assert planned["plans"][0]["config"]["parallel"]["attention"] == "toy"  # type: ignore[index]
+    assert planned["plans"][0]["config"]["train"]["optimizer"] == "cubed"  # type: ignore[index]
     run("train", "toy.toml", "--nproc", "2")
+    run("report", "run")
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "toy attention" in page
     assert "toy_attention" in page
+    assert "update.experts.transform" in page  # which only a rule of whole matrices has
 
 
 def test_verify_runs_a_strategy_from_outside_with_every_other(toy: AttentionStrategy) -> None:
