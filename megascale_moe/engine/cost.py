@@ -62,7 +62,8 @@ class Measured:
     """Seconds per kind of operator as measured, and rates for kinds that were not.
 
     Attributes:
-        seconds_of: median seconds. work: what one such operator declared (see `work_of`), to scale pieces.
+        seconds_of: median seconds. work: what one such operator declared (see `work_of`): others, pieces of it among
+            them, take in proportion.
     """
 
     seconds_of: Mapping[Kind, float]
@@ -70,13 +71,12 @@ class Measured:
     rates: Rates = Rates()
 
     def seconds(self, op: Op) -> float:
-        """Return the seconds of one operator, also of a piece of one that was measured whole."""
+        """Return the seconds of one operator."""
         kind = kind_of(op)
         if kind not in self.seconds_of:
             return self.rates.seconds(op)
         whole = self.work[kind]
-        share = min(work_of(op) / whole, 1.0) if whole else 1.0
-        return OVERHEAD + share * self.seconds_of[kind]
+        return OVERHEAD + self.seconds_of[kind] * (work_of(op) / whole if whole else 1.0)
 
 
 def work_of(op: Op) -> float:

@@ -38,8 +38,7 @@ from megascale_moe.train.job import Job
 from megascale_moe.train.metrics import FILE, MetricsWriter, StepMetrics, read_metrics
 from megascale_moe.train.progress import preparation_progress
 from megascale_moe.train.sample import generate
-from megascale_moe.train.timeline import record
-from megascale_moe.train.timeline.watch import Watch
+from megascale_moe.train.timeline import TIMELINE, WHOLE, Watch, document, measured, step_of
 from megascale_moe.train.trainer import StepResult, Trainer
 
 RECENT = 3
@@ -249,7 +248,7 @@ class Loop:
         if not late or self.watch is not None or trainer.profiler is not None:
             return None
         _, program = trainer.program(self.micro, rows // self.micro, "train")
-        if len(program.ops) > record.WHOLE:
+        if len(program.ops) > WHOLE:
             return None
         return Watch(trainer)
 
@@ -258,13 +257,13 @@ class Loop:
         if not self.recent:
             return
         micros = self.config.train.global_batch // self.mesh.dp // self.micro
-        step = record.step_of(self.trainer, self.micro, micros, self.recent)
-        found = record.document(step, self.mesh, self.job.rank)
+        step = step_of(self.trainer, self.micro, micros, self.recent)
+        found = document(step, self.mesh, self.job.rank)
         if self.watch is not None:
             found["memory"] = self.watch.memory(self.trainer, step.plan)
         last = self.recent[-1]
-        found["measured"] = record.measured(last, last[0].start)
-        path = Path(self.config.run.folder) / record.FILE
+        found["measured"] = measured(last, last[0].start)
+        path = Path(self.config.run.folder) / TIMELINE
         path.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
 
     def save(self) -> None:

@@ -30,10 +30,7 @@ from megascale_moe.tools.report.command import report
 from megascale_moe.tools.report.page import curves, page
 from megascale_moe.tools.report.run import read_run
 from megascale_moe.tools.report.words import count, duration, size
-from megascale_moe.train.timeline import record
-from megascale_moe.train.timeline.lists import TimelineRow, kinds, totals
-from megascale_moe.train.timeline.seconds import timed
-from megascale_moe.train.timeline.thin import thinned
+from megascale_moe.train.timeline import PART, WHOLE, highest, kinds, observed, totals, with_optimizer
 from tests.runs import Place, make_place, start
 
 STEPS = 6
@@ -121,9 +118,7 @@ def test_lists_are_the_plans_own_and_their_spans_those_of_simulate(trained: Plac
     assert mesh == Mesh(node=2, ep=2)
     axes = axes_of(mesh, 0, "gloo")
     plan = StepPlan(config.model, config.parallel, axes, torch.float32, 4, device=META)
-    plain = record.RankStep(plan, config.train, Rates(), "")
-    overlap = OverlapConfig(remat="paper")
-    ops = replace(plain, plan=replace(plan, overlap=overlap)).ops
+    ops = with_optimizer(replace(plan, overlap=OverlapConfig(remat="paper")), config.train)
     rows = rows_of(data["plain"])
     assert [row["name"] for row in rows] == [op.name for op in ops]
     assert [row["bytes"] for row in rows] == [int(op.cost.wire_bytes) for op in ops]
@@ -133,6 +128,9 @@ def test_lists_are_the_plans_own_and_their_spans_those_of_simulate(trained: Plac
     assert [row["start"] for row in rows] == pytest.approx([span.start for span in spans], abs=1e-6)
     assert [row["exposed"] for row in rows] == pytest.approx([span.exposed for span in spans], abs=1e-6)
     assert data["plain"]["totals"]["seconds"] == pytest.approx(makespan(spans), abs=1e-6)
+    sent = {(kind["name"], kind["phase"]): kind["bytes"] for kind in data["plain"]["kinds"]}  # page.js compares them
+    assert sum(sent.values()) == sum(row["bytes"] for row in rows if row["stream"] != "compute")
+    assert sent.keys() <= {(kind["name"], kind["phase"]) for kind in data["overlapped"]["kinds"]}
     assert sorted({row["phase"] for row in rows_of(data["overlapped"])}) == ["B", "F", "O", "R", "W"]
 
 
@@ -260,8 +258,9 @@ def test_a_plan_without_a_run(tmp_path: Path) -> None:
     assert data["text"]["layout"].startswith("4 ranks, 4 ranks per node")
 
 
-def test_what_overlaps_nothing_is_shown_what_it_could_be(tmp_path: Path) -> None:
-    _, data = plan(tmp_path, "parallel.node=4")
+@pytest.mark.parametrize("layout", ["parallel.node=4", "parallel.dp=2"])  # of the latter only the optimizer sends
+def test_what_overlaps_nothing_is_shown_what_it_could_be(tmp_path: Path, layout: str) -> None:
+    _, data = plan(tmp_path, layout)
     assert data["timeline"]["supposed"]
     assert data["text"]["see_timeline"].startswith("Nothing is overlapped here")
 
@@ -280,7 +279,7 @@ def test_a_long_step_is_drawn_in_part(tmp_path: Path) -> None:
     )  # fmt: skip
     found = data["timeline"]["overlapped"]
     rows = rows_of(found)
-    assert found["totals"]["operators"] > record.WHOLE > record.PART >= len(rows)
+    assert found["totals"]["operators"] > WHOLE > PART >= len(rows)
     assert data["timeline"]["drawn_layers"] == list(range(len(data["timeline"]["drawn_layers"])))
     assert {row["phase"] for row in rows} == {"F", "B", "W", "R"}
     assert "drawn are forward and backward of one micro-batch" in data["text"]["see_part"]
@@ -359,17 +358,17 @@ def test_the_command(trained: Place, copy: Path, tmp_path: Path) -> None:
 
 def test_a_message_is_hidden_only_while_something_is_computed() -> None:
     """Two travel at a time from 1 to 3; computation waits for one of them from 2 to 3."""
-    rows = [
-        TimelineRow("a", "F", "compute", 0.0, 2.0, 0.0, 0),
-        TimelineRow("layers.0.x@1", "F", "intra", 1.0, 3.0, 1.0, 7),
-        TimelineRow("layers.1.x@2", "F", "intra", 3.0, 3.5, 0.0, 7),
-        TimelineRow("y", "B", "inter", 1.0, 3.0, 0.0, 5),
+    events = [
+        Event("a", Phase.F, Stream.COMPUTE, 0.0, 2.0),
+        Event("layers.0.x@1", Phase.F, Stream.INTRA, 1.0, 3.0, 7, waited=2.0),
+        Event("layers.1.x@2", Phase.F, Stream.INTRA, 3.0, 3.5, 7),
+        Event("y", Phase.B, Stream.INTER, 1.0, 3.0, 5),
     ]
-    x, y = kinds(rows)
+    x, y = kinds(events)
     assert (x["name"], x["count"], x["bytes"], x["seconds"], x["exposed"]) == ("x", 2, 14, 2.5, 1.0)
     assert (y["name"], y["phase"], y["seconds"], y["exposed"]) == ("y", "B", 2.0, 1.0)
-    assert totals(rows)["exposed"] == 1.0
-    assert totals(rows)["seconds"] == 3.5
+    assert totals(events)["exposed"] == 1.0
+    assert totals(events)["seconds"] == 3.5
 
 
 def op(name: str, stream: Stream = Stream.COMPUTE, **cost: float) -> Op:
@@ -385,7 +384,7 @@ def test_a_message_that_nobody_waited_for_took_no_longer_than_its_rate() -> None
     events = [
         event("c", Stream.COMPUTE, 0.5), event("m", Stream.INTRA, 2.0, exposed=1.0), event("h", Stream.INTRA, 9.0),
     ]  # fmt: skip
-    found = timed(ops, [events])
+    found = observed(ops, [events])
     assert found.seconds(op("c", flops=20.0)) == pytest.approx(1.0, abs=1e-4)  # twice the work
     assert found.seconds(ops[1]) == pytest.approx(2.0, abs=1e-4)
     assert found.seconds(ops[2]) == pytest.approx(Rates().seconds(ops[2]), abs=1e-4)
@@ -393,7 +392,7 @@ def test_a_message_that_nobody_waited_for_took_no_longer_than_its_rate() -> None
 
 def test_the_highest_of_a_bundle_is_kept() -> None:
     curve = [("F", i % 700) for i in range(1400)]
-    found = thinned(curve)
+    found = highest(curve)
     assert len(found) == 467
     assert max(found) == ("F", 699)
 

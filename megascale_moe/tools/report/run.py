@@ -20,7 +20,7 @@ from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.train import metrics
 from megascale_moe.train.config_file import read_config
 from megascale_moe.train.job import local_rank_count
-from megascale_moe.train.timeline import record
+from megascale_moe.train.timeline import TIMELINE, VERSION, measured
 
 NUMBERS = ("loss", "grad_norm", "tokens_per_s", "step_s", "comm_s", "exposed_comm_s", "wire_bytes")
 RANKS = 8
@@ -32,22 +32,15 @@ class FinishedRun:
     """The files of a finished run.
 
     Attributes:
-        timeline: the document of `record`, None if the run wrote none.
-        traces: rank -> events of its last traced step.
+        timeline: the document of the run's step, None if the run wrote none.
+        traced: rank -> its last traced step, as `measured` has it.
     """
 
-    folder: Path
     config: Config
+    mesh: Mesh
     records: list[dict[str, Any]]
     timeline: dict[str, Any] | None
-    traces: dict[int, list[Event]]
-
-    @property
-    def mesh(self) -> Mesh:
-        """The ranks that trained."""
-        if self.timeline is not None:
-            return Mesh(**self.timeline["mesh"])
-        return mesh_of(self.config.parallel, self.config.model, local_rank_count(self.config))
+    traced: dict[str, Any]
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -59,8 +52,9 @@ def read_run(folder: Path) -> FinishedRun:
     path = folder / "config.toml"
     require(path.is_file(), f"{folder}: no run, it has no config.toml; give a folder that train wrote, or a TOML file")
     config = read_config(path)
-    records, timeline = _records(folder / metrics.FILE), _timeline(folder / record.FILE)
-    return FinishedRun(folder, config, records, timeline, _traces(folder, config))
+    records, timeline = _records(folder / metrics.FILE), _timeline(folder / TIMELINE)
+    mesh = Mesh(**timeline["mesh"]) if timeline else mesh_of(config.parallel, config.model, local_rank_count(config))
+    return FinishedRun(config, mesh, records, timeline, _traced(folder, config))
 
 
 def _read(path: Path) -> bytes:
@@ -75,70 +69,67 @@ def _records(path: Path) -> list[dict[str, Any]]:
     *lines, torn = _read(path).split(b"\n")
     records = [_record(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
     require(bool(records), f"{path}: no step has ended yet{' (its only line is torn)' if torn else ''}")
-    steps = [record["step"] for record in records]
-    for number, (before, after) in enumerate(pairwise(steps), start=2):
+    for number, (before, after) in enumerate(pairwise(each["step"] for each in records), start=2):
         require(before < after, f"{path}: line {number} is damaged: step {after} after {before}")
     return records
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        values = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where} is damaged: no JSON") from error
-    require(isinstance(found, dict) and type(found.get("step")) is int, f"{where} is damaged: no record of a step")
+    require(isinstance(values, dict) and type(values.get("step")) is int, f"{where} is damaged: no record of a step")
     for name in NUMBERS:
-        require(name in found, f"{where} is damaged: {name} is missing")
+        require(name in values, f"{where} is damaged: {name} is missing")
     for name in (*NUMBERS, "eval_loss"):
-        require(_number(found.get(name)), f"{where} is damaged: {name} = {found.get(name)!r} is no number")
-    loads = found.get("expert_load", [])
+        require(_number(values.get(name)), f"{where} is damaged: {name} = {values.get(name)!r} is no number")
+    loads = values.get("expert_load", [])
     fits = isinstance(loads, list) and all(map(_number, loads))
     require(fits, f"{where} is damaged: expert_load is no list of numbers")
-    return dict(found)
+    return dict(values)
 
 
 def _number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return value is None or type(value) in (int, float)
 
 
 def _timeline(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(_read(path))
-        known = found["version"] == record.VERSION
-        Mesh(**found["mesh"])
+        timeline = json.loads(_read(path))
+        Mesh(**timeline["mesh"])
         for name in ("plain", "overlapped"):
-            require(len(found[name]["table"]["rows"]) >= 0 and "seconds" in found[name]["totals"], "")
+            require("rows" in timeline[name]["table"] and "seconds" in timeline[name]["totals"], "")
+        return dict(timeline) if timeline["version"] == VERSION else None
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: damaged; without it the report estimates times: remove it") from error
-    return dict(found) if known else None
 
 
-def _traces(folder: Path, config: Config) -> dict[int, list[Event]]:
-    """The last traced step of each rank."""
+def _traced(folder: Path, config: Config) -> dict[str, Any]:
+    """Return the last traced step of each rank, on one clock where the ranks share one."""
     steps = min(config.run.trace_steps, config.train.steps)
-    paths = {rank: folder / f"trace-rank-{rank}.json" for rank in range(RANKS)}
-    return {rank: _last_step(path, steps) for rank, path in paths.items() if steps and path.is_file()}
+    paths = {str(rank): folder / f"trace-rank-{rank}.json" for rank in range(RANKS if steps else 0)}
+    traces = {rank: events for rank, path in paths.items() if path.is_file() and (events := _last_step(path, steps))}
+    origin = min((events[0].start for events in traces.values()), default=0.0)
+    longest = max((events[-1].end - events[0].start for events in traces.values()), default=0.0)
+    together = all(events[0].start - origin < longest for events in traces.values())
+    return {rank: measured(events, origin if together else events[0].start) for rank, events in traces.items()}
 
 
 def _last_step(path: Path, steps: int) -> list[Event]:
+    """Return the last of several steps: they have equally many operators, or else end with the optimizer's."""
     streams = list(Stream)
     try:
         events = [
             Event(entry["name"][2:], Phase(entry["name"][0]), streams[entry["tid"]], entry["ts"] / 1e6,
                   (end := entry["ts"] + entry["dur"]) / 1e6, int(entry["args"]["wire_bytes"]),
-                  (end - waited) / 1e6 if (waited := entry["args"]["exposed_us"]) else None)
+                  (end - entry["args"]["exposed_us"]) / 1e6)
             for entry in json.loads(_read(path))["traceEvents"] if entry["ph"] == "X"
         ]  # fmt: skip
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{path}: damaged; the report can do without it: remove it") from error
-    first = [place for place, event in enumerate(events) if event.name == events[0].name]
-    return events[_start(len(events), first, steps) :]
-
-
-def _start(count: int, first: list[int], steps: int) -> int:
-    """Where the last of several steps begins: they have equally many operators, or else end with the optimizer's."""
-    if steps and count % steps == 0:
-        return count - count // steps
-    return first[-1] if first else 0
+    if len(events) % steps == 0:
+        return events[len(events) - len(events) // steps :]
+    return events[max(index for index, event in enumerate(events) if event.name == events[0].name) :]

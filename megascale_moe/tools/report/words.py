@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -9,66 +10,76 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
 from megascale_moe.strategies import registry
 
-LATER = 2  # speeds are of the last half of a run: the first steps measure and warm up
+Records = Sequence[dict[str, Any]]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that leaves one to three digits before the point."""
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= scale * 0.9995 or unit == "µs":
-            break
-    number = seconds / scale
-    return f"{number:,.0f} {unit}" if number >= 999.5 else f"{number:.3g} {unit}"
+    """Return seconds in words."""
+    return _scaled(seconds, ((1.0, " s"), (1e-3, " ms"), (1e-6, " µs")))
 
 
 def count(number: float) -> str:
-    """A number of three digits and a thousand, a million or a billion."""
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= scale * 0.9995:
-            return f"{number / scale:.3g}{unit}"
-    return f"{number:.3g}"
+    """Return a number in thousands, millions and so on."""
+    return _scaled(number, ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"), (1, "")))
 
 
 def size(number: float) -> str:
-    """Bytes in three digits."""
-    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= scale * 0.9995:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"
+    """Return bytes in words."""
+    return _scaled(number, ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1, " B")))
+
+
+def _scaled(number: float, units: Sequence[tuple[float, str]]) -> str:
+    """Return three digits in the largest of `units` that leaves one to three of them before the point."""
+    scale, unit = next((each for each in units if number >= each[0] * 0.9995), units[-1])
+    number /= scale
+    return f"{number:,.0f}{unit}" if number >= 999.5 else f"{number:.3g}{unit}"
 
 
 def share(part: float, whole: float) -> str:
-    """Percent."""
+    """Return percent."""
     return f"{part / whole:.1%}" if whole else "0 %"
 
 
-def steady(records: list[dict[str, Any]], name: str) -> float | None:
-    """The median over the last half of a run, None where nothing finite is."""
-    later = records[len(records) // LATER :]
-    values = [record[name] for record in later if record.get(name) is not None]
+def outcome(records: Records) -> dict[str, Any]:
+    """Return the final figures of a run; speeds are of its last half."""
+    evaluations = _known(records, "eval_loss")
+    later = [r for r in _last_half(records) if r["step_s"] and r["exposed_comm_s"] is not None]
+    total = sum(record["step_s"] for record in later)
+    return {
+        "step": records[-1]["step"], "loss": records[-1]["loss"], "eval_loss": evaluations[-1] if evaluations else None,
+        "tokens_per_s": _median(records, "tokens_per_s"),
+        "exposed_comm_share": sum(record["exposed_comm_s"] for record in later) / total if total else None,
+        "step_s": _median(records, "step_s"),
+    }  # fmt: skip
+
+
+def _known(records: Records, name: str) -> list[float]:
+    return [record[name] for record in records if record.get(name) is not None]
+
+
+def _last_half(records: Records) -> Records:
+    """Return the records that speeds are of: the first steps measure and warm up."""
+    return records[len(records) // 2 :]
+
+
+def _median(records: Records, name: str) -> float | None:
+    """Return the median over the last half of a run, None where nothing finite is."""
+    values = _known(_last_half(records), name)
     return median(values) if values else None
 
 
-def exposed_share(records: list[dict[str, Any]]) -> float | None:
-    """Share of a step in which computation waited for communication, over the last half of a run."""
-    later = [r for r in records[len(records) // LATER :] if r["step_s"] and r["exposed_comm_s"] is not None]
-    total = sum(record["step_s"] for record in later)
-    return sum(record["exposed_comm_s"] for record in later) / total if total else None
-
-
 def layout(config: Config, mesh: Mesh) -> str:
-    """The mesh and what each module does with it."""
-    p = config.parallel
+    """Return the mesh and what each module does with it."""
     if mesh.world == 1:
         return "one rank, no communication"
-    parts = [f"{mesh.world:,} ranks"]
+    parallel, parts = config.parallel, [f"{mesh.world:,} ranks"]
     if mesh.pp > 1:
-        virtual = f", {p.virtual_stages} stages per rank" if p.virtual_stages > 1 else ""
-        parts.append(f"{mesh.pp} pipeline stages ({p.schedule.replace('_', '-')}{virtual})")
+        virtual = f", {parallel.virtual_stages} stages per rank" if parallel.virtual_stages > 1 else ""
+        parts.append(f"{mesh.pp} pipeline stages ({parallel.schedule.replace('_', '-')}{virtual})")
     if mesh.dp > 1:
         parts.append(f"{mesh.dp} data-parallel nodes")
     if mesh.node > 1:
-        attention = registry.named(registry.ATTENTION, p.attention, "parallel.attention")
+        attention = registry.named(registry.ATTENTION, parallel.attention, "parallel.attention")
         parts.append(f"{mesh.node} ranks per node with {attention.title}")
     experts = [f"spread over {mesh.ep} ranks"] if mesh.ep > 1 else []
     experts += [f"cut in width over {mesh.etp}"] if mesh.etp > 1 else []
@@ -92,12 +103,12 @@ SUPPOSED = (
 )
 
 
-def of_timeline(found: dict[str, Any]) -> str:
+def of_timeline(timeline: dict[str, Any]) -> str:
     """Return a sentence on how the two lists differ."""
-    before, after = found["plain"]["totals"], found["overlapped"]["totals"]
+    before, after = timeline["plain"]["totals"], timeline["overlapped"]["totals"]
     if not before["communication"]:
         return "This rank talks to nobody: the link lanes are empty and computation never waits."
-    used = SUPPOSED if found.get("supposed") else ""
+    used = SUPPOSED if timeline.get("supposed") else ""
     now, then = (f"{duration(t['exposed'])} of {duration(t['seconds'])}" for t in (after, before))
     if abs(before["exposed"] - after["exposed"]) <= 0.01 * before["exposed"]:
         return (
@@ -105,34 +116,34 @@ def of_timeline(found: dict[str, Any]) -> str:
             "the plain list does not hide by itself."
         )
     saved = 1 - after["seconds"] / before["seconds"]
-    outcome = f"the step becomes {saved:.1%} shorter" if saved > 0.0005 else "the step does not become shorter by it"
+    gain = f"the step becomes {saved:.1%} shorter" if saved > 0.0005 else "the step does not become shorter by it"
     return (
         f"{used}Hatched stretches are exposed communication: {then} in the plain list and {now} with "
-        f"overlap. Look how bars of the link lanes slide under those of the computation; {outcome}."
+        f"overlap. Look how bars of the link lanes slide under those of the computation; {gain}."
     )
 
 
-def of_part(found: dict[str, Any]) -> str:
+def of_part(timeline: dict[str, Any]) -> str:
     """Return a sentence on what is drawn of a step that is too long; empty if all of it is."""
-    layers = found["drawn_layers"]
+    layers = timeline["drawn_layers"]
     if not layers:
         return ""
     which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    operators, micros = found["overlapped"]["totals"]["operators"], found["micro_batches"]
+    operators, micros = timeline["overlapped"]["totals"]["operators"], timeline["micro_batches"]
     return (
-        f"A whole step of this rank has {operators:,} operators ({micros:,} micro-batches of {len(found['layers']):,} "
-        f"layers); drawn are forward and backward of one micro-batch through {which}. Numbers in text and tables are "
-        "of the whole step."
+        f"A whole step of this rank has {operators:,} operators ({micros:,} micro-batches of "
+        f"{len(timeline['layers']):,} layers); drawn are forward and backward of one micro-batch through {which}. "
+        "Numbers in text and tables are of the whole step."
     )
 
 
-def of_measured(found: dict[str, Any]) -> str:
-    """Why the measured step is not the simulated one."""
-    if not found.get("measured"):
+def of_measured(timeline: dict[str, Any]) -> str:
+    """Return why the measured step is not the simulated one."""
+    if not timeline.get("measured"):
         return ""
     pipeline = (
         " A receive lasts until the other stage has sent: bubbles of the pipeline show as waits."
-        if found["mesh"]["pp"] > 1 else ""
+        if timeline["mesh"]["pp"] > 1 else ""
     )  # fmt: skip
     return (
         "The measured step contains what the simulation leaves out: the host between two operators, ranks that come "
@@ -141,9 +152,9 @@ def of_measured(found: dict[str, Any]) -> str:
     )
 
 
-def of_kinds(found: dict[str, Any]) -> str:
-    """The communication that costs most."""
-    kinds = found["overlapped"]["kinds"]
+def of_kinds(timeline: dict[str, Any]) -> str:
+    """Return which communication costs most."""
+    kinds = timeline["overlapped"]["kinds"]
     if not kinds:
         return "Nothing travels: there is one rank."
     total, bare = (sum(kind[name] for kind in kinds) for name in ("seconds", "exposed"))
@@ -164,62 +175,61 @@ PHASES = {
 }  # fmt: skip
 
 
-def of_memory(found: dict[str, Any], remat: str) -> str:
-    """Where the peak is, and what the policies differ in."""
-    what = "a step" if found["whole"] else "one micro-batch through the first layers"
-    kept = found["kept"]
-    text = f"Activations and messages of {what} peak at {size(found['peak'])}. "
-    if not kept["none"]:
+def of_memory(memory: dict[str, Any], remat: str) -> str:
+    """Return where the peak is, and what the policies differ in."""
+    what = "a step" if memory["whole"] else "one micro-batch through the first layers"
+    text, sizes = f"Activations and messages of {what} peak at {size(memory['peak'])}. ", memory["kept"]
+    if not sizes["none"]:
         return text
-    least = min(kept, key=lambda name: kept[name])
-    ours = f"the policy in use (“{remat}”) keeps {size(kept[remat])}"
+    least, own = min(sizes, key=sizes.__getitem__), sizes[remat]
+    text += f"Of one micro-batch, the policy in use (“{remat}”) keeps {size(own)} for its backward"
     if least == remat:
-        return f"{text}Of one micro-batch, {ours} for its backward, {share(kept[remat], kept['none'])} of everything."
-    return (
-        f"{text}Of one micro-batch, {ours} for its backward; “{least}” would keep {share(kept[least], kept[remat])} of "
-        "that and do the rest again."
-    )
+        return f"{text}, {share(own, sizes['none'])} of everything."
+    return f"{text}; “{least}” would keep {share(sizes[least], own)} of that and recompute the rest."
 
 
-def of_loss(records: list[dict[str, Any]]) -> str:
-    """Whether the run learned."""
+def of_loss(records: Records) -> str:
+    """Return whether the run learned; empty without a run."""
+    if not records:
+        return ""
     first, last = records[0]["loss"], records[-1]["loss"]
     if first is None or last is None:
         return "The loss is not finite in places, which leaves gaps: the run diverged there."
     way = "falls" if last < first else "rises"
-    held = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
-    gap = f" On text it has not seen the loss ends at {held[-1]:.3f}." if held else ""
-    return f"The training loss {way} from {first:.3f} to {last:.3f} in {len(records):,} steps.{gap}"
+    held = _known(records, "eval_loss")
+    unseen = f" On text it has not seen the loss ends at {held[-1]:.3f}." if held else ""
+    return f"The training loss {way} from {first:.3f} to {last:.3f} in {len(records):,} steps.{unseen}"
 
 
-def of_speed(records: list[dict[str, Any]]) -> str:
-    """Throughput."""
-    usual = steady(records, "tokens_per_s")
-    if usual is None:
+def of_speed(records: Records) -> str:
+    """Return throughput in a sentence."""
+    values = [value for value in _known(_last_half(records), "tokens_per_s") if value]
+    if not values:
         return ""
-    values = [record["tokens_per_s"] for record in records[len(records) // LATER :] if record["tokens_per_s"]]
     return (
-        f"Typical of the last half of the run: {count(usual)} tokens/s, from {count(min(values))} to "
+        f"Typical of the last half of the run: {count(median(values))} tokens/s, from {count(min(values))} to "
         f"{count(max(values))}. The first steps warm up; other work of the machine shows as a dip."
     )
 
 
-def of_norm(records: list[dict[str, Any]], clip: float) -> str:
-    """How often gradients were clipped."""
-    norms = [record["grad_norm"] for record in records if record["grad_norm"] is not None]
+def of_norm(records: Records, clip: float) -> str:
+    """Return how often gradients were clipped."""
+    norms = _known(records, "grad_norm")
+    if not records:
+        return ""
     if not clip or not norms:
         return "The length of the gradient; a spike here comes before one in the loss."
     clipped = sum(norm > clip for norm in norms)
     return f"Above {clip:g} (dashed) gradients are clipped, as in {clipped:,} of {len(norms):,} steps."
 
 
-def of_load(records: list[dict[str, Any]]) -> str:
-    """Balance of experts."""
-    loads = [load for record in records for load in record.get("expert_load", []) if load is not None]
-    last = [load for load in records[-1].get("expert_load", []) if load is not None]
+def of_load(records: Records) -> str:
+    """Return the balance of experts."""
+    loads = [[load for load in record.get("expert_load", []) if load is not None] for record in records]
+    last = loads[-1] if loads else []
     if not last:
         return ""
     return (
         f"1 would be perfect balance. The busiest expert ends with {min(last):.2f} to {max(last):.2f} times the mean "
-        f"load of its layer; the most extreme field of the run is {max(loads):.2f}."
+        f"load of its layer; the most extreme field of the run is {max(map(max, filter(None, loads))):.2f}."
     )
