@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megascale_moe.tools import doctor
 from megascale_moe.tools.doctor import Finding, Status
 
-FINE = [Finding("a", Status.OK, "here"), Finding("b", Status.OPTIONAL, "none", "would help")]
-BAD = [*FINE, Finding("c", Status.PROBLEM, "none [red]", "install it")]
+FINE = [Finding("a", "here"), Finding("b", "none", "would help", Status.OPTIONAL)]
+BAD = [*FINE, Finding("c", "none [red]", "install it", Status.PROBLEM)]
 
 
 def verdict(findings: list[Finding], name: str) -> Status:
