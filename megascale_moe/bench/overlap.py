@@ -11,9 +11,7 @@ communication brought once in its place, and its communication alone, which is t
 
 from __future__ import annotations
 
-import contextlib
-import json
-import platform
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,10 +20,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from megascale_moe.bench.timed import TimedSteps, barrier, over_ranks, random_inputs, run_timed, spread
+from megascale_moe.bench.timed import TimedSteps, barrier, machine, over_ranks, random_inputs, run_timed, spread
 from megascale_moe.comm.axis import connect, single
 from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.local_ranks import fork_ranks
@@ -40,8 +37,9 @@ from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.weights import initial, placements
 from megascale_moe.train.job import join, local_rank_count, number, under_launcher
+from megascale_moe.train.output import print_json, table
 from megascale_moe.train.profiling import Profiler, needs_profile, plain
-from megascale_moe.train.progress import counted_progress
+from megascale_moe.train.progress import Update, counted_progress, silent
 
 PROFILE_RUNS = 4
 SERIAL = OverlapConfig()
@@ -59,25 +57,25 @@ class Variant:
 
 
 def variants(parallel: ParallelConfig) -> list[Variant]:
-    """From the Megatron-style layout to all that there is; each differs from one before it in one thing."""
+    """Return all from the Megatron-style layout on; each differs from one before it in one thing."""
 
     def of(attention: str, ffn: str) -> ParallelConfig:
         ep = 0 if ffn == "ep" else 1
         dispatch = parallel.dispatch if ffn == "ep" else "auto"
         return replace(parallel, attention=attention, ffn=ffn, ep=ep, etp=1, dispatch=dispatch)  # type: ignore[arg-type]
 
-    both = of("sp", "ep")
+    scheduled = OverlapConfig(order="scheduled")
+    together = replace(scheduled, micro_batches=2)
+    overlaps = {
+        "paper order": OverlapConfig(order="paper"),
+        "scheduled": scheduled,
+        "scheduled, split in 2": replace(scheduled, split="2"),
+        "scheduled, split by rank": replace(scheduled, split="by rank"),
+        "scheduled, two micro-batches": together,
+        "scheduled, two micro-batches, split in 2": replace(together, split="2"),
+    }
     layouts = [Variant(f"{a}+{f}", of(a, f)) for a, f in (("tp", "tp"), ("sp", "tp"), ("tp", "ep"), ("sp", "ep"))]
-    return [
-        *layouts,
-        Variant("sp+ep, paper order", both, OverlapConfig(order="paper")),
-        Variant("sp+ep, scheduled", both, OverlapConfig(order="scheduled")),
-        Variant("sp+ep, scheduled, split in 2", both, OverlapConfig(order="scheduled", split="2")),
-        Variant("sp+ep, scheduled, split by rank", both, OverlapConfig(order="scheduled", split="by rank")),
-        Variant("sp+ep, scheduled, two micro-batches", both, OverlapConfig(order="scheduled", micro_batches=2)),
-        Variant("sp+ep, scheduled, two micro-batches, split in 2", both,
-                OverlapConfig(order="scheduled", micro_batches=2, split="2")),
-    ]  # fmt: skip
+    return layouts + [Variant(f"sp+ep, {name}", of("sp", "ep"), overlap) for name, overlap in overlaps.items()]
 
 
 class Runner:
@@ -96,31 +94,18 @@ class Runner:
             config.model, variant.parallel, self.axes, DTYPES[config.train.dtype], rows, micros, overlap=overlap,
             wire=variant.wire,
         )  # fmt: skip
-        self.seconds: list[float] = []
-        self.exposed: list[float] = []
-        self.communication: list[float] = []
-        self.cpu: list[float] = []
-        self.computing_alone: list[float] = []
-        self.communicating_alone: list[float] = []
-        self.wire_bytes = 0
+        self.measured: dict[str, list[float]] = defaultdict(list)
 
-    def fill(self, weights: dict[str, Tensor], seed: int) -> None:
-        """Weights, gradients and inputs; variants of one layout share them."""
+    def prepare(self, weights: dict[str, Tensor], seed: int) -> None:
+        """Take weights, which variants of one layout share; run the list once to warm up.
+
+        That also notes what its communications were given and what they brought.
+        """
         self.weights = weights
         self.sinks = {name: Gradient(torch.zeros(value.shape)) for name, value in weights.items()}
         self.values = random_inputs(self.plan, seed)
-
-    def learn(self) -> None:
-        """Measure the plain list, for orders and splits that are derived from times."""
-        overlap, wire = plain(self.plan.overlap, self.plan.wire)
-        serial = replace(self.plan, overlap=overlap, wire=wire)
-        program, profiler = serial.program(), Profiler()
-        for _ in range(PROFILE_RUNS):
-            profiler.runs.append(self._run(program, profiler.observe).trace.events)
-        self.plan = replace(self.plan, profile=profiler.profile(serial, self.plan.overlap, self.axes["data"]))
-
-    def prepare(self) -> None:
-        """Run the list once, to warm up and to note what its communications were given and what they brought."""
+        if needs_profile(self.variant.overlap, self.variant.wire):
+            self._learn()
         self.program = self.plan.program()
         self.messages: list[Callable[[], Any]] = []
         travelling = {name for op in self.plan.ops if op.stream != Stream.COMPUTE for name in op.writes}
@@ -138,17 +123,26 @@ class Runner:
             for op in self.plan.ops
         ])  # fmt: skip
 
+    def _learn(self) -> None:
+        """Measure the plain list, for orders and splits that are derived from times."""
+        overlap, wire = plain(self.plan.overlap, self.plan.wire)
+        serial = replace(self.plan, overlap=overlap, wire=wire)
+        program, profiler = serial.program(), Profiler()
+        for _ in range(PROFILE_RUNS):
+            profiler.runs.append(self._run(program, profiler.observe).trace.events)
+        self.plan = replace(self.plan, profile=profiler.profile(serial, self.plan.overlap, self.axes["data"]))
+
     def step(self) -> None:
-        """Forward and backward of all micro-batches; then each of the two things it consists of."""
+        """Run forward and backward of all micro-batches; then each of the two things they consist of."""
         timed = self._run(self.program)
         trace = timed.trace
-        self.cpu.append(timed.cpu_s)
-        self.seconds.append(timed.seconds)
-        self.exposed.append(over_ranks(trace.exposed, self.world))
-        self.communication.append(over_ranks(trace.communication, self.world))
+        for name, value in (
+            ("seconds", timed.seconds), ("cpu_s", timed.cpu_s), ("exposed_s", over_ranks(trace.exposed, self.world)),
+            ("communication_s", over_ranks(trace.communication, self.world)),
+            ("computing_alone", self._run(self.computing).seconds), ("communicating_alone", self._communicate()),
+        ):  # fmt: skip
+            self.measured[name].append(value)
         self.wire_bytes = sum(trace.wire_bytes().values())
-        self.computing_alone.append(self._run(self.computing).seconds)
-        self.communicating_alone.append(self._communicate())
 
     def _run(self, program: Program, observe: Observer | None = None) -> TimedSteps:
         return run_timed(program, self.values, self.weights, self.sinks, self.world, observe)
@@ -163,54 +157,38 @@ class Runner:
         return over_ranks(now() - start, self.world)
 
     def row(self) -> dict[str, Any]:
-        """The result."""
+        """Return the results."""
         tokens = self.plan.rows * self.plan.micros * self.plan.model.sequence_length * self.axes["tensor_data"].size
-        middle = median(self.seconds)
-        return {
-            "variant": self.variant.name, "median": middle, "spread": spread(self.seconds), "unit": "s",
-            "tokens_per_s": tokens / middle, "exposed_s": median(self.exposed),
-            "cpu_s": median(self.cpu), "communication_s": median(self.communication),
-            "wire_bytes": self.wire_bytes, "pieces": self.plan.pieces,
-            "computing_alone_s": median(self.computing_alone),
-            "communicating_alone_s": median(self.communicating_alone), "all": self.seconds,
-            "all_computing_alone": self.computing_alone, "all_communicating_alone": self.communicating_alone,
+        medians, seconds = {name: median(values) for name, values in self.measured.items()}, self.measured["seconds"]
+        row = {
+            "variant": self.variant.name, "median": medians["seconds"], "spread": spread(seconds), "unit": "s",
+            "tokens_per_s": tokens / medians["seconds"], "wire_bytes": self.wire_bytes, "pieces": self.plan.pieces,
+            "all": seconds,
         }  # fmt: skip
+        row |= {name: medians[name] for name in ("exposed_s", "cpu_s", "communication_s")}
+        for name in ("computing_alone", "communicating_alone"):
+            row |= {f"{name}_s": medians[name], f"all_{name}": self.measured[name]}
+        return row
 
 
 def _brought(known: dict[str, Any], names: tuple[str, ...], *_: Any) -> Any:
-    """In place of a communication; what nobody reads is None."""
+    """Stand in for a communication; what nobody reads is None."""
     results = tuple(known.get(name) for name in names)
     return results[0] if len(results) == 1 else results
 
 
 def bench_overlap(
-    config: Config, world: int, rounds: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    config: Config, world: int, rounds: int, progress: Update = silent,
     chosen: Callable[[ParallelConfig], Sequence[Variant]] = variants,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run on every rank; the rows of all variants that fit the ranks and the model.
+    """Run on every rank and return the rows of all variants that fit the ranks and the model.
 
     Args:
         config: the model (its layers), micro-batch, global batch and dtype; parallel gives dp and node.
         chosen: from that, what is compared.
     """
     made: dict[Any, Any] = {}
-    runners = list(_runners(config, world, made, chosen))
-    for runner in runners:
-        if needs_profile(runner.variant.overlap, runner.variant.wire):
-            runner.learn()
-        runner.prepare()
-    for done in range(rounds):
-        for place in range(len(runners)):
-            runners[(place + done) % len(runners)].step()
-        progress("rounds", done + 1, rounds)
-    return [runner.row() for runner in runners]
-
-
-def _runners(
-    config: Config, world: int, made: dict[Any, Any], chosen: Callable[[ParallelConfig], Sequence[Variant]]
-) -> Sequence[Runner]:
-    found: list[Runner] = []
+    runners: list[Runner] = []
     shared: dict[tuple[str, str], dict[str, Tensor]] = {}
     mesh = mesh_of(config.parallel, config.model, world)
     for variant in chosen(replace(config.parallel, pp=mesh.pp, dp=mesh.dp, node=mesh.node)):
@@ -222,63 +200,51 @@ def _runners(
         if key not in shared:
             placed = placements(config.model, runner.plan.layout, runner.plan.part)
             shared[key] = {
-                name: initial(name, place, config.model, config.train.seed).to(runner.plan.dtype)
-                for name, place in placed.items()
+                name: initial(name, placement, config.model, config.train.seed).to(runner.plan.dtype)
+                for name, placement in placed.items()
             }
-        runner.fill(shared[key], seed=runner.axes["tensor_data"].index)
-        found.append(runner)
-    return found
+        runner.prepare(shared[key], seed=runner.axes["tensor_data"].index)
+        runners.append(runner)
+    for done in range(rounds):
+        for turn in range(len(runners)):
+            runners[(turn + done) % len(runners)].step()
+        progress("rounds", done + 1, rounds)
+    return [runner.row() for runner in runners]
 
 
 def document(config: Config, world: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """For --json (interface of `bench`)."""
-    machine = {
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "ranks": world,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    return {"name": "overlap", "machine": machine, "model": asdict(config.model), "rows": rows}
+    """Return the --json document."""
+    return {"name": "overlap", "machine": machine(world), "model": asdict(config.model), "rows": rows}
 
 
 def bench(config: Config, nproc: int | None, rounds: int, *, as_json: bool) -> int:
-    """The command: on forked ranks, or as one rank under a launcher; prints on the first. The exit status."""
-    if under_launcher():
-        job = join(config, mesh_of(config.parallel, config.model, number("WORLD_SIZE", 1)))
-        _bench_rank(config, job.world, rounds, as_json, job.rank)
-        return 0
-    world = nproc or local_rank_count(config)
-    mesh_of(config.parallel, config.model, world)
-    if world == 1:
-        _bench_rank(config, 1, rounds, as_json, 0)
-        return 0
-    return fork_ranks(world, lambda rank: _bench_rank(config, world, rounds, as_json, rank))
+    """Run on forked ranks, or as one rank under a launcher; the first prints. Return the exit status."""
+    launched = under_launcher()
+    world = number("WORLD_SIZE", 1) if launched else nproc or local_rank_count(config)
+    mesh = mesh_of(config.parallel, config.model, world)
+
+    def measure(rank: int) -> None:
+        keep_freed_memory()
+        with counted_progress(shown=rank == 0) as progress:
+            rows = bench_overlap(config, world, rounds, progress)
+        if rank == 0 and as_json:
+            print_json(document(config, world, rows))
+        elif rank == 0:
+            _print(rows)
+
+    if world > 1 and not launched:
+        return fork_ranks(world, measure)
+    measure(join(config, mesh).rank)
+    return 0
 
 
-def _bench_rank(config: Config, world: int, rounds: int, as_json: bool, rank: int) -> None:
-    keep_freed_memory()
-    with contextlib.ExitStack() as stack:
-        lead = rank == 0
-        progress = stack.enter_context(counted_progress()) if lead else (lambda what, done, total: None)
-        rows = bench_overlap(config, world, rounds, progress)
-    if not lead:
-        return
-    if as_json:
-        print(json.dumps(document(config, world, rows)), flush=True)
-    else:
-        Console(highlight=False, width=130).print(table(rows))
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """For people: ratios are to the first row."""
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    """Print for people: ratios are to the first row."""
     heads = ("variant", "ms", "spread", "tokens/s", "x", "exposed ms", "computing alone", "communicating alone")
-    found = Table(*heads, box=None, pad_edge=False, header_style="bold")
-    found.columns[0].no_wrap = True
-    for column in found.columns[1:]:
-        column.justify = "right"
+    milliseconds = ("median", "spread", "exposed_s", "computing_alone_s", "communicating_alone_s")
+    lines = []
     for row in rows:
-        numbers = (row["median"] * 1e3, row["spread"] * 1e3, row["tokens_per_s"])
+        took, deviation, *alone = (f"{row[name] * 1e3:,.0f}" for name in milliseconds)
         ratio = f"{rows[0]['median'] / row['median']:.2f}"
-        rest = (row["exposed_s"], row["computing_alone_s"], row["communicating_alone_s"])
-        found.add_row(
-            row["variant"], *(f"{number:,.0f}" for number in numbers), ratio, *(f"{x * 1e3:,.0f}" for x in rest)
-        )
-    return found
+        lines.append([row["variant"], took, deviation, f"{row['tokens_per_s']:,.0f}", ratio, *alone])
+    Console(highlight=False, width=130).print(table(heads, lines, text=("variant",)))

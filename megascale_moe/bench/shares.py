@@ -11,9 +11,12 @@ buffers), and only their time must not fall.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, groupby
+from statistics import fmean
+
+from megascale_moe.planner.cluster import Curve, Link
 
 Points = list[tuple[float, float]]
 """Pairs (size, share of a peak)."""
@@ -33,74 +36,44 @@ class Sample:
     seconds: float
 
     @property
-    def rate(self) -> float:
-        """Work per second."""
-        return self.work / self.seconds
-
-
-@dataclass
-class _Pool:
-    """Samples that share a point: sums over them, `sizes` weighted with their work and on a logarithm."""
-
-    work: float = 0.0
-    seconds: float = 0.0
-    sizes: float = 0.0
-
-    def add(self, work: float, seconds: float, sizes: float) -> None:
-        self.work, self.seconds, self.sizes = self.work + work, self.seconds + seconds, self.sizes + sizes
-
-    @property
-    def rate(self) -> float:
-        return self.work / self.seconds
+    def octave(self) -> int:
+        """Samples with the same are of about one size."""
+        return round(math.log2(self.size))
 
 
 def rising(samples: Iterable[Sample]) -> Points:
-    """(size, rate) in the order of sizes, rates never falling."""
-    pools: dict[int, _Pool] = defaultdict(_Pool)
-    for sample in samples:
-        size = math.log2(sample.size)
-        pools[round(size)].add(sample.work, sample.seconds, size * sample.work)
-    points: list[list[_Pool]] = []
-    for place in sorted(pools):
-        points.append([pools[place]])
-        while len(points) > 1 and _rate(points[-2]) >= _rate(points[-1]):
-            last = points.pop()
-            points[-1] += last
-    return [(2 ** (pool.sizes / pool.work), _rate(merged)) for merged in points for pool in merged]
+    """Return (size, rate) in the order of sizes, rates never falling."""
+    by_size = sorted(samples, key=lambda sample: sample.octave)
+    pools: list[list[list[Sample]]] = []  # samples of about one size, of sizes with one rate
+    for _, group in groupby(by_size, lambda sample: sample.octave):
+        pools.append([list(group)])
+        while len(pools) > 1 and _rate(pools[-2]) >= _rate(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return [
+        (2 ** fmean((math.log2(s.size) for s in same), (s.work for s in same)), _rate(pool))
+        for pool in pools for same in pool
+    ]  # fmt: skip
 
 
-def _rate(pools: Sequence[_Pool]) -> float:
-    return sum(pool.work for pool in pools) / sum(pool.seconds for pool in pools)
+def _rate(pool: Sequence[Sequence[Sample]]) -> float:
+    return sum(s.work for s in chain(*pool)) / sum(s.seconds for s in chain(*pool))
 
 
 def shares(points: Points, peak: float) -> Points:
-    """Rates over a peak; the last of equal ones in a row stay only where they bound them."""
-    found = [(size, min(rate / peak, 1.0)) for size, rate in points]
-    inner = {i for i in range(1, len(found) - 1) if found[i - 1][1] == found[i][1] == found[i + 1][1]}
-    return [point for i, point in enumerate(found) if i not in inner]
+    """Return rates over a peak; the last of equal ones in a row stay only where they bound them."""
+    curve = [(size, min(rate / peak, 1.0)) for size, rate in points]
+    inner = {i for i in range(1, len(curve) - 1) if curve[i - 1][1] == curve[i][1] == curve[i + 1][1]}
+    return [point for i, point in enumerate(curve) if i not in inner]
 
 
-@dataclass(frozen=True)
-class LinkFound:
-    """A link as a profile has it: bytes/s, seconds, seconds, (bytes of a message, share of the rate), seconds."""
-
-    rate: float
-    latency: float
-    peer: float
-    share: Points
-    beside: float = 0.0
-
-
-def link_of(messages: Sequence[tuple[float, float]], peers: int, peer: float) -> LinkFound:
-    """From (bytes of a message to each peer, seconds of the collective), sizes rising; the first is all latency.
+def link_of(messages: Sequence[tuple[float, float]], peers: int, peer: float) -> Link:
+    """Return the link of (bytes of a message to each peer, seconds of the collective), sizes rising.
 
     Args:
-        peers: to whom each was sent. peer: seconds for each of them beyond the first.
+        messages: the first is all latency. peers: to whom each was sent. peer: seconds for each beyond the first.
     """
-    seconds: list[float] = []
-    for _, took in messages:
-        seconds.append(max([took, *seconds[-1:]]))  # more bytes never take less time
-    latency = max(seconds[0] - peer * (peers - 1), 0.0)
+    seconds = list(accumulate((took for _, took in messages), max))  # more bytes never take less time
     rates = [
         (size, size * peers / (took - seconds[0]))
         for (size, _), took in zip(messages, seconds, strict=True)
@@ -108,5 +81,6 @@ def link_of(messages: Sequence[tuple[float, float]], peers: int, peer: float) ->
     ]
     if not rates:  # all are lost in the latency: the rate is at least this
         rates = [(messages[-1][0], messages[-1][0] * peers / seconds[-1])]
-    rate = max(found for _, found in rates)
-    return LinkFound(rate, latency, peer, [(size, found / rate) for size, found in rates])
+    best = max(rate for _, rate in rates)
+    share = Curve(tuple((size, rate / best) for size, rate in rates))
+    return Link(best, max(seconds[0] - peer * (peers - 1), 0.0), peer, share)

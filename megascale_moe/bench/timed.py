@@ -22,6 +22,7 @@ from megascale_moe.model.segments import Segments
 from megascale_moe.pipeline.program import StepPlan
 from megascale_moe.pipeline.step import of_micro
 from megascale_moe.strategies.model import local_inputs
+from megascale_moe.train.hardware import cpu_model
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ def random_inputs(plan: StepPlan, seed: int) -> dict[str, Any]:
     """Return what the list of a plan reads besides weights: random tokens, every row one document."""
     generator = torch.Generator().manual_seed(seed)
     shape = (plan.rows, plan.model.sequence_length)
-    values: dict[str, Any] = {"loss_scale": 1e-3, "auxiliary_scale": torch.tensor(1e-3)}
+    values: dict[str, Any] = {"loss_scale": 1e-3, "auxiliary_scale": torch.tensor(1e-3, device=plan.device)}
     for micro in range(plan.micros):
-        tokens = torch.randint(0, plan.model.vocab, shape, generator=generator)
+        tokens = torch.randint(0, plan.model.vocab, shape, generator=generator).to(plan.device)
         inputs = local_inputs(tokens, tokens.roll(-1, 1), plan.layout, Segments.whole_rows(*shape), plan.model)
         values |= {of_micro(name, micro): value for name, value in inputs.items()}
     return values
@@ -72,7 +73,7 @@ def barrier(world: int) -> None:
 
 
 def over_ranks(value: float, world: int, how: Any = dist.ReduceOp.MAX) -> float:
-    """The largest of all ranks', or as `how` says."""
+    """Return the largest of all ranks' values, or what `how` says."""
     tensor = torch.tensor(value, dtype=torch.float64)
     if world > 1:
         dist.all_reduce(tensor, op=how)
@@ -80,8 +81,15 @@ def over_ranks(value: float, world: int, how: Any = dist.ReduceOp.MAX) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Between the quartiles; 0 of a single one."""
+    """Return the distance of the quartiles; 0 of a single value."""
     if len(values) < 2:
         return 0.0
     low, _, high = quantiles(values, n=4)
     return high - low
+
+
+def machine(ranks: int) -> dict[str, Any]:
+    """Return the "machine" of a --json document."""
+    return {
+        "processor": cpu_model(), "torch": torch.__version__, "ranks": ranks, "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -20,6 +20,13 @@ SMOOTHING = 0.9  # weight of the past in the seconds per step that the time left
 REDRAW_SECONDS = 0.1
 PLAIN_LINE_SECONDS = 10.0  # between plain lines
 
+Update = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, of how much."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Show no progress."""
+
 
 class Progress:
     """Shows a run that goes from `start` steps done to `steps`."""
@@ -89,8 +96,11 @@ def preparation_progress(shown: bool, stream: TextIO | None = None) -> Iterator[
 
 
 @contextmanager
-def counted_progress(stream: TextIO | None = None) -> Iterator[Callable[[str, int, int], None]]:
-    """A function to call with (what is being done, how much is done, of how much); before that nothing appears."""
+def counted_progress(stream: TextIO | None = None, *, shown: bool = True) -> Iterator[Update]:
+    """A function that shows progress; before its first call nothing appears, and nothing at all unless `shown`."""
+    if not shown:
+        yield silent
+        return
     line = _Counted(stream or sys.stderr)
     try:
         yield line.update

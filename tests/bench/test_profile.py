@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megascale_moe.bench.machine import Effort
-from megascale_moe.bench.profile import ProfileOptions, bench
+from megascale_moe.bench.profile import bench
 from megascale_moe.bench.shares import Sample, link_of, rising, shares
 from megascale_moe.cli import main
 from megascale_moe.config import ConfigError, ModelConfig
@@ -23,9 +24,14 @@ MODEL = ModelConfig(
 TINY = Effort(((MODEL, 1), (MODEL, 4)), (32, 64), 1 << 18, repeats=2, list_s=0.02, piece_s=0.01, step_s=0.01)
 
 
+def profile(nproc: int, node: int | None = None, out: Path = Path("profile.toml"), base: str = "") -> int:
+    """The exit status of a quick one."""
+    return bench(nproc, node, None, out, base, TINY, as_json=False)
+
+
 def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "here.toml"
-    assert bench(ProfileOptions(nproc=2, out=path, effort=TINY), as_json=False) == 0
+    assert profile(2, out=path) == 0
     assert capfd.readouterr().out == f"profile: {path}\n"
     cluster = load(str(path))
     assert cluster.node == 2
@@ -52,7 +58,7 @@ def test_a_profile_of_two_ranks_can_be_planned_with(tmp_path: Path, capfd: pytes
 
 def test_a_profile_of_one_rank_has_the_links_of_its_base(tmp_path: Path) -> None:
     path = tmp_path / "here.toml"
-    assert bench(ProfileOptions(nproc=1, out=path, base="h100", effort=TINY), as_json=False) == 0
+    assert profile(1, out=path, base="h100") == 0
     found, base = load(str(path)), load("h100")
     assert (found.links, found.node, found.rings, found.contention) == (base.links, 8, True, 1)
     assert found.peaks["fp8"] == base.peaks["fp8"]
@@ -62,18 +68,18 @@ def test_a_profile_of_one_rank_has_the_links_of_its_base(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("order", "reason"),
+    ("options", "reason"),
     [
-        (ProfileOptions(nproc=1), "bench profile: 1 rank has no links to measure; start 2 or more with --nproc"),
-        (ProfileOptions(nproc=1, base="h1"), "cluster profile 'h1' is unknown"),
-        (ProfileOptions(nproc=4, node=3), "nodes of 3 do not divide the 4 ranks; use --node with one of 1, 2, 4"),
-        (ProfileOptions(nproc=2, out=Path("profile.txt")), "--out profile.txt: a profile is a .toml file"),
-        (ProfileOptions(nproc=2, out=Path("/no/such/folder/a.toml")), "cannot write to /no/such/folder"),
+        ({"nproc": 1}, "bench profile: 1 rank has no links to measure; start 2 or more with --nproc"),
+        ({"nproc": 1, "base": "h1"}, "cluster profile 'h1' is unknown"),
+        ({"nproc": 4, "node": 3}, "nodes of 3 do not divide the 4 ranks; use --node with one of 1, 2, 4"),
+        ({"nproc": 2, "out": Path("profile.txt")}, "--out profile.txt: a profile is a .toml file"),
+        ({"nproc": 2, "out": Path("/no/such/folder/a.toml")}, "cannot write to /no/such/folder"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_ranks_start(order: ProfileOptions, reason: str) -> None:
+def test_what_cannot_be_measured_is_refused_before_ranks_start(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        bench(order, as_json=False)
+        profile(**options)
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -111,15 +117,15 @@ def test_a_link_that_obeys_the_formula_is_found(peers: int) -> None:
     assert found.rate == pytest.approx(rate)
     assert found.latency == pytest.approx(latency)
     assert found.peer == peer
-    assert all(math.isclose(share, 1) for _, share in found.share)
-    assert found.share[0][0] * peers / rate > 0.2 * start  # shorter ones are lost in the latency
+    assert all(math.isclose(share, 1) for _, share in found.share.points)
+    assert found.share.points[0][0] * peers / rate > 0.2 * start  # shorter ones are lost in the latency
 
 
 def test_more_bytes_never_take_less_time() -> None:
     found = link_of([(64, 1.0), (1 << 12, 0.9), (1 << 20, 3.0), (1 << 21, 2.9)], 1, 0.0)
     assert found.latency == 1.0
-    assert [size for size, _ in found.share] == [1 << 20, 1 << 21]
-    assert found.share[0][1] == pytest.approx(0.5)
+    assert [size for size, _ in found.share.points] == [1 << 20, 1 << 21]
+    assert found.share.points[0][1] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +138,7 @@ def test_more_bytes_never_take_less_time() -> None:
         (["overlap"], "bench overlap needs a CONFIG.toml; see megascale bench --help"),
     ],
 )
-def test_the_command_refuses_in_one_line(
-    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_refuses_in_one_line(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -145,5 +149,5 @@ def test_the_command_refuses_in_one_line(
 
 def test_a_link_of_which_only_the_latency_shows_has_a_rate() -> None:
     found = link_of([(64, 1.0), (1 << 12, 1.1)], 1, 0.0)
-    assert (found.latency, found.share) == (1.0, [(1 << 12, 1.0)])
+    assert (found.latency, found.share.points) == (1.0, ((1 << 12, 1.0),))
     assert found.rate == pytest.approx((1 << 12) / 1.1)

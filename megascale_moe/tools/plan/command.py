@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +17,61 @@ from megascale_moe.planner.explain import Explanation, explain, most
 from megascale_moe.planner.search import Plan, capacity, planned, search
 from megascale_moe.planner.space import Space
 from megascale_moe.planner.step import PricedLayout, Pricer
-from megascale_moe.tools.plan.pictures import write_pareto, write_trace
-from megascale_moe.tools.plan.table import memory_table, show, show_search, show_validation, wide_console
+from megascale_moe.tools.plan.show import (
+    memory_table,
+    show,
+    show_validation,
+    wide_console,
+    write_pareto,
+    write_trace,
+)
 from megascale_moe.tools.report.command import plan_report
 from megascale_moe.tools.validation.validate import validate
+from megascale_moe.train.output import print_json
 from megascale_moe.train.progress import counted_progress
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """The arguments of the command.
+def plan(
+    configs: Sequence[Config], cluster_name: str | None, gpus: int | None, keep: str, *, fixed: bool, out: Path,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Find the fastest plans of a config, or price those of one or two; print them and write the files of the best.
 
-    Attributes:
-        configs: one to search or to price, two to compare. kept: keys that a search leaves as they are. fixed: price
-            the layout as it is. out: folder for the files of the best plan.
-    """
-
-    configs: tuple[Config, ...]
-    cluster: str
-    gpus: int
-    kept: frozenset[str]
-    fixed: bool
-    out: Path
-
-    @classmethod
-    def of(
-        cls, configs: Sequence[Config], cluster: str | None, gpus: int | None, keep: str, *, fixed: bool, out: Path
-    ) -> PlanOptions:  # fmt: skip
-        """From the command line.
-
-        Raises:
-            ConfigError: something is missing.
-        """
-        require(cluster is not None, "--cluster is missing: name a profile (h800) or a TOML file")
-        require(gpus is not None, "--gpus is missing: how many GPUs has the cluster")
-        kept = frozenset(key.strip() for key in keep.split(",") if key.strip())
-        require(not (kept and fixed), "--keep with --fixed: a fixed layout is not searched; leave one out")
-        assert cluster is not None
-        assert gpus is not None
-        return cls(tuple(configs), cluster, gpus, kept, fixed, out)
-
-
-def plan(order: PlanOptions, *, as_json: bool) -> int:
-    """Do it.
+    Args:
+        keep: keys that a search leaves as they are, comma-separated. fixed: price the layout as it is.
 
     Raises:
-        ConfigError: see `search` and `planner.cluster.load`.
+        ConfigError: something is missing; see also `search` and `planner.cluster.load`.
     """
-    cluster, console = load(order.cluster), wide_console(stderr=as_json)
-    pricer = Pricer(cluster)
-    ranked = len(order.configs) == 1 and not order.fixed
+    if cluster_name is None:
+        raise ConfigError("--cluster is missing: name a profile (h800) or a TOML file")
+    if gpus is None:
+        raise ConfigError("--gpus is missing: how many GPUs has the cluster")
+    kept = frozenset(key.strip() for key in keep.split(",") if key.strip())
+    require(not (kept and fixed), "--keep with --fixed: a fixed layout is not searched; leave one out")
+    cluster, console = load(cluster_name), wide_console(stderr=as_json)
+    document: dict[str, Any] = {"cluster": cluster.name, "stack": cluster.stack, "gpus": gpus}
+    ranked = len(configs) == 1 and not fixed
     if ranked:
         start = time.monotonic()
-        space = Space(order.configs[0], order.gpus, cluster.node, order.kept)
         with counted_progress() as progress:
-            found = search(space, cluster, progress=progress)
-        seconds = time.monotonic() - start
-        show_search(found, seconds, console)
-        more = {"layouts": found.layouts, "priced": found.priced, "search_seconds": seconds}
-        plans: Sequence[Plan] = found.plans
+            result = search(Space(configs[0], gpus, cluster.node, kept), cluster, progress=progress)
+        seconds, plans = time.monotonic() - start, result.plans
+        numbers = f"{result.layouts:,} layouts looked at, {result.priced:,} priced, in {seconds:.1f} s"
+        console.print(numbers, markup=False)
+        document |= {"layouts": result.layouts, "priced": result.priced, "search_seconds": seconds}
     else:
-        plans, more = [planned(config, cluster, order.gpus) for config in order.configs], {}
-    layouts = [pricer.layout(each.config, order.gpus) for each in plans]
+        plans = tuple(planned(config, cluster, gpus) for config in configs)
+    pricer = Pricer(cluster)
+    layouts = [pricer.layout(each.config, gpus) for each in plans]
     explained = [explain(layout) for layout in (layouts[:1] if ranked else layouts)]
     show(plans, cluster, explained, console, ranked)
-    if len(order.configs) == 1:
+    if len(configs) == 1:
         console.print(memory_table(plans[0], cluster))
-        _write(plans, layouts[0], order.out, console)
+        _write(plans, layouts[0], out, console)
     if as_json:
-        about = {"cluster": cluster.name, "stack": cluster.stack, "gpus": order.gpus, **more}
         rows = [_row(*each, capacity(cluster)) for each in itertools.zip_longest(plans, layouts, explained)]
-        print(json.dumps(about | {"plans": rows}, allow_nan=False))
+        print_json(document | {"plans": rows})
     return 0
 
 
@@ -96,13 +79,13 @@ def validate_rows(path: Path, *, as_json: bool) -> int:
     """Predict the rows of a file beside what they say was measured.
 
     Raises:
-        ConfigError: see `planner.validate.validate`.
+        ConfigError: see `validate`.
     """
     with counted_progress() as progress:
-        found = validate(path, progress)
-    show_validation(found, wide_console(stderr=as_json))
+        validation = validate(path, progress)
+    show_validation(validation, wide_console(stderr=as_json))
     if as_json:
-        print(json.dumps(found.document(), allow_nan=False))
+        print_json(validation.document())
     return 0
 
 
@@ -121,7 +104,7 @@ def _row(plan: Plan, layout: PricedLayout, why: Explanation | None, holds: float
 
 
 def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Console) -> None:
-    """The best plan as a config, a trace and a page, and all as a picture."""
+    """Write the best plan as a config, a trace and a page, and all as a picture."""
     cluster, prices, path = best.cluster, best.prices, folder / "plan.toml"
     assert cluster is not None
     assert prices is not None
@@ -133,6 +116,6 @@ def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Con
         files += ["pareto.png"] if write_pareto(plans, cluster, folder / "pareto.png") else []
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
-    words = f"Seconds of operators are predicted from the profile {cluster.name} ({cluster.stack})."
-    plan_report(best.config, best.mesh.world, path, folder / "report.html", (prices, words))
+    source = f"Seconds of operators are predicted from the profile {cluster.name} ({cluster.stack})."
+    plan_report(best.config, best.mesh.world, path, folder / "report.html", (prices, source))
     console.print(f"{folder}: {', '.join([*files, 'report.html'])}", markup=False)
