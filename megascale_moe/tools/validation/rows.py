@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megascale_moe.config import ConfigError, require
 
@@ -33,7 +32,7 @@ class PublishedRow:
         return self.cells.get(column, "")
 
     def count(self, column: str, default: int = 1) -> int:
-        """A whole number; a column without one holds `default`."""
+        """Return a whole number; a column without one holds `default`."""
         text = self.text(column)
         if not text:
             return default
@@ -41,13 +40,13 @@ class PublishedRow:
         return int(text)
 
     def number(self, column: str) -> float | None:
-        """The number that a column begins with ("432 non-causal" is 432); None if there is none."""
+        """Return the number that a column begins with ("432 non-causal" is 432); None if there is none."""
         text = self.text(column)
-        found = re.match(r"[\d.]+(?:e[+-]?\d+)?(?![\w.])", text)
-        if not found:
+        match = re.match(r"[\d.]+(?:e[+-]?\d+)?(?![\w.])", text)
+        if not match:
             return None
         try:
-            value = float(found[0])
+            value = float(match[0])
         except ValueError as error:
             raise ConfigError(self.refusal(column, "a number")) from error
         require(value > 0, self.refusal(column, "a positive number, or nothing"))
@@ -59,7 +58,7 @@ class PublishedRow:
 
 
 def read(path: Path) -> list[PublishedRow]:
-    """The rows of a file.
+    """Return the rows of a file.
 
     Raises:
         ConfigError: it cannot be read, lacks a column, or a row lacks what every row must have.
@@ -67,8 +66,7 @@ def read(path: Path) -> list[PublishedRow]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            names = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = names
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             lines = [(reader.line_num, line) for line in reader]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a CSV file") from error
@@ -76,13 +74,8 @@ def read(path: Path) -> list[PublishedRow]:
         raise ConfigError(f"{path}: not a CSV file in UTF-8 ({error})") from error
     for column in NEEDED:
         require(column in names, f"{path}: column {column} is missing; needed are {', '.join(NEEDED)}")
-    require(
-        any(column in names for column in UNITS), f"{path}: no column of a measurement; give one of {', '.join(UNITS)}"
-    )
-    return _checked(path, lines)
-
-
-def _checked(path: Path, lines: Sequence[tuple[int, Mapping[Any, Any]]]) -> list[PublishedRow]:
+    measured = not UNITS.keys().isdisjoint(names)
+    require(measured, f"{path}: no column of a measurement; give one of {', '.join(UNITS)}")
     rows: dict[str, PublishedRow] = {}
     for number, line in lines:
         at = f"{path}: line {number}"

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from megascale_moe.config import (
@@ -36,16 +36,17 @@ from megascale_moe.planner.cluster import Cluster, load
 from megascale_moe.planner.step import price
 from megascale_moe.presets import PRESETS
 from megascale_moe.tools.validation.rows import UNITS, PublishedRow, read
+from megascale_moe.train.progress import Update, silent
 
-Use = Literal["test", "calibration", "excluded"]
+Remat = Literal["none", "paper", "full", "budget"]
 
 
 # --- stacks ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Habits:
-    """Settings of a software stack that its rows do not state.
+class Stack:
+    """Software on one kind of GPU: its profile, and settings that its rows do not state.
 
     Attributes:
         software, gpu, precision: patterns of the columns of its rows. calibration: rows used to choose its profile.
@@ -58,14 +59,15 @@ class Habits:
             source counts causal attention "half" or in "full".
     """
 
-    name: str = ""
+    name: str
+    cluster: Cluster
     software: str = ""
     gpu: str = ""
     precision: str = ""
-    calibration: tuple[str, ...] = ()
+    calibration: Sequence[str] = ()
     order: Literal["serial", "paper", "scheduled"] = "serial"
     split: str = "none"
-    remat: Literal["none", "paper", "full", "budget"] = "none"
+    remat: Remat = "none"
     micro_batches: int = 1
     hides_synchronisation: bool = True
     gradients: Literal["fp32", "bf16"] = "fp32"
@@ -77,44 +79,30 @@ class Habits:
     flops: Literal["half", "full"] = "half"
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Software on one kind of GPU."""
-
-    habits: Habits
-    cluster: Cluster
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return self.habits.name
-
-
 @cache
 def stacks() -> tuple[Stack, ...]:
-    """All that come with the package."""
+    """Return all that come with the package."""
     folder = resources.files("megascale_moe.planner") / "stacks"
-    found = sorted((item for item in folder.iterdir() if item.name.endswith(".toml")), key=lambda item: item.name)
-    return tuple(_stack(item) for item in found)
-
-
-def _stack(item: Traversable) -> Stack:
-    raw = tomllib.loads(item.read_text(encoding="utf-8"))
-    rows = raw.pop("rows")
-    rows["calibration"] = tuple(rows.get("calibration", ()))
-    return Stack(Habits(name=raw["stack"], **rows), load(item.name.removesuffix(".toml")))
+    names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".toml"))
+    raw = {name.removesuffix(".toml"): tomllib.loads((folder / name).read_text(encoding="utf-8")) for name in names}
+    return tuple(Stack(each["stack"], load(name), **each["rows"]) for name, each in raw.items())
 
 
 def stack_of(row: PublishedRow) -> Stack | None:
-    """The stack that a row was measured with, or its hardware's own profile where no stack is known; None: neither."""
+    """Return the stack that a row was measured with.
+
+    Where no stack is known it is one with its hardware's own profile; None if that is not known either.
+    """
     for stack in stacks():
-        patterns = {"stack": stack.habits.software, "gpu": stack.habits.gpu, "precision": stack.habits.precision}
-        if all(re.search(pattern, row.text(column)) for column, pattern in patterns.items()):
+        patterns = {"stack": stack.software, "gpu": stack.gpu, "precision": stack.precision}
+        if _matches(row, patterns):
             return stack
-    found = re.search(r"(?i)\b(?:DGX-)?(A100|H100|H800|H200|H20|GB200|B200)\b", row.text("gpu"))
-    if not found:
-        return None
-    return Stack(Habits(name=f"{row.text('stack')} on {found[1]} (not calibrated)"), load(found[1].lower()))
+    gpu = re.search(r"(?i)\b(?:DGX-)?(A100|H100|H800|H200|H20|GB200|B200)\b", row.text("gpu"))
+    return Stack(f"{row.text('stack')} on {gpu[1]} (not calibrated)", load(gpu[1].lower())) if gpu else None
+
+
+def _matches(row: PublishedRow, patterns: Mapping[str, str]) -> bool:
+    return all(re.search(pattern, row.text(column)) for column, pattern in patterns.items())
 
 
 # --- from a row to a config ------------------------------------------------------------------------------------------
@@ -152,7 +140,7 @@ def case_of(row: PublishedRow) -> PricedRow:
         ConfigError: a cell is not what its column needs, or the layout does not fit the model.
     """
     for rule in _published()["excluded"]:
-        if all(re.search(pattern, row.text(column)) for column, pattern in rule["where"].items()):
+        if _matches(row, rule["where"]):
             raise Unpredictable(rule["reason"])
     for column in ("gpus", "sequence_length"):
         if not row.text(column):
@@ -160,64 +148,58 @@ def case_of(row: PublishedRow) -> PricedRow:
     stack = stack_of(row)
     if stack is None:
         raise Unpredictable(f"no profile for GPU {row.text('gpu')!r}")
-    habits, model = stack.habits, model_of(row)
-    gpus = row.count("gpus")
-    counted = _with_mtp(model) if _has_mtp(row, habits) else model
-    parallel = _parallel(row, habits, counted)
+    model, gpus = model_of(row), row.count("gpus")
+    named = row.text("model").lower()
+    if stack.mtp and named.startswith("deepseek-v3") and "w/o mtp" not in named:
+        # Multi-token prediction is one layer more, whose hidden states pass the head as well: a head twice as wide.
+        # What is left out is the product that joins two hidden states, 0.6 of the 10.5 GFLOP a token.
+        model = replace(model, layers=model.layers + 1, vocab=2 * model.vocab)
+    # Selective recomputation makes attention scores again, which fused attention does anyway: nothing more.
+    stated: dict[str, Remat] = {"full": "full", "selective": "none", "none": "none"}
+    remat = stated.get(row.text("recompute"), stack.remat)
+    parallel = _parallel(row, stack, model)
     train = _batches(row, gpus, parallel)
-    overlap = OverlapConfig(
-        order=habits.order, split=habits.split, remat=_remat(row, habits), micro_batches=habits.micro_batches
-    )
-    config = Config(
-        model=counted, parallel=parallel, overlap=overlap, train=train, wire=WireConfig(gradients=habits.gradients)
-    )
-    if not row.text("virtual_stages"):
-        config = _in_whole_groups(config, gpus)
+    if parallel.schedule == "interleaved" and not row.text("virtual_stages"):
+        micros = train.global_batch // max(gpus // (parallel.pp * parallel.node), 1) // train.micro_batch
+        if micros % parallel.pp:  # it takes pp micro-batches at a time; where they do not divide, nobody ran one
+            parallel = replace(parallel, schedule="1f1b", virtual_stages=1)
+    overlap = OverlapConfig(order=stack.order, split=stack.split, remat=remat, micro_batches=stack.micro_batches)
+    wire = WireConfig(gradients=stack.gradients)
+    config = Config(model=model, parallel=parallel, overlap=overlap, train=train, wire=wire)
     config.check()
     products = "fp8" if "fp8" in row.text("precision").lower() else ""
-    flops = counts(counted).flops_per_token
-    if habits.flops == "full":
-        flops += 3 * counted.layers * attention_flops_per_token(counted)
+    flops = counts(model).flops_per_token
+    if stack.flops == "full":
+        flops += 3 * model.layers * attention_flops_per_token(model)
     return PricedRow(stack, config, gpus, products, flops)
 
 
 def model_of(row: PublishedRow) -> ModelConfig:
-    """The model that a row names, with the row's sequence length."""
+    """Return the model that a row names, with the row's sequence length."""
     name = re.sub(r"\([^)]*\)|w/o mtp|\bdense\b", " ", row.text("model").lower())
-    cut = re.search(r"\b(\d+)l\b", name)
+    layers = re.search(r"\b(\d+)l\b", name)
     name = " ".join(re.sub(r"\b\d+l\b", " ", name).split()).replace("llama3.1", "llama3").replace("llama-3", "llama3")
     models = _published()["models"]
     if name not in models:
         raise Unpredictable(f"model {row.text('model')!r} is not known; known: {', '.join(sorted(models))}")
     entries = dict(models[name])
-    base = PRESETS[preset] if (preset := entries.pop("preset", "")) else ModelConfig()
-    dense, truncated = entries.pop("dense", 0), entries.pop("truncated_dense", None)
+    preset, dense, truncated = (entries.pop(key, None) for key in ("preset", "dense", "truncated_dense"))
+    base = PRESETS[preset] if preset else ModelConfig()
     model = replace(base, preset="", sequence_length=row.count("sequence_length"), **entries)
-    if cut:
+    if layers:
         fewer = model.dense_layers if truncated is None else min(truncated, model.dense_layers)
-        model = replace(model, layers=int(cut[1]), dense_layers=fewer)
+        model = replace(model, layers=int(layers[1]), dense_layers=fewer)
     if dense:
         model = replace(model, dense_layers=model.layers, dense_ffn_hidden=dense, experts=1, top_k=1)
     return model
 
 
-def _has_mtp(row: PublishedRow, habits: Habits) -> bool:
-    name = row.text("model").lower()
-    return habits.mtp and name.startswith("deepseek-v3") and "w/o mtp" not in name
-
-
-def _with_mtp(model: ModelConfig) -> ModelConfig:
-    """Multi-token prediction is one layer more, whose hidden states pass the head as well: a head twice as wide. What
-    is left out is the product that joins two hidden states, 0.6 of the 10.5 GFLOP a token."""
-    return replace(model, layers=model.layers + 1, vocab=2 * model.vocab)
-
-
-def _parallel(row: PublishedRow, habits: Habits, model: ModelConfig) -> ParallelConfig:
+def _parallel(row: PublishedRow, stack: Stack, model: ModelConfig) -> ParallelConfig:
     tp, sp, ep, pp = (row.count(column) for column in ("tp", "sp", "ep", "pp"))
     sequence = sp > 1 and tp == 1
     node = max(tp, sp)
     dense = all(spec.dense for spec in model.layer_kinds)
-    whole = habits.ffn == "ep" or sequence or bool(habits.folded and re.search(habits.folded, row.text("layout_text")))
+    whole = stack.ffn == "ep" or sequence or bool(stack.folded and re.search(stack.folded, row.text("layout_text")))
     etp = row.count("etp", 1 if whole else tp)
     ffn: Literal["ep", "tp", "ep+tp"]
     if node == 1 or (not dense and etp == 1 and ep % node == 0):
@@ -226,53 +208,30 @@ def _parallel(row: PublishedRow, habits: Habits, model: ModelConfig) -> Parallel
         ffn, ep, etp = "tp", 1, node
     else:
         ffn = "ep+tp"
-    stages = row.count("virtual_stages", _stages(habits, model, pp))
-    stages = 1 if pp == 1 else max(min(stages, model.layers // pp), 1)
+    most = max(model.layers // pp, 1) if pp > 1 else 1
+    stages = min(row.count("virtual_stages", stack.virtual_stages or most), most)
     return ParallelConfig(
         pp=pp, node=node, attention="sp" if sequence or node == 1 else "tp", ffn=ffn, ep=ep, etp=etp,
         vocabulary="sharded" if node > 1 and model.vocab % node == 0 else "replicated",
-        dispatch="auto" if ffn == "tp" or ep == 1 else habits.dispatch,
+        dispatch="auto" if ffn == "tp" or ep == 1 else stack.dispatch,
         schedule="interleaved" if stages > 1 else "1f1b", virtual_stages=stages,
     )  # fmt: skip
 
 
-def _stages(habits: Habits, model: ModelConfig, pp: int) -> int:
-    if habits.virtual_stages:
-        return habits.virtual_stages
-    return max(model.layers // pp, 1) if pp > 1 else 1
-
-
-def _in_whole_groups(config: Config, gpus: int) -> Config:
-    """An interleaved schedule takes pp micro-batches at a time; where they do not divide, nobody ran one."""
-    p, t = config.parallel, config.train
-    micros = t.global_batch // max(gpus // (p.pp * p.node), 1) // t.micro_batch
-    if p.schedule != "interleaved" or micros % p.pp == 0:
-        return config
-    return replace(config, parallel=replace(p, schedule="1f1b", virtual_stages=1))
-
-
-def _batches(row: PublishedRow, gpus: int, p: ParallelConfig) -> TrainConfig:
-    """Where a source gives no batch, the number of micro-batches may stand in the text of the layout."""
+def _batches(row: PublishedRow, gpus: int, parallel: ParallelConfig) -> TrainConfig:
+    """Return batch sizes; where a source gives none, the text of the layout may have the number of micro-batches."""
     text = row.text("layout_text")
     named = re.search(r"mbs\s*=?\s*(\d+)", text)
     micro = row.count("micro_batch", int(named[1]) if named else 1)
-    groups = max(gpus // (p.pp * p.node), 1)
-    batch = row.text("global_batch")
-    if tokens := re.fullmatch(r"(\d+)M tokens", batch):
-        found = (int(tokens[1]) << 20) // row.count("sequence_length")
-    elif batch:
-        found = row.count("global_batch")
+    if tokens := re.fullmatch(r"(\d+)M tokens", row.text("global_batch")):
+        batch = (int(tokens[1]) << 20) // row.count("sequence_length")
+    elif row.text("global_batch"):
+        batch = row.count("global_batch")
     elif micros := re.search(r"microbatches\s*=\s*(\d+)", text):
-        found = int(micros[1]) * micro * groups
+        batch = int(micros[1]) * micro * max(gpus // (parallel.pp * parallel.node), 1)
     else:
         raise Unpredictable("the source states no batch size")
-    return TrainConfig(dtype="bf16", global_batch=found, micro_batch=micro)
-
-
-def _remat(row: PublishedRow, habits: Habits) -> Literal["none", "paper", "full", "budget"]:
-    """Selective recomputation makes attention scores again, which fused attention does anyway: nothing more."""
-    stated: dict[str, Literal["none", "full"]] = {"full": "full", "selective": "none", "none": "none"}
-    return stated.get(row.text("recompute"), habits.remat)
+    return TrainConfig(dtype="bf16", global_batch=batch, micro_batch=micro)
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------
@@ -280,11 +239,11 @@ def _remat(row: PublishedRow, habits: Habits) -> Literal["none", "paper", "full"
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row, compared.
+    """A row beside its prediction.
 
     Attributes:
         predicted, reference: in `unit`; None where there is none. error: predicted / reference - 1.
-        use: whether it counts in the errors. reason: why it is excluded, or what it calibrates. seconds: of a step.
+        use: whether it counts in the errors. reason: why it is excluded, or what it calibrates.
     """
 
     id: str
@@ -293,54 +252,34 @@ class RowResult:
     reference: float | None
     unit: str
     error: float | None
-    use: Use
+    use: Literal["test", "calibration", "excluded"]
     reason: str
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Validation:
     """All rows of a file."""
 
-    rows: tuple[RowResult, ...] = field(default_factory=tuple)
+    rows: tuple[RowResult, ...] = ()
 
-    def errors(self, stack: str = "", use: Use = "test") -> list[float]:
-        """Absolute relative errors, of one stack or of all."""
-        return [
-            abs(row.error) for row in self.rows if row.error is not None and row.use == use and stack in ("", row.stack)
-        ]
-
-    @property
-    def mean_error(self) -> float | None:
-        """Over test rows; None without any."""
-        return _mean(self.errors())
-
-    @property
-    def worst_error(self) -> float | None:
-        """Over test rows; None without any."""
-        return max(self.errors(), default=None)
+    def errors(self, stack: str = "") -> list[float]:
+        """Return the absolute relative errors of test rows, of one stack or of all."""
+        rows = (row for row in self.rows if row.use == "test" and stack in ("", row.stack))
+        return [abs(row.error) for row in rows if row.error is not None]
 
     def by_stack(self) -> list[tuple[str, int, float, float]]:
-        """(stack, test rows, mean, worst) in the order of the file, of the stacks that have test rows."""
+        """Return (stack, test rows, mean, worst) in the order of the file, of the stacks that have test rows."""
         names = dict.fromkeys(row.stack for row in self.rows if row.use == "test")
-        return [(name, len(e), sum(e) / len(e), max(e)) for name in names if (e := self.errors(name))]
+        return [(name, len(errors), fmean(errors), max(errors)) for name in names if (errors := self.errors(name))]
 
     def document(self) -> dict[str, Any]:
-        """For a file."""
-        names = [each.name for each in fields(RowResult) if each.name != "seconds"]
-        return {
-            "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
-            "mean_error": self.mean_error,
-            "worst_error": self.worst_error,
-        }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+        """Return the --json document; errors are None without any test row."""
+        rows, errors = [asdict(row) for row in self.rows], self.errors()
+        return {"rows": rows, "mean_error": fmean(errors) if errors else None, "worst_error": max(errors, default=None)}
 
 
 def reference_of(row: PublishedRow) -> tuple[float, str]:
-    """(value, column) of what was measured.
+    """Return the (value, column) of what was measured.
 
     Raises:
         Unpredictable: nothing was.
@@ -353,7 +292,7 @@ def reference_of(row: PublishedRow) -> tuple[float, str]:
 
 
 def predict(row: PublishedRow) -> RowResult:
-    """One row.
+    """Compare one row.
 
     Raises:
         ConfigError: a cell is not what its column needs.
@@ -361,55 +300,45 @@ def predict(row: PublishedRow) -> RowResult:
     value, unit = None, ""
     try:
         value, column = reference_of(row)
-        unit = UNITS[column]
+        unit = UNITS[column]  # stays where the row cannot be priced
         case = case_of(row)
-        seconds = _seconds(row, case)
+        try:
+            seconds = price(
+                case.config, case.stack.cluster, case.gpus, products=case.products,
+                hides_synchronisation=case.stack.hides_synchronisation,
+            ).seconds  # fmt: skip
+        except ConfigError as error:
+            raise Unpredictable(f"no layout of this system: {error}") from error
     except Unpredictable as reason:
         stack = stack_of(row)
         name = stack.name if stack else row.text("stack")
         return RowResult(row.id, name, None, value, unit, None, "excluded", str(reason))
     predicted = in_unit(column, seconds, case)
-    calibrates = row.id in case.stack.habits.calibration
+    calibrates = row.id in case.stack.calibration
     return RowResult(
         row.id, case.stack.name, predicted, value, unit, predicted / value - 1,
-        "calibration" if calibrates else "test", "used to choose the profile" if calibrates else "", seconds,
+        "calibration" if calibrates else "test", "used to choose the profile" if calibrates else "",
     )  # fmt: skip
 
 
-def _seconds(row: PublishedRow, case: PricedRow) -> float:
-    try:
-        return price(
-            case.config, case.stack.cluster, case.gpus, products=case.products,
-            hides_synchronisation=case.stack.habits.hides_synchronisation,
-        ).seconds  # fmt: skip
-    except ConfigError as error:
-        raise Unpredictable(f"no layout of this system: {error}") from error
-
-
 def in_unit(column: str, seconds: float, case: PricedRow) -> float:
-    """A step's seconds as a column has them."""
-    model, train = case.config.model, case.config.train
-    tokens = train.global_batch * model.sequence_length / seconds / case.gpus
-    if column == "step_s":
-        return seconds
-    if column == "tokens_per_s_gpu":
-        return tokens
-    if column == "tflops_gpu":
-        return tokens * case.flops / 1e12
-    return 100 * tokens * case.flops / case.stack.cluster.peaks["bf16"]
+    """Return a step's seconds as a column has them."""
+    tokens = case.config.train.global_batch * case.config.model.sequence_length / seconds / case.gpus
+    flops = tokens * case.flops
+    return {
+        "step_s": seconds, "tokens_per_s_gpu": tokens, "tflops_gpu": flops / 1e12,
+        "mfu_pct": 100 * flops / case.stack.cluster.peaks["bf16"],
+    }[column]  # fmt: skip
 
 
-def validate(path: Path, progress: Callable[[str, int, int], None] = lambda *_: None) -> Validation:
+def validate(path: Path, progress: Update = silent) -> Validation:
     """Predict every row of a file.
-
-    Args:
-        progress: called with what is being done, how far, of how much.
 
     Raises:
         ConfigError: the file or a row is not as it must be.
     """
-    found, rows = [], read(path)
+    results, rows = [], read(path)
     for number, row in enumerate(rows, 1):
-        found.append(predict(row))
+        results.append(predict(row))
         progress("rows", number, len(rows))
-    return Validation(tuple(found))
+    return Validation(tuple(results))
