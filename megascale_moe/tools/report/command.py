@@ -13,10 +13,10 @@ from megascale_moe.engine.cost import Priced, Rates
 from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.batches import check_batches, micro_batch
 from megascale_moe.strategies.fit import mesh_of
+from megascale_moe.tools.dryrun.step import trainer_without_storage
 from megascale_moe.tools.report.page import assemble, page
 from megascale_moe.tools.report.rehearsal import GPU, memory, planned
 from megascale_moe.tools.report.run import FinishedRun, read_run
-from megascale_moe.tools.storageless import trainer_without_storage
 from megascale_moe.train import metrics
 from megascale_moe.train.config_file import read_config
 from megascale_moe.train.job import local_rank_count
