@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megascale_moe.config import Config, ConfigError, require
-from megascale_moe.pipeline.program import collecting_nothing
+from megascale_moe.pipeline.program import collector_paused
 from megascale_moe.planner.bounds import Floors, least_bytes
 from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.memory import RankBytes
@@ -84,7 +84,7 @@ def planned(config: Config, cluster: Cluster, gpus: int) -> Plan:
     return _plan(Pricer(cluster).layout(config, gpus))
 
 
-@collecting_nothing
+@collector_paused()
 def search(
     space: Space, cluster: Cluster, *, top: int = TOP, workers: int | None = None, progress: Progress = lambda *_: None
 ) -> SearchResult:

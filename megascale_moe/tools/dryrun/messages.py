@@ -19,8 +19,8 @@ import torch
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op, Stream
+from megascale_moe.pipeline.checker import awaited, sent
 from megascale_moe.pipeline.program import StepPlan
-from megascale_moe.pipeline.step import incoming, outgoing
 from megascale_moe.planner.lists import optimizer_of, plan_of
 
 Collective = tuple[str, str, float]  # operator, phase, bytes that the rank sends
@@ -102,9 +102,9 @@ def _transfers(plan: StepPlan, ranks: tuple[int, ...]) -> tuple[dict[Link, Messa
     receives: dict[Link, list[tuple[int, int]]] = defaultdict(list)
     last, pp, size = len(plan.parts) - 1, len(ranks), plan.message.nbytes
     for action in plan.schedule[plan.axes["pp"].index]:
-        for transfer, into in ((incoming(action, last, pp), receives), (outgoing(action, last, pp), sends)):
-            if transfer is not None:
-                link = (ranks[transfer.sender], ranks[transfer.receiver], transfer.backward)
+        for transfer, into in ((awaited(action, last), receives), (sent(action, last), sends)):
+            if transfer is not None and transfer.crosses(pp):
+                link = (ranks[transfer.source % pp], ranks[transfer.target % pp], transfer.backward)
                 into[link].append((transfer.tag, size))
     return _tuples(sends), _tuples(receives)
 
@@ -119,10 +119,10 @@ def _disagreements(found: list[RankMessages], mesh: Mesh) -> Iterator[str]:
         for group in mesh.groups(axis):
             yield from _group_disagreements(axis, group, found)
     for rank, messages in enumerate(found):
-        for link, sent in messages.sends.items():
+        for link, given in messages.sends.items():
             expected = found[link[1]].receives.get(link, ())
-            if sent != expected:
-                yield _mismatch(f"rank {link[0]} to rank {link[1]}", "sends", sent, "expects", expected)
+            if given != expected:
+                yield _mismatch(f"rank {link[0]} to rank {link[1]}", "sends", given, "expects", expected)
         for link in messages.receives:
             if link not in found[link[0]].sends:
                 yield f"rank {rank} waits for rank {link[0]}, which sends it nothing"

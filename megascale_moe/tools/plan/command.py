@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from megascale_moe.config import Config, ConfigError, require, to_toml
-from megascale_moe.pipeline.program import collecting_nothing
+from megascale_moe.pipeline.program import collector_paused
 from megascale_moe.planner.cluster import load
 from megascale_moe.planner.explain import Explanation, explain, most
 from megascale_moe.planner.search import Plan, capacity, planned, search
@@ -32,7 +32,7 @@ from megascale_moe.train.output import print_json
 from megascale_moe.train.progress import counted_progress
 
 
-@collecting_nothing
+@collector_paused()
 def plan(
     configs: Sequence[Config], cluster_name: str | None, gpus: int | None, keep: str, *, fixed: bool, out: Path,
     as_json: bool,
