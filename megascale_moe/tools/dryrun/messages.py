@@ -21,7 +21,7 @@ from megascale_moe.config import Config
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.pipeline.checker import awaited, sent
 from megascale_moe.pipeline.program import StepPlan
-from megascale_moe.planner.lists import optimizer_of, plan_of
+from megascale_moe.planner.stages import optimizer_of, plan_of
 
 Collective = tuple[str, str, float]  # operator, phase, bytes that the rank sends
 Link = tuple[int, int, bool]  # sender, receiver, backward

@@ -107,9 +107,7 @@ def _row(plan: Plan, layout: PricedLayout, why: Explanation | None, holds: float
 
 def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Console) -> None:
     """Write the best plan as a config, a trace and a page, and all as a picture."""
-    cluster, prices, path = best.cluster, best.prices, folder / "plan.toml"
-    assert cluster is not None
-    assert prices is not None
+    cluster, path = best.cluster, folder / "plan.toml"
     files = ["plan.toml", "trace.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,5 +117,5 @@ def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Con
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
     source = f"Seconds of operators are predicted from the profile {cluster.name} ({cluster.stack})."
-    plan_report(best.config, best.mesh.world, path, folder / "report.html", (prices, source))
+    plan_report(best.config, best.mesh.world, path, folder / "report.html", (best.prices, source))
     console.print(f"{folder}: {', '.join([*files, 'report.html'])}", markup=False)
