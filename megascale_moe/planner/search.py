@@ -31,9 +31,9 @@ from megascale_moe.planner.step import PricedLayout, Pricer, StepPrice
 from megascale_moe.strategies import registry
 
 TOP = 3
-"""Placements that are searched for: no other is faster, up to what options make of it. They are refined."""
+"""Placements that are searched for: no other is faster, up to what options make of it."""
 SHOWN = 6
-"""Placements that are returned; behind the first ones the best that were met on the way."""
+"""Placements that are returned, all of them refined; behind the first ones the best that were met on the way."""
 TRIED = 20
 """Layouts that are looked at to say whether a model fits so many GPUs: those that should need least."""
 LARGEST = 32
@@ -181,9 +181,7 @@ def _best(
             _TIMES[number * top : number * top + len(seconds)] = seconds
     _DONE[number] = len(layouts)
     fastest = sorted(best.values(), key=lambda each: each.price.seconds)[: max(top, SHOWN)]
-    within = sum(each.price.seconds <= reached() for each in fastest[:top])
-    fastest[:within] = map(worker.refined, fastest[:within])
-    return [(each.price.seconds, each.config) for each in fastest], priced
+    return [(each.price.seconds, each.config) for each in map(worker.refined, fastest)], priced
 
 
 class _Worker:
