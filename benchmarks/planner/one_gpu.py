@@ -115,7 +115,7 @@ def measured(variant: Variant, rounds: int, device: torch.device, cluster: Clust
         if done >= WARM:
             times.append(now() - begin)
     held = peak_memory(device)
-    said, bytes_said = price(config, cluster, 1), memory(config, 1, cluster=cluster).peak
+    said, bytes_said = price(config, cluster, 1), memory(config, cluster, 1).peak
     took = median(times)
     tokens = config.train.global_batch * config.model.sequence_length
     return {

@@ -105,7 +105,7 @@ def mixtral(ours: Cluster, megatron: Cluster) -> list[dict[str, object]]:
     best = config(model, layout("sp", "ep"), OverlapConfig(order="scheduled", split="2", remat="paper"), batch)
     theirs = config(model, layout("tp", "tp"), OverlapConfig(), batch, "fp32")
     room = megatron.memory - megatron.reserved
-    if memory(theirs, 32).peak > room:
+    if memory(theirs, megatron, 32).peak > room:
         theirs = replace(theirs, overlap=OverlapConfig(remat="full"))
     found = [
         ("Megatron-LM", 7.75, 2.8, 17.5, price(theirs, megatron, 32, hides_synchronisation=True)),

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: schedules as data, a checker that refuses wrong ones before they run, and what runs them."""
+"""Pipeline parallelism: schedules as data, a checker that proves them right, and a step of training as one list."""

@@ -31,6 +31,6 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 def micro_batch(config: Config, mesh: Mesh) -> int:
-    """Sequences per micro-batch: as configured, or one through a pipeline and else all that a rank has."""
+    """Return the sequences of a micro-batch: as configured, or one through a pipeline and else all that a rank has."""
     share = config.train.global_batch // mesh.dp
     return config.train.micro_batch or (share if mesh.pp == 1 else 1)

@@ -6,10 +6,10 @@ Trainer, `verify` and `dryrun` call it with the same arguments, so what is check
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, wraps
-from typing import ParamSpec, TypeVar
+from functools import cached_property
 
 import torch
 
@@ -20,7 +20,7 @@ from megascale_moe.engine.executor import Program
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Op, backward
 from megascale_moe.engine.order import best_order, paper_order
-from megascale_moe.engine.remat import Keeps, keeps_within, policy, rematerialize
+from megascale_moe.engine.remat import keeps_within, policy, rematerialize
 from megascale_moe.engine.wire import chooser, compress
 from megascale_moe.pipeline.schedule import Schedule, forward_only, schedule
 from megascale_moe.pipeline.step import SHARED, Message, Stage, of_micro, step_ops
@@ -28,28 +28,21 @@ from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import INPUTS, Head, auxiliary_names, load_names, part_ops
 from megascale_moe.strategies.stages import Part, parts_of_rank, stage_parts, together
 
-Arguments = ParamSpec("Arguments")
-Made = TypeVar("Made")
 
-
-def collecting_nothing(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
-    """Return the function with Python's garbage collector paused.
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector; also a decorator.
 
     A list is tens of thousands of objects, all of which stay. On the way there a full collection looks at every object
     of torch, too, a tenth of a second for nothing, several times.
     """
-
-    @wraps(make)
-    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            return make(*args, **kwargs)
-        finally:
-            if enabled:
-                gc.enable()
-
-    return made
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -86,14 +79,14 @@ class StepPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where a micro-batch lies."""
+        """Where a micro-batch lies on the mesh."""
         length = self.model.sequence_length
         layout = Layout.of(self.parallel, self.rows, length, self.axes, self.dtype, self.pieces)
         return replace(layout, gates_last=self.wire.gates_last)
 
     @property
     def pieces(self) -> int:
-        """Into how many a communication is cut; evaluation is not cut, and without measured times nor is "auto"."""
+        """How many pieces communications are cut into; evaluation is not cut, nor is "auto" without measured times."""
         split = self.overlap.split
         if split == "auto":
             return self.profile.pieces
@@ -106,7 +99,7 @@ class StepPlan:
 
     @cached_property
     def part(self) -> Part:
-        """All that this rank has."""
+        """The layers of all of this rank's stages together."""
         return together(parts_of_rank(self.parts, self.parallel.pp, self.axes["pp"].index))
 
     @cached_property
@@ -123,9 +116,9 @@ class StepPlan:
         mine = parts_of_rank(self.parts, self.parallel.pp, self.axes["pp"].index)
         return {stage: self.stage(part) for stage, part in mine.items()}
 
-    @collecting_nothing
+    @collector_paused()
     def stage(self, part: Part) -> Stage:
-        """The lists of some layers, where this rank stands in its stage."""
+        """Return the lists of some layers, where this rank stands in its stage."""
         forward = part_ops(self.model, self.layout, part, self.head)
         reads = "" if part.first else f"hidden_{part.layers[0]}"
         writes = "" if part.last else f"hidden_{part.layers[-1] + 1}"
@@ -135,14 +128,12 @@ class StepPlan:
         if self.head != "train":
             return Stage(forward, (), reads, writes)
         given = [*INPUTS, reads]
-        back = rematerialize(forward, back, self._keeps(forward, back, given), given)
+        if self.overlap.remat == "budget":
+            keeps = keeps_within(self.overlap.activation_bytes, forward, back, given, self.profile.cost.seconds)
+        else:
+            keeps = policy(self.overlap.remat)
+        back = rematerialize(forward, back, keeps, given)
         return Stage(self._ordered(forward), self._ordered(back), reads, writes)
-
-    def _keeps(self, forward: list[Op], back: list[Op], given: list[str]) -> Keeps:
-        o = self.overlap
-        if o.remat == "budget":
-            return keeps_within(o.activation_bytes, forward, back, given, self.profile.cost.seconds)
-        return policy(o.remat)
 
     def _ordered(self, ops: list[Op]) -> list[Op]:
         if self.overlap.order == "paper":
@@ -157,9 +148,9 @@ class StepPlan:
         return Message((self.layout.tokens, self.model.hidden), self.dtype, self.device)
 
     @cached_property
-    @collecting_nothing
+    @collector_paused()
     def ops(self) -> list[Op]:
-        """The list."""
+        """The list of a step."""
         weave = self._woven if self.overlap.in_pairs and self.head == "train" else None
         return step_ops(self.schedule, self.stages, len(self.parts) - 1, self.axes["pp"], self.message, weave)
 
@@ -169,16 +160,14 @@ class StepPlan:
 
     @property
     def results(self) -> list[str]:
-        """Names of one micro-batch that the caller wants."""
+        """The names of one micro-batch that the caller wants."""
         if self.head != "train":
             return [self.head] if self.part.last else []
         names = [*auxiliary_names(self.model, self.part), *load_names(self.model, self.part)]
         return [*names, "loss"] if self.part.last else names
 
-    def program(
-        self, ops: Sequence[Op] | None = None, given: Sequence[str] = (), keep: Sequence[str] = ()
-    ) -> Program:
-        """The list, checked; it reads the inputs of all micro-batches and what they share.
+    def program(self, ops: Sequence[Op] | None = None, given: Sequence[str] = (), keep: Sequence[str] = ()) -> Program:
+        """Return the list, checked; it reads the inputs of all micro-batches and what they share.
 
         Args:
             ops: a list made of `ops`, that also reads `given` and of which `keep` is wanted, too.

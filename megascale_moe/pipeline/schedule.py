@@ -1,8 +1,8 @@
 """Pipeline schedules as data: for every pipeline rank the list of actions it executes, in order.
 
-A schedule is nothing but these lists. The runner walks one of them, the checker proves that they cannot deadlock, the
-planner prices them, and a picture of them is a picture of what runs. Schedules written as loops around sends and
-receives, as most trainers have them, can only be tried.
+A schedule is nothing but these lists: a rank's step is strung together from one of them, the checker proves that they
+cannot deadlock, the planner prices them. Schedules written as loops around sends and receives, as most trainers have
+them, can only be tried.
 
 Inside a schedule every stage sees its micro-batches in rising order, in F, in B and in W alike. Gradients are then
 summed over the micro-batches in the order they have without a pipeline, and the sums are bit-equal.
@@ -24,7 +24,6 @@ back (the reason why DualPipe, in DeepSeek-V3's report, arXiv 2412.19437, needs 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 
 from megascale_moe.config import ConfigError, require
@@ -47,40 +46,30 @@ class Action:
     def __str__(self) -> str:
         return f"{self.stage}{self.phase}{self.micro}"
 
-    @classmethod
-    def parse(cls, text: str) -> Action:
-        """The action written as `text`, such as "2BW0"; ValueError for anything else."""
-        found = re.fullmatch(r"(\d+)(F|B|W|BW)(\d+)", text, re.ASCII)
-        if found is None:
-            raise ValueError(f"{text!r} is not an action: write stage, F, B, W or BW, micro-batch, such as 2F0")
-        return cls(int(found[1]), found[2], int(found[3]))
-
 
 Schedule = list[list[Action]]  # [pipeline rank][position]
 
 
 def schedule(name: str, pp: int, micros: int, virtual_stages: int = 1, *, pairs: bool = False) -> Schedule:
-    """Actions of one training step, one list per pipeline rank.
+    """Return the actions of one training step, one list per pipeline rank.
 
     `name` is "1f1b", "interleaved" or "zero_bubble", `micros` the number of micro-batches of the step,
     `virtual_stages` the number of stages on each rank; `pairs`: a forward and the backward behind it belong to two
     micro-batches. `ConfigError` for numbers that the schedule does not have.
     """
     require_legal(name, pp, micros, virtual_stages, pairs=pairs)
-    if name == "1f1b":
-        return [_one_f_one_b(rank, pp, micros, pairs) for rank in range(pp)]
-    if name == "interleaved":
-        return [_interleaved(rank, pp, micros, virtual_stages, pairs) for rank in range(pp)]
-    return [_zero_bubble(rank, pp, micros) for rank in range(pp)]
+    if name == "zero_bubble":
+        return [_zero_bubble(rank, pp, micros) for rank in range(pp)]
+    return [_one_f_one_b(rank, pp, micros, virtual_stages, pairs) for rank in range(pp)]
 
 
 def forward_only(pp: int, virtual_stages: int = 1) -> Schedule:
-    """Actions of one evaluation micro-batch, one list per pipeline rank: F of each of its stages, micro-batch 0."""
+    """Return the actions of one evaluation micro-batch, one list per pipeline rank: F of each of its stages."""
     return [[Action(rank + chunk * pp, "F", 0) for chunk in range(virtual_stages)] for rank in range(pp)]
 
 
 def in_pairs(actions: list[Action]) -> list[list[Action]]:
-    """The list of a rank cut into pairs and single actions."""
+    """Return the list of a rank cut into pairs and single actions."""
     found: list[list[Action]] = []
     for action in actions:
         if found and found[-1][-1].paired:
@@ -90,43 +79,33 @@ def in_pairs(actions: list[Action]) -> list[list[Action]]:
     return found
 
 
-def _one_f_one_b(rank: int, pp: int, micros: int, pairs: bool) -> list[Action]:
-    """One forward, one backward (PipeDream-Flush in Narayanan et al. 2021, arXiv 2006.09503).
+def _one_f_one_b(rank: int, pp: int, micros: int, virtual: int, pairs: bool) -> list[Action]:
+    """Return the warm-up, then one forward and one backward in turn, then the backwards that remain.
 
-    The warm-up is just long enough that the first gradient finds the rank free, so p - rank micro-batches are alive.
-    """
-    forwards = [Action(rank, "F", micro) for micro in range(micros)]
-    backwards = [Action(rank, "BW", micro) for micro in range(micros)]
-    behind = pp - rank - 1
-    return _alternate(forwards, backwards, 2 * behind + 1 if pairs else behind, pairs)
+    With one stage per rank (PipeDream-Flush in Narayanan et al. 2021, arXiv 2006.09503) the warm-up is just long enough
+    that the first gradient finds the rank free, so p - rank micro-batches are alive.
 
-
-def _interleaved(rank: int, pp: int, micros: int, virtual: int, pairs: bool) -> list[Action]:
-    """Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2).
-
-    Order and warm-up are those of Megatron-LM: micro-batches move in groups of p, each group through all stages of
-    the rank. The warm-up is all but the last stage of the first group, and two forwards more per rank further from the
-    last: a forward passes p - 1 - r ranks on its way to the end, the first gradient as many on its way back.
+    With several (interleaved; Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2) order and warm-up are those of
+    Megatron-LM: micro-batches move in groups of p, each group through all stages of the rank. The warm-up is all but
+    the last stage of the first group, and two forwards more per rank further from the last: a forward passes p - 1 - r
+    ranks on its way to the end, the first gradient as many on its way back.
     """
     order = [
-        (chunk, group + offset) for group in range(0, micros, pp) for chunk in range(virtual) for offset in range(pp)
-    ]
+        (chunk, micro)
+        for group in range(0, micros, pp) for chunk in range(virtual) for micro in range(group, min(group + pp, micros))
+    ]  # fmt: skip
     forwards = [Action(rank + chunk * pp, "F", micro) for chunk, micro in order]
     backwards = [Action(rank + (virtual - 1 - chunk) * pp, "BW", micro) for chunk, micro in order]
-    return _alternate(forwards, backwards, (pp - rank - 1) * 2 + (virtual - 1) * pp + pairs, pairs)
-
-
-def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int, pairs: bool) -> list[Action]:
-    """`warm_up` forwards (or all), then forward and backward in turn, then the backwards that remain."""
-    warm_up = min(warm_up, len(forwards))
+    behind = (pp - rank - 1) * (2 if pairs or virtual > 1 else 1)
+    warm_up = min(behind + (virtual - 1) * pp + pairs, len(order))
     actions = forwards[:warm_up]
     for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
         actions += [replace(forward, paired=True) if pairs else forward, backward]
-    return actions + backwards[len(forwards) - warm_up :]
+    return actions + backwards[len(order) - warm_up :]
 
 
 def _zero_bubble(rank: int, pp: int, micros: int) -> list[Action]:
-    """ZB-H1 (Qi et al. 2023, arXiv 2401.10241, section 2): 1F1B in which W lags `rank` micro-batches behind B.
+    """Return ZB-H1 (Qi et al. 2023, arXiv 2401.10241, section 2): 1F1B in which W lags `rank` micro-batches behind B.
 
     Rank r has p - r forwards in flight as in 1F1B and may hold r more micro-batches whose W is still to come, which
     makes p on every rank: the peak of 1F1B. The held weight gradients fill the end, where 1F1B waits; the last rank,
@@ -150,7 +129,18 @@ def require_legal(name: str, pp: int, micros: int, virtual: int, *, pairs: bool 
     for what, value in (("parallel.pp", pp), ("number of micro-batches", micros), ("parallel.virtual_stages", virtual)):
         require(value >= 1, f"{what} = {value}: must be at least 1")
     if name == "interleaved":
-        _require_interleaved(pp, micros, virtual)
+        require(
+            virtual >= 2 or pp == 1,  # one rank has nothing to interleave with
+            f"parallel.virtual_stages = {virtual}: parallel.schedule = 'interleaved' needs at least 2 stages per rank; "
+            "use 2, or parallel.schedule = '1f1b'",
+        )
+        below = micros // pp * pp
+        nearest = f"{below} or {below + pp}" if below else f"{pp}"
+        require(
+            micros % pp == 0,
+            f"number of micro-batches = {micros}: parallel.schedule = 'interleaved' needs a multiple of "
+            f"parallel.pp = {pp}; use {nearest} (train.global_batch and train.micro_batch set it)",
+        )
     else:
         require(
             virtual == 1,
@@ -161,20 +151,4 @@ def require_legal(name: str, pp: int, micros: int, virtual: int, *, pairs: bool 
         not (pairs and name == "zero_bubble"),
         "overlap.micro_batches = 2: parallel.schedule = 'zero_bubble' has no forward next to a whole backward; "
         "use schedule = '1f1b' or 'interleaved'",
-    )
-
-
-def _require_interleaved(pp: int, micros: int, virtual: int) -> None:
-    """One rank may have any numbers: there is nothing to interleave with."""
-    require(
-        virtual >= 2 or pp == 1,
-        f"parallel.virtual_stages = {virtual}: parallel.schedule = 'interleaved' needs at least 2 stages per rank; "
-        "use 2, or parallel.schedule = '1f1b'",
-    )
-    below = micros // pp * pp
-    nearest = f"{below} or {below + pp}" if below else f"{pp}"
-    require(
-        micros % pp == 0,
-        f"number of micro-batches = {micros}: parallel.schedule = 'interleaved' needs a multiple of "
-        f"parallel.pp = {pp}; use {nearest} (train.global_batch and train.micro_batch set it)",
     )

@@ -16,7 +16,7 @@ META = torch.device("meta")
 
 
 def inputs_without_storage(plan: StepPlan) -> dict[str, Any]:
-    """A micro-batch's inputs, every row one document, and what all micro-batches share."""
+    """Return a micro-batch's inputs, every row one document, and what all micro-batches share."""
     shape = (plan.rows, plan.model.sequence_length)
     tokens = torch.empty(shape, dtype=torch.int64, device=META)
     inputs = local_inputs(tokens, tokens, plan.layout, Segments.whole_rows(*shape), plan.model)
@@ -24,11 +24,11 @@ def inputs_without_storage(plan: StepPlan) -> dict[str, Any]:
 
 
 def step_inputs_without_storage(plan: StepPlan) -> dict[str, Any]:
-    """The inputs of all micro-batches, which share their tensors."""
+    """Return the inputs of all micro-batches, which share their tensors."""
     inputs = inputs_without_storage(plan)
     return {of_micro(name, micro): value for name, value in inputs.items() for micro in range(plan.micros)}
 
 
 def message_without_storage(plan: StepPlan) -> Tensor:
-    """A hidden state, or its gradient, as another stage sends it."""
+    """Return a hidden state, or its gradient, as another stage sends it."""
     return torch.empty(plan.message.shape, dtype=plan.message.dtype, device=META)

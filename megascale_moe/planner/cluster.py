@@ -36,13 +36,12 @@ from __future__ import annotations
 import math
 import tomllib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megascale_moe.config import ConfigError, require
 from megascale_moe.engine.op import Stream, Work
@@ -50,14 +49,6 @@ from megascale_moe.engine.order import Interference
 
 NAMES = ("a100", "b200", "gb200", "h100", "h20", "h200", "h800")
 """Profiles of hardware that come with the package; those in `stacks` are of hardware with one software stack."""
-GPU = ("memory_gb", "reserved_gb", "memory_tb_per_s", "overhead_us")
-LINK = ("gb_per_s", "latency_us", "peer_us")
-RUN = {"jitter": 0.0, "imbalance": 1.0, "dispatch": 1.0, "step_ms": 0.0}
-LEAST = {
-    "reserved_gb": 0, "overhead_us": 0, "latency_us": 0, "peer_us": 0, "jitter": 0, "step_ms": 0, "imbalance": 1,
-    "contention": 1, "fragmentation": 0, "beside_us": 0,
-}  # fmt: skip
-"""Of numbers that need not be positive, or must be more."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def at(self, size: float) -> float:
-        """The share at a size."""
+        """Return the share at a size."""
         sizes = [point[0] for point in self.points]
         after = bisect_right(sizes, size)
         if after == 0 or after == len(sizes):
@@ -93,7 +84,7 @@ class Link:
     beside: float = 0.0
 
     def seconds(self, sent: float, peers: int) -> float:
-        """For a rank that sends so many bytes to all its peers together."""
+        """Return the seconds of a rank that sends so many bytes to all its peers together."""
         if not sent or not peers:
             return 0.0
         return self.latency + self.peer * (peers - 1) + sent / (self.rate * self.share.at(sent / peers))
@@ -145,127 +136,135 @@ class Cluster:
         return Interference(self.contention, late)
 
 
+class Number(NamedTuple):
+    """Where a number stands in a profile, its unit, the least it may be (None: anything positive) and its default."""
+
+    path: str
+    unit: float = 1.0
+    least: float | None = None
+    default: float | None = None
+
+
+NUMBERS = {
+    "memory": Number("gpu.memory_gb", 1e9), "reserved": Number("gpu.reserved_gb", 1e9, 0),
+    "bandwidth": Number("gpu.memory_tb_per_s", 1e12), "overhead": Number("gpu.overhead_us", 1e-6, 0),
+    "contention": Number("gpu.contention", least=1, default=1), "narrow": Number("gpu.narrow", default=1),
+    "fragmentation": Number("gpu.fragmentation", least=0, default=0),
+    "jitter": Number("run.jitter", least=0, default=0), "imbalance": Number("run.imbalance", least=1, default=1),
+    "dispatch": Number("run.dispatch", default=1), "host": Number("run.step_ms", 1e-3, 0, 0),
+}  # fmt: skip
+"""The numbers of a `Cluster`, by attribute."""
+LINK_NUMBERS = {
+    "rate": Number("gb_per_s", 1e9), "latency": Number("latency_us", 1e-6, 0), "peer": Number("peer_us", 1e-6, 0),
+    "beside": Number("beside_us", 1e-6, 0, 0),
+}  # fmt: skip
+"""The numbers of a `Link`, by attribute."""
+
+
 def load(name: str) -> Cluster:
-    """A profile by its name, or from a file.
+    """Return a profile by its name, or from a file.
 
     Raises:
         ConfigError: there is none, or it is not a profile.
     """
-    return _cluster(name, _raw(name, ()))
+    profile = _Profile(f"cluster profile {name}", {"run": {}, **_entries(name, ())})
+    numbers: dict[str, Any] = {attribute: profile.number(number) for attribute, number in NUMBERS.items()}
+    dtypes = profile.table("gpu.peak_tflops")
+    peaks = {dtype: profile.number(Number(f"gpu.peak_tflops.{dtype}", 1e12)) for dtype in dtypes}
+    profile.require("bf16" in peaks, "gpu.peak_tflops: bf16 is missing")
+    ranks, rings = profile.number(Number("node.ranks")), profile.table("node").get("rings", True)
+    profile.require(isinstance(rings, bool), f"node.rings = {rings!r}: must be true or false")
+    profile.require(ranks == int(ranks), f"node.ranks = {ranks}: must be a whole number")
+    shares = {work: profile.curve(f"gpu.share.{work}") for work in Work}
+    links = {stream: profile.link(f"links.{stream}") for stream in (Stream.INTRA, Stream.INTER)}
+    formulas = profile.curve("gpu.share.formulas") if "formulas" in profile.table("gpu.share") else None
+    reserved, memory = (float(profile.value(f"gpu.{key}")) for key in ("reserved_gb", "memory_gb"))
+    profile.require(reserved < memory, f"gpu.reserved_gb = {reserved}: must be below gpu.memory_gb = {memory}")
+    return Cluster(
+        name=Path(name).stem, stack=str(profile.value("stack")), peaks=peaks, shares=shares, node=int(ranks),
+        links=links, rings=rings, formulas=formulas, **numbers,
+    )  # fmt: skip
 
 
-def _raw(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    require(name not in seen, f"cluster profile {name}: is its own base ({' -> '.join((*seen, name))})")
-    raw = _parsed(name)
-    base = raw.pop("base", None)
-    if base is None:
-        return raw
-    require(isinstance(base, str), f"cluster profile {name}: base = {base!r}: must be the name of a profile")
-    return _merged(_raw(base, (*seen, name)), raw)
+def _entries(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """Return the entries of a profile that comes with the package, or of a file, those of its base included.
 
-
-def _parsed(name: str) -> dict[str, Any]:
-    """A profile that comes with the package, of hardware or of a software stack on it, or a file."""
-    found = {path.name.removesuffix(".toml"): path for path in _shipped()}
-    known = f"known: {', '.join([*NAMES, *sorted(set(found) - set(NAMES))])}, or the path of a TOML file"
+    Args:
+        above: the profiles whose base it is.
+    """
+    require(name not in above, f"cluster profile {name}: is its own base ({' -> '.join((*above, name))})")
+    folders = (resources.files(__package__) / folder for folder in ("clusters", "stacks"))
+    shipped = {path.name.removesuffix(".toml"): path for folder in folders for path in folder.iterdir()}
+    known = f"known: {', '.join([*NAMES, *sorted(set(shipped) - set(NAMES))])}, or the path of a TOML file"
     try:
-        if name not in found:
+        if name not in shipped:
             require(name.endswith(".toml"), f"cluster profile {name!r} is unknown; {known}")
-        return tomllib.loads(found.get(name, Path(name)).read_text(encoding="utf-8"))
+        entries = tomllib.loads(shipped.get(name, Path(name)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cluster profile {name}: cannot be read ({error.strerror}); {known}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cluster profile {name}: not valid TOML ({error})") from error
-
-
-def _shipped() -> Iterator[Traversable]:
-    for folder in ("clusters", "stacks"):
-        yield from (resources.files(__package__) / folder).iterdir()
+    if "base" not in entries:
+        return entries
+    base = entries.pop("base")
+    require(isinstance(base, str), f"cluster profile {name}: base = {base!r}: must be the name of a profile")
+    return _merged(_entries(base, (*above, name)), entries)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Section by section; what is no section is replaced."""
-    both = dict(base)
+    """Return `base` changed section by section; what is no section is replaced."""
+    merged = dict(base)
     for key, value in changes.items():
         below = base.get(key)
-        both[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return both
-
-
-def _cluster(name: str, raw: dict[str, Any]) -> Cluster:
-    reader = _Reader(f"cluster profile {name}", raw)
-    gpu = {key: reader.number("gpu", key) for key in GPU}
-    peaks = reader.section("gpu", "peak_tflops")
-    tera = {dtype: 1e12 * reader.number("gpu", "peak_tflops", dtype) for dtype in peaks}
-    require("bf16" in tera, f"{reader.where}: gpu.peak_tflops: bf16 is missing")
-    run = {key: reader.number("run", key, default=value) for key, value in RUN.items()}
-    ranks, rings = reader.number("node", "ranks"), reader.section("node").get("rings", True)
-    require(isinstance(rings, bool), f"{reader.where}: node.rings = {rings!r}: must be true or false")
-    require(ranks == int(ranks), f"{reader.where}: node.ranks = {ranks}: must be a whole number")
-    cluster = Cluster(
-        name=Path(name).stem, stack=str(reader.value("stack")), peaks=tera, memory=1e9 * gpu["memory_gb"],
-        reserved=1e9 * gpu["reserved_gb"], bandwidth=1e12 * gpu["memory_tb_per_s"], overhead=1e-6 * gpu["overhead_us"],
-        shares={work: reader.curve("gpu", "share", str(work)) for work in Work}, node=int(ranks),
-        links={stream: reader.link(str(stream)) for stream in (Stream.INTRA, Stream.INTER)},
-        contention=reader.number("gpu", "contention", default=1.0),
-        fragmentation=reader.number("gpu", "fragmentation", default=0.0), rings=rings, jitter=run["jitter"],
-        imbalance=run["imbalance"], dispatch=run["dispatch"], narrow=reader.number("gpu", "narrow", default=1.0),
-        host=1e-3 * run["step_ms"],
-        formulas=reader.curve("gpu", "share", "formulas") if "formulas" in reader.section("gpu", "share") else None,
-    )  # fmt: skip
-    require(
-        cluster.memory > cluster.reserved,
-        f"{reader.where}: gpu.reserved_gb = {gpu['reserved_gb']}: must be below gpu.memory_gb = {gpu['memory_gb']}",
-    )
-    return cluster
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Values of a profile by their path, or a refusal that names it."""
+class _Profile:
+    """Values of a profile by their dotted path, or a refusal that names it."""
 
-    where: str
-    raw: dict[str, Any]
+    name: str
+    entries: dict[str, Any]
 
-    def value(self, *path: str) -> Any:
-        found: Any = self.raw
-        for place, key in enumerate(path):
-            dotted = ".".join(path[: place + 1])
-            require(isinstance(found, dict) and key in found, f"{self.where}: {dotted} is missing")
-            found = found[key]
-        return found
+    def require(self, condition: bool, problem: str) -> None:
+        require(condition, f"{self.name}: {problem}")
 
-    def section(self, *path: str) -> dict[str, Any]:
-        found = self.value(*path)
-        require(isinstance(found, dict), f"{self.where}: {'.'.join(path)} = {found!r}: must be a table")
-        return found  # type: ignore[no-any-return]
+    def value(self, path: str) -> Any:
+        value, keys = self.entries, path.split(".")
+        for place, key in enumerate(keys):
+            self.require(isinstance(value, dict) and key in value, f"{'.'.join(keys[: place + 1])} is missing")
+            value = value[key]
+        return value
 
-    def number(self, *path: str, default: float | None = None) -> float:
-        if default is not None and path[-1] not in (self.section(*path[:-1]) if path[0] in self.raw else {}):
-            return default
-        found = self.value(*path)
-        fits = type(found) in (int, float) and math.isfinite(found)
-        least = LEAST.get(path[-1])
+    def table(self, path: str) -> dict[str, Any]:
+        value = self.value(path)
+        self.require(isinstance(value, dict), f"{path} = {value!r}: must be a table")
+        return value  # type: ignore[no-any-return]
+
+    def number(self, number: Number) -> float:
+        path, unit, least, default = number
+        table, _, key = path.rpartition(".")
+        if default is not None and key not in self.table(table):
+            return float(default)
+        value = self.value(path)
+        fits = type(value) in (int, float) and math.isfinite(value) and (value > 0 if least is None else value >= least)
         wanted = "positive number" if least is None else f"number of at least {least}"
-        good = fits and (found > 0 if least is None else found >= least)
-        require(good, f"{self.where}: {'.'.join(path)} = {found!r}: must be a {wanted}")
-        return float(found)
+        self.require(fits, f"{path} = {value!r}: must be a {wanted}")
+        return unit * float(value)
 
-    def curve(self, *path: str) -> Curve:
-        found = self.value(*path)
-        pairs = found if isinstance(found, list) else []
-        fits = bool(pairs) and all(
+    def curve(self, path: str) -> Curve:
+        pairs = self.value(path)
+        fits = isinstance(pairs, list) and bool(pairs) and all(
             isinstance(pair, list) and len(pair) == 2 and all(type(x) in (int, float) for x in pair) for pair in pairs
-        )
-        sizes = [pair[0] for pair in pairs] if fits else []
-        fits = fits and sizes == sorted(set(sizes)) and sizes[0] > 0 and all(0 < share <= 1 for _, share in pairs)
-        require(
-            fits,
-            f"{self.where}: {'.'.join(path)}: must be pairs [size, share], sizes positive and rising, shares in (0, 1]",
-        )
-        return Curve(tuple((float(size), float(share)) for size, share in pairs))
+        )  # fmt: skip
+        sizes, shares = zip(*pairs, strict=True) if fits else ((), ())
+        fits = fits and list(sizes) == sorted(set(sizes)) and sizes[0] > 0 and all(0 < share <= 1 for share in shares)
+        self.require(fits, f"{path}: must be pairs [size, share], sizes positive and rising, shares in (0, 1]")
+        return Curve(tuple(zip(map(float, sizes), map(float, shares), strict=True)))
 
-    def link(self, name: str) -> Link:
-        rate, latency, peer = (self.number("links", name, key) for key in LINK)
-        beside = self.number("links", name, "beside_us", default=0.0)
-        return Link(1e9 * rate, 1e-6 * latency, 1e-6 * peer, self.curve("links", name, "share"), 1e-6 * beside)
+    def link(self, table: str) -> Link:
+        numbers = {name: number._replace(path=f"{table}.{number.path}") for name, number in LINK_NUMBERS.items()}
+        return Link(
+            **{name: self.number(number) for name, number in numbers.items()}, share=self.curve(f"{table}.share")
+        )

@@ -7,8 +7,8 @@ limits nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -21,23 +21,60 @@ from megascale_moe.planner.space import changed
 from megascale_moe.planner.stages import StageKind, along
 from megascale_moe.planner.step import PricedLayout, Pricer
 
+SHARES = ("product", "grouped", "attention", "rows", "intra", "inter")
+"""What a rank does in the seconds of a list: kinds of work, and waiting by link."""
 WORDS = {
     "product": "products", "grouped": "products of experts", "attention": "attention",
     "rows": "operators bound by memory", "intra": "waiting for links inside a node",
     "inter": "waiting for links between nodes", "bubble": "pipeline bubble",
     "synchronisation": "gradients and update", "waits": "host and slowest rank",
 }  # fmt: skip
+"""What a step consists of, for people."""
 
 
-class Shares(NamedTuple):
-    """Seconds of a list by what the rank does in them: kinds of work, and waiting by link."""
+class Resource(NamedTuple):
+    """Something that may limit a step.
 
-    product: float = 0.0
-    grouped: float = 0.0
-    attention: float = 0.0
-    rows: float = 0.0
-    intra: float = 0.0
-    inter: float = 0.0
+    Attributes:
+        name: as the limit. shares: of the step, which show it. better: a cluster that has twice as much of it.
+    """
+
+    name: str
+    shares: tuple[str, ...]
+    better: Callable[[Cluster], Cluster]
+
+
+def _faster(stream: Stream, c: Cluster) -> Cluster:
+    return replace(c, links={**c.links, stream: replace(c.links[stream], rate=2 * c.links[stream].rate)})
+
+
+def _at_once(c: Cluster) -> Cluster:
+    links = {stream: replace(link, latency=0.0, peer=0.0) for stream, link in c.links.items()}
+    return replace(c, links=links, overhead=0.0, host=0.0)
+
+
+LARGER_BATCH = "a batch twice as large, per sequence"
+RESOURCES = {
+    "twice the FLOP/s": Resource(
+        "computation", ("grouped", "product", "attention"),
+        lambda c: replace(c, peaks={name: 2 * peak for name, peak in c.peaks.items()}),
+    ),
+    "twice the memory bandwidth": Resource(
+        "memory bandwidth", ("rows",), lambda c: replace(c, bandwidth=2 * c.bandwidth)
+    ),
+    "links inside a node twice as fast": Resource(
+        "the links inside a node", ("intra",), partial(_faster, Stream.INTRA)
+    ),
+    "links between nodes twice as fast": Resource(
+        "the links between nodes", ("inter", "synchronisation"), partial(_faster, Stream.INTER)
+    ),
+    "no latency and no overhead": Resource("latency and overhead", (), _at_once),
+    "balanced experts and equal ranks": Resource(
+        "imbalance and jitter", ("waits",), lambda c: replace(c, imbalance=1.0, jitter=0.0)
+    ),
+    LARGER_BATCH: Resource("the pipeline's bubble", ("bubble",), lambda c: c),
+}  # fmt: skip
+"""By what would be better."""
 
 
 @dataclass(frozen=True)
@@ -55,129 +92,93 @@ class Explanation:
 
     Attributes:
         seconds: of a rank of the middle of the pipeline, by what they go to (keys of `WORDS`); they add up to the step.
-        largest: the operators with most seconds of each share. limit: what to make better first, in words.
-        criterion: computation over communication of an expert (the paper's R). gains: sorted, largest first.
+        limit: what to make better first, in words. criterion: computation over communication of an expert (the
+            paper's R). gains: sorted, largest first.
     """
 
     seconds: Mapping[str, float]
-    largest: Mapping[str, str]
     limit: str
     criterion: float
     gains: tuple[Gain, ...]
 
 
 def explain(layout: PricedLayout) -> Explanation:
-    """Look into a plan."""
-    seconds, largest = shares(layout)
+    """Return why a plan is as fast as it is."""
+    seconds, most_in = shares(layout)
     gains = sensitivity(layout)
-    return Explanation(seconds, largest, _limit(seconds, largest, gains), criterion(layout), gains)
+    resource = RESOURCES[gains[0].what]
+    seen = sorted((name for name in resource.shares if seconds[name] > 0), key=lambda name: -seconds[name])
+    total = sum(seconds.values())
+    of_step = ", ".join(f"{seconds[name] / total:.0%} {WORDS[name]}" for name in seen)
+    of_step = f": {of_step} of the step{most_in.get(seen[0], '')}" if seen else ""
+    limit = f"{resource.name}{of_step}; {gains[0].what} would save {gains[0].saved:.0%}"
+    return Explanation(seconds, limit, criterion(layout), gains)
 
 
 def most(layout: PricedLayout) -> str:
     """Return what takes most of a plan's step, in words; quicker to find than its limit, which needs more prices."""
-    seconds, largest = shares(layout)
+    seconds, most_in = shares(layout)
     name = max(seconds, key=seconds.__getitem__)
-    ops = f", most in {largest[name]}" if name in largest else ""
-    return f"{seconds[name] / sum(seconds.values()):.0%} {WORDS[name]} of the step{ops}"
+    return f"{seconds[name] / sum(seconds.values()):.0%} {WORDS[name]} of the step{most_in.get(name, '')}"
 
 
 def criterion(layout: PricedLayout) -> float:
-    """R = 3 h_ffn B / (s F): computation over communication of a SwiGLU expert (the paper's section 7: 1.5 h_ffn B / F
-    in BF16). B: bytes/s of the link that experts use, F: FLOP/s, s: bytes of an element. Above 1, an expert computes
-    longer than its tokens travel, whatever top_k, hidden size and numbers of experts and ranks are."""
-    assert layout.cluster is not None
-    assert layout.prices is not None
+    """Return R = 3 h_ffn B / (s F): computation over communication of a SwiGLU expert.
+
+    It is the paper's (section 7: 1.5 h_ffn B / F in BF16). B: bytes/s of the link that experts use, F: FLOP/s, s: bytes
+    of an element. Above 1, an expert computes longer than its tokens travel, whatever top_k, hidden size and numbers of
+    experts and ranks are.
+    """
     outside = layout.prices.axes["ffn"].outside > 0
     rate = layout.cluster.links[Stream.INTER if outside else Stream.INTRA].rate
     return 3 * layout.config.model.ffn_hidden * rate / (layout.plan.dtype.itemsize * layout.prices.peak)
 
 
 def shares(layout: PricedLayout) -> tuple[dict[str, float], dict[str, str]]:
-    """Where the seconds of a step go on a rank of the middle, and the largest operators of each share."""
-    place = layout.mesh.pp // 2
-    kinds = [StageKind.of(part, layout.config.model) for part in layout.plan.parts[place :: layout.mesh.pp]]
-    micros = layout.plan.micros
-    total = [0.0] * len(Shares._fields)
-    ops: dict[str, dict[str, float]] = {name: defaultdict(float) for name in Shares._fields}
-    for kind in kinds:
-        one = kind.at_most(1)
+    """Return where the seconds of a step go on a rank of the middle, and words for the largest operators of a share."""
+    place, price, stages = layout.mesh.pp // 2, layout.price, layout.stages
+    seconds = dict.fromkeys(SHARES, 0.0)
+    ops: dict[str, Counter[str]] = {name: Counter() for name in SHARES}
+
+    def measure(phase: str, few: StageKind) -> list[float]:
+        took = dict.fromkeys(SHARES, 0.0)
+        for share, _, time in map(_spent, stages.spans(few, phase)):
+            took[share] += time
+        return list(took.values())
+
+    for kind in layout.kinds_of(place):
         for phase in layout.phases:
-            found = along(kind, partial(_shares, layout, phase))
-            total = [a + micros * b for a, b in zip(total, found, strict=True)]
-            for op, span in layout.stages.spans(one, phase):
-                ops[_share(op)][parse(op.name).tensor] += _seconds(op, span)
-    price = layout.price
-    seconds = dict(zip(Shares._fields, total, strict=True))
+            for share, time in zip(SHARES, along(kind, partial(measure, phase)), strict=True):
+                seconds[share] += layout.plan.micros * time
+            for share, name, time in map(_spent, stages.spans(kind.at_most(1), phase)):
+                ops[share][name] += time  # type: ignore[assignment]  # counts of seconds
     waited = seconds["intra"] + seconds["inter"]
     left = max(1 - layout.woven(place) / waited, 0.0) if waited else 0.0  # what two micro-batches at once leave of it
     seconds |= {name: left * seconds[name] for name in ("intra", "inter")}
     idle = price.pipeline - sum(seconds.values())
     rest = {"bubble": idle, "synchronisation": price.synchronisation, "waits": price.waits}
-    largest = {
-        name: ", ".join(sorted(times, key=times.__getitem__, reverse=True)[:3]) for name, times in ops.items() if times
-    }
-    return seconds | rest, largest
+    largest = {share: ", ".join(name for name, _ in times.most_common(3)) for share, times in ops.items() if times}
+    return seconds | rest, {share: f", most in {names}" for share, names in largest.items()}
 
 
-def _shares(layout: PricedLayout, phase: str, kind: StageKind) -> Shares:
-    found = dict.fromkeys(Shares._fields, 0.0)
-    for op, span in layout.stages.spans(kind, phase):
-        found[_share(op)] += _seconds(op, span)
-    return Shares(**found)
-
-
-def _share(op: Op) -> str:
-    return str(op.cost.work) if op.stream == Stream.COMPUTE else str(op.stream)
-
-
-def _seconds(op: Op, span: Span) -> float:
-    return span.end - span.start if op.stream == Stream.COMPUTE else span.exposed
+def _spent(each: tuple[Op, Span]) -> tuple[str, str, float]:
+    """Return what an operator's seconds count as, its name, and the seconds that the rank computes or waits for it."""
+    op, span = each
+    computes = op.stream == Stream.COMPUTE
+    share, seconds = (op.cost.work, span.end - span.start) if computes else (op.stream, span.exposed)
+    return str(share), parse(op.name).tensor, seconds
 
 
 def sensitivity(layout: PricedLayout) -> tuple[Gain, ...]:
-    """The same layout on better clusters, and with a larger batch."""
-    assert layout.cluster is not None
-    config, gpus, now = layout.config, layout.mesh.world, layout.price.seconds
-    better = _better(layout.cluster)
-    found = {what: Pricer(cluster).layout(config, gpus).price.seconds for what, cluster in better.items()}
-    twice = changed(config, "train.global_batch", 2 * config.train.global_batch)
-    found["a batch twice as large, per sequence"] = Pricer(layout.cluster).layout(twice, gpus).price.seconds / 2
-    gains = (Gain(what, seconds, 1 - seconds / now) for what, seconds in found.items())
-    return tuple(sorted(gains, key=lambda gain: gain.seconds))
+    """Return how much faster the same layout is on better clusters, and with a larger batch; most first."""
 
+    def seconds(what: str, resource: Resource) -> float:
+        pricer = Pricer(resource.better(layout.cluster))
+        if what != LARGER_BATCH:
+            return pricer.layout(layout.config, layout.mesh.world).price.seconds
+        twice = changed(layout.config, "train.global_batch", 2 * layout.config.train.global_batch)
+        return pricer.layout(twice, layout.mesh.world).price.seconds / 2
 
-def _better(cluster: Cluster) -> dict[str, Cluster]:
-    links = cluster.links
-    faster = {s: {**links, s: replace(link, rate=2 * link.rate)} for s, link in links.items()}
-    at_once = {stream: replace(link, latency=0.0, peer=0.0) for stream, link in links.items()}
-    return {
-        "twice the FLOP/s": replace(cluster, peaks={name: 2 * peak for name, peak in cluster.peaks.items()}),
-        "twice the memory bandwidth": replace(cluster, bandwidth=2 * cluster.bandwidth),
-        "links inside a node twice as fast": replace(cluster, links=faster[Stream.INTRA]),
-        "links between nodes twice as fast": replace(cluster, links=faster[Stream.INTER]),
-        "no latency and no overhead": replace(cluster, links=at_once, overhead=0.0, host=0.0),
-        "balanced experts and equal ranks": replace(cluster, imbalance=1.0, jitter=0.0),
-    }
-
-
-RESOURCES = {
-    "twice the FLOP/s": ("computation", ("grouped", "product", "attention")),
-    "twice the memory bandwidth": ("memory bandwidth", ("rows",)),
-    "links inside a node twice as fast": ("the links inside a node", ("intra",)),
-    "links between nodes twice as fast": ("the links between nodes", ("inter", "synchronisation")),
-    "no latency and no overhead": ("latency and overhead", ()),
-    "balanced experts and equal ranks": ("imbalance and jitter", ("waits",)),
-    "a batch twice as large, per sequence": ("the pipeline's bubble", ("bubble",)),
-}
-"""For each gain the limit that it points to, and the shares of the step that show it."""
-
-
-def _limit(seconds: Mapping[str, float], largest: Mapping[str, str], gains: tuple[Gain, ...]) -> str:
-    """A sentence: what limits, what of a step that is, which operators are the largest in it."""
-    gain, total = gains[0], sum(seconds.values())
-    resource, names = RESOURCES[gain.what]
-    seen = sorted((name for name in names if seconds.get(name, 0.0) > 0), key=lambda name: -seconds[name])
-    part = ", ".join(f"{seconds[name] / total:.0%} {WORDS[name]}" for name in seen)
-    ops = f", most in {largest[seen[0]]}" if seen and seen[0] in largest else ""
-    of = f": {part} of the step{ops}" if part else ""
-    return f"{resource}{of}; {gain.what} would save {gain.saved:.0%}"
+    now = layout.price.seconds
+    found = ((what, seconds(what, resource)) for what, resource in RESOURCES.items())
+    return tuple(sorted((Gain(what, took, 1 - took / now) for what, took in found), key=lambda gain: gain.seconds))

@@ -10,7 +10,7 @@ pass adds has a price without a word here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,7 +18,9 @@ import torch
 
 from megascale_moe.comm.mesh import AXES, Mesh
 from megascale_moe.config import require
+from megascale_moe.engine.cost import Seconds
 from megascale_moe.engine.op import Op, Stream, Work
+from megascale_moe.engine.order import Span, simulate
 from megascale_moe.planner.cluster import Cluster, Link
 
 PEAKS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -76,12 +78,12 @@ class Prices:
 
     @classmethod
     def of(cls, cluster: Cluster, dtype: torch.dtype, mesh: Mesh, products: str = "") -> Prices:
-        """For a rank of a mesh."""
+        """Return the prices of a rank of a mesh."""
         return cls(cluster, dtype, _peers(mesh, cluster.node), products)
 
     @property
     def peak(self) -> float:
-        """FLOP/s of products."""
+        """The FLOP/s of products."""
         return self._peak(PEAKS[self.dtype])
 
     def _peak(self, name: str) -> float:
@@ -93,12 +95,20 @@ class Prices:
         """Return the seconds of one operator."""
         return self._computation(op) if op.stream == Stream.COMPUTE else self._communication(op)
 
+    def simulated(self, ops: Sequence[Op], seconds: Seconds | None = None) -> list[Span]:
+        """Return when each operator of a list runs, by the executor's rules.
+
+        Args:
+            seconds: how long operators take; None: as priced here.
+        """
+        return simulate(ops, seconds or self.seconds, self.cluster.interference)
+
     def hop(self, sent: float) -> float:
         """Return the seconds of a message to the next stage of a pipeline."""
         return self._link(self.axes["pp"].next).seconds(sent, 1)
 
     def placed(self, op: Op) -> Op:
-        """With the stream that it occupies on this cluster: what stays in a node does not queue for the NIC."""
+        """Return an operator on the stream that it occupies here: what stays in a node does not queue for the NIC."""
         inside = op.stream == Stream.INTER and op.cost.axis != "pp" and not self.axes[op.cost.axis].outside
         return replace(op, stream=Stream.INTRA) if inside else op
 

@@ -45,22 +45,13 @@ def value(config: Config, key: str) -> Any:
 
 
 def changed(config: Config, key: str, to: Any) -> Config:
-    """A config with another value for a key."""
+    """Return a config with another value for a key."""
     section, name = key.split(".")
     return replace(config, **{section: replace(getattr(config, section), **{name: to})})
 
 
-Placement = tuple[Any, ...]
-"""Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
-
-
-def placement_of(p: ParallelConfig) -> Placement:
-    """Return where the weights of a layout with no open sizes lie."""
-    return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
-
-
 class CandidateLayout(NamedTuple):
-    """One of them: `parallel` without its schedule, which is named beside it, and sequences of a micro-batch."""
+    """A layout: `parallel` without its schedule, which is named beside it, and sequences of a micro-batch."""
 
     parallel: ParallelConfig
     mesh: Mesh
@@ -69,13 +60,19 @@ class CandidateLayout(NamedTuple):
     virtual_stages: int
 
     @property
+    def placement(self) -> tuple[Any, ...]:
+        """Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
+        p = self.parallel
+        return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
+
+    @property
     def inside(self) -> tuple[Any, ...]:
-        """All that the lists of a layer depend on: layouts that agree in it differ between stages or between nodes."""
+        """What the lists of a layer depend on: layouts that agree in it differ between stages or between nodes."""
         p, mesh = self.parallel, self.mesh
         return mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn, p.dispatch, self.rows
 
     def of(self, config: Config) -> Config:
-        """A config with this layout."""
+        """Return a config with this layout."""
         parallel = replace(
             self.parallel, schedule=self.schedule, virtual_stages=self.virtual_stages,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -100,25 +97,48 @@ class Space:
         require(self.gpus > 0, f"--gpus {self.gpus}: must be at least 1")
         for key in sorted(self.kept):
             require(key in KEYS, f"--keep {key}: is not searched; searched are {', '.join(KEYS)}")
-        o = self.config.overlap
         require(
-            o.remat != "budget" or "overlap.remat" not in self.kept,
+            self.config.overlap.remat != "budget" or "overlap.remat" not in self.kept,
             "--keep overlap.remat: 'budget' follows from measured sizes; keep 'none', 'paper' or 'full'",
         )
 
+    def options(self, key: str, tried: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Return the values of a key that are tried, `OPTIONS` if not given: the config's own if the key is kept."""
+        if key in self.kept:
+            return [value(self.config, key)]
+        return OPTIONS[key] if tried is None else tried
+
     def layouts(self) -> Iterator[CandidateLayout]:
-        """All that fit the ranks and the model."""
-        for pp in self._some("parallel.pp", [n for n in _divisors(self.gpus) if n <= self.config.model.layers]):
+        """Return all layouts that fit the ranks and the model."""
+        names = registry.names(registry.ATTENTION)
+        for pp in self.options("parallel.pp", [n for n in _divisors(self.gpus) if n <= self.config.model.layers]):
             if self.gpus % pp:
                 continue
             stage = self.gpus // pp
-            nodes = self._some("parallel.node", [n for n in _divisors(self.node) if stage % n == 0])
-            for node in nodes:
-                for attention, ffn in product(self._attention(node), self._ffn(node, stage)):
+            for node in self.options("parallel.node", [n for n in _divisors(self.node) if stage % n == 0]):
+                # On one rank all are the same.
+                attentions = self.options("parallel.attention", names[:1] if node == 1 else names)
+                for attention, ffn in product(attentions, self._ffn(node, stage)):
                     yield from self._placed(pp, node, attention, ffn)
 
+    def _ffn(self, node: int, stage: int) -> Iterator[dict[str, Any]]:
+        """Return the strategies of the experts with their sizes."""
+        model, names = self.config.model, self.options("parallel.ffn", registry.names(registry.FFN))
+        dense = all(spec.dense for spec in model.layer_kinds)
+        for name in names:
+            ffn = registry.named(registry.FFN, name, "parallel.ffn")
+            if not ffn.pays(node) and len(names) > 1:
+                continue
+            for etp in self.options("parallel.etp", ffn.etp_choices(self.node)):
+                sizes = ffn.ep_choices(node, stage, etp)
+                fitting = [size for size in sizes if size == 0 or model.experts % size == 0]
+                for ep in self.options("parallel.ep", [node] if dense and 0 not in sizes else fitting):
+                    forms = registry.names(registry.DISPATCH) if ep > 1 else [registry.AUTO]
+                    for dispatch in self.options("parallel.dispatch", forms):
+                        yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
+
     def _placed(self, pp: int, node: int, attention: str, ffn: dict[str, Any]) -> Iterator[CandidateLayout]:
-        """One way to place weights, with each micro-batch and schedule, if it fits."""
+        """Return one way to place weights, with each micro-batch and schedule, if it fits."""
         config, p = self.config, self.config.parallel
         parallel = replace(
             p, pp=pp, dp=0, node=node, attention=attention, **ffn,  # type: ignore[arg-type]
@@ -133,49 +153,19 @@ class Space:
             return
         parallel, share = replace(parallel, dp=mesh.dp), config.train.global_batch // mesh.dp
         most = max(TOKENS // config.model.sequence_length, 1)
-        for rows in self._some("train.micro_batch", [2**n for n in range(most.bit_length()) if share % 2**n == 0]):
-            rows = rows or share if pp == 1 else rows or 1
+        for rows in self.options("train.micro_batch", [2**n for n in range(most.bit_length()) if share % 2**n == 0]):
+            rows = rows or (share if pp == 1 else 1)
             for schedule, virtual in self._schedules(pp, share // rows):
                 yield CandidateLayout(parallel, mesh, rows, schedule, virtual)
 
     def _schedules(self, pp: int, micros: int) -> list[tuple[str, int]]:
-        """Schedules with their stages per rank, for so many micro-batches."""
+        """Return the schedules with their stages per rank, for so many micro-batches."""
         if pp == 1 and "parallel.schedule" not in self.kept:
             return [("1f1b", 1)]
-        names = self._some("parallel.schedule", ["1f1b", "zero_bubble", "interleaved"])
-        depths = self._some("parallel.virtual_stages", (1, *VIRTUAL_STAGES))
-        deep = [n for n in depths if n > 1 and n * pp <= self.config.model.layers and micros % pp == 0]
-        found = [(name, 1) for name in names if name != "interleaved" and 1 in depths]
-        return found + [("interleaved", n) for n in deep if "interleaved" in names]
-
-    def _attention(self, node: int) -> list[str]:
-        """On one rank all are the same."""
-        names = registry.names(registry.ATTENTION)
-        return self._some("parallel.attention", names[:1] if node == 1 else names)
-
-    def _ffn(self, node: int, stage: int) -> Iterator[dict[str, Any]]:
-        """Strategies of the experts with their sizes."""
-        model, names = self.config.model, self._some("parallel.ffn", registry.names(registry.FFN))
-        dense = all(spec.dense for spec in model.layer_kinds)
-        for name in names:
-            ffn = registry.named(registry.FFN, name, "parallel.ffn")
-            if not ffn.pays(node) and len(names) > 1:
-                continue
-            for etp in self._some("parallel.etp", ffn.etp_choices(self.node)):
-                sizes = ffn.ep_choices(node, stage, etp)
-                fitting = [size for size in sizes if size == 0 or model.experts % size == 0]
-                for ep in self._some("parallel.ep", [node] if dense and 0 not in sizes else fitting):
-                    ways = registry.names(registry.DISPATCH) if ep > 1 else [registry.AUTO]
-                    for dispatch in self._some("parallel.dispatch", ways):
-                        yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
-
-    def _some(self, key: str, options: Sequence[Any]) -> list[Any]:
-        """Return the values of a key that are tried: the config's own if the key is kept."""
-        return [value(self.config, key)] if key in self.kept else list(options)
-
-    def options(self, key: str) -> list[Any]:
-        """Return the values of an option that are tried."""
-        return self._some(key, OPTIONS[key])
+        names = self.options("parallel.schedule", ["1f1b", "zero_bubble", "interleaved"])
+        depths = self.options("parallel.virtual_stages", (1, *VIRTUAL_STAGES))
+        most = self.config.model.layers // pp if micros % pp == 0 else 0
+        return [(name, n) for name in names for n in depths if (1 < n <= most if name == "interleaved" else n == 1)]
 
 
 @lru_cache
@@ -184,7 +174,7 @@ def _divisors(number: int) -> tuple[int, ...]:
 
 
 def parallel_words(parallel: ParallelConfig) -> str:
-    """A layout in a few words, as a table has room for: "pp 15 x dp 12 x node 8, sp + ep 8 all_to_all, 1f1b"."""
+    """Return a layout in a few words, as a table has room for: "pp 15 x dp 12 x node 8, sp + ep 8 all_to_all, 1f1b"."""
     p = parallel
     experts = registry.named(registry.FFN, p.ffn, "parallel.ffn").words(p)
     schedule = "" if p.pp == 1 else f", {p.schedule}" + (f" x {p.virtual_stages}" if p.virtual_stages > 1 else "")

@@ -15,26 +15,24 @@ A step ends with its slowest rank (`slowest`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import NormalDist
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Op
-from megascale_moe.engine.order import UNDISTURBED
 from megascale_moe.model.counts import counts
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.pipeline.checker import Timeline, timeline
 from megascale_moe.pipeline.program import Profile, StepPlan
 from megascale_moe.pipeline.schedule import Action, Schedule, in_pairs, schedule
 from megascale_moe.planner.cluster import Cluster
-from megascale_moe.planner.lists import optimizer_of, plan_of
 from megascale_moe.planner.memory import RankBytes, rank_bytes
 from megascale_moe.planner.price import Prices
-from megascale_moe.planner.stages import Once, StageKind, Stages, Took, along, inner, simulated
+from megascale_moe.planner.stages import Once, StageKind, Stages, Took, along, optimizer_of, plan_of
 from megascale_moe.strategies.fit import mesh_of
-from megascale_moe.strategies.stages import Part, parts_of_rank, together
+from megascale_moe.strategies.stages import parts_of_rank, together
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,16 @@ def price(
 
 
 def slowest(ranks: int) -> float:
-    """How many standard deviations the slowest of so many equal ranks is behind their mean: the expected largest of
-    normal variables (Blom's approximation, off by 4.5 % for two ranks and by 2.7 % or less for more).
+    """Return how many standard deviations the slowest of so many equal ranks is behind their mean.
+
+    It is the expected largest of normal variables (Blom's approximation, off by 4.5 % for two ranks and by 2.7 % or
+    less for more).
     """
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
-def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = None) -> RankBytes:
+def memory(config: Config, cluster: Cluster, gpus: int, place: int = 0) -> RankBytes:
     """Return what the ranks at a place of the pipeline hold at their peak; the first has most micro-batches under way.
-
-    Args:
-        cluster: whose prices decide about orders; without one they are those that a dry run assumes.
 
     Raises:
         ConfigError: the layout does not fit so many ranks, or the model.
@@ -97,26 +94,37 @@ def memory(config: Config, gpus: int, place: int = 0, cluster: Cluster | None = 
 class Pricer:
     """Prices layouts on one cluster, and remembers what they have in common."""
 
-    def __init__(self, cluster: Cluster | None, products: str = "", hides_synchronisation: bool | None = None) -> None:
+    def __init__(self, cluster: Cluster, products: str = "", hides_synchronisation: bool | None = None) -> None:
         self.cluster, self.products, self.hides = cluster, products, hides_synchronisation
         self._stages: dict[Config, Stages] = {}
 
     def layout(self, config: Config, gpus: int) -> PricedLayout:
-        """One layout.
+        """Return one layout.
 
         Raises:
             ConfigError: it does not fit so many ranks, or the model.
         """
         mesh = mesh_of(config.parallel, config.model, gpus)
         check_batches(config, mesh)
-        cluster = self.cluster
-        prices = Prices.of(cluster, DTYPES[config.train.dtype], mesh, self.products) if cluster else None
-        plan = plan_of(config, mesh, 0, Profile(prices) if prices else None)
-        key = inner(config, mesh.node, mesh.ep, mesh.etp, micro_batch(config, mesh))
-        if key not in self._stages:
-            self._stages[key] = Stages(plan, key.train, prices, cluster.interference if cluster else UNDISTURBED)
+        prices = Prices.of(self.cluster, DTYPES[config.train.dtype], mesh, self.products)
+        plan = plan_of(config, mesh, 0, Profile(prices))
+        inside = _inside(config, mesh)
+        if inside not in self._stages:
+            self._stages[inside] = Stages(plan, inside.train, prices)
         hides = config.overlap.hides_synchronisation if self.hides is None else self.hides
-        return PricedLayout(config, mesh, plan, self._stages[key], cluster, prices, hides)
+        return PricedLayout(config, mesh, plan, self._stages[inside], prices, hides)
+
+
+def _inside(config: Config, mesh: Mesh) -> Config:
+    """Return what of a config decides about the lists of its layers: layouts that agree in it share their stages."""
+    rows = micro_batch(config, mesh)
+    parallel = replace(
+        config.parallel, pp=1, dp=0, node=mesh.node, ep=mesh.ep, etp=mesh.etp, schedule="1f1b", virtual_stages=1,
+        stage_layers=(),
+    )  # fmt: skip
+    train = replace(config.train, global_batch=rows, micro_batch=rows)
+    wire = replace(config.wire, gradients="fp32", parameters="fp32")
+    return replace(config, parallel=parallel, train=train, wire=wire)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class PricedLayout:
     """One layout on one cluster. `plan` is that of rank 0; whatever its stage, its lists of a part are every rank's.
 
     Attributes:
+        stages: shared with other layouts, so their prices do not know this one's data parallelism; `prices` do.
         hides: whether synchronisation is among the operators of the last micro-batches.
     """
 
@@ -131,42 +140,14 @@ class PricedLayout:
     mesh: Mesh
     plan: StepPlan
     stages: Stages
-    cluster: Cluster | None
-    prices: Prices | None
+    prices: Prices
     hides: bool
     _once: Once = field(default_factory=Once)
 
-    @cached_property
-    def price(self) -> StepPrice:
-        """Return the price of a step."""
-        assert self.cluster is not None
-        assert self.prices is not None
-        (pipeline, bubble), middle = self.pipeline, self.mesh.pp // 2
-        synchronisation = max(self.synchronisation(place).seconds for place in {0, middle, self.mesh.pp - 1})
-        worked = pipeline + synchronisation
-        waits = self.cluster.host + worked * self.cluster.jitter * slowest(self.mesh.world)
-        mine = self._kinds[middle :: self.mesh.pp]
-        waited = self.plan.micros * sum(self.stages.took(kind, phase).exposed for kind in mine for phase in self.phases)
-        exposed = self.synchronisation(middle).exposed + max(waited - self.woven(middle), 0.0)
-        train, model = self.config.train, self.config.model
-        seconds = worked + waits
-        tokens = train.global_batch * model.sequence_length / seconds
-        peak = self.prices.peak * self.mesh.world
-        return StepPrice(
-            seconds, pipeline, bubble, synchronisation, waits, exposed, tokens,
-            tokens * counts(model).flops_per_token / peak,
-        )  # fmt: skip
-
-    def bytes(self, place: int, *, update: bool = True) -> RankBytes:
-        """Return what the ranks at a place of the pipeline hold.
-
-        Args:
-            update: look at the end of the step, too.
-        """
-        stages, plan, train, actions = self.stages, self.plan, self.config.train, self._few[-1][place]
-        return self._once(
-            ("bytes", place, update), lambda: rank_bytes(stages, plan, train, place, actions, update=update)
-        )
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that it is priced for."""
+        return self.prices.cluster
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -174,41 +155,82 @@ class PricedLayout:
         return ("F", "B", "W") if self.config.parallel.schedule == "zero_bubble" else ("F", "BW")
 
     @cached_property
-    def timeline(self) -> Timeline:
-        """When each action of the whole pipeline runs."""
-        return self._executed(self.plan.schedule)
+    def kinds(self) -> list[StageKind]:
+        """What each stage of the pipeline consists of."""
+        return [StageKind.of(part, self.config.model) for part in self.plan.parts]
 
-    def _executed(self, actions: Schedule) -> Timeline:
-        assert self.prices is not None
-        hop = self.prices.hop(self.plan.message.nbytes)
-        alone = {
-            (stage, phase): seconds
-            for phase in self.phases for stage, seconds in enumerate(self._seconds(self._kinds, phase))
-        }  # fmt: skip
-        if not self.plan.overlap.in_pairs:
-            return timeline(actions, self.mesh.pp, lambda each: alone[each.stage, each.phase], hop)
-        pairs = [pair for row in actions for pair in in_pairs(row) if len(pair) == 2]
-        saved = {pair[0]: self._saved(pair[0].stage, pair[1].stage) for pair in pairs}
+    def kinds_of(self, place: int) -> list[StageKind]:
+        """Return what the stages of the ranks at a place of the pipeline consist of."""
+        return self.kinds[place :: self.mesh.pp]
 
-        def woven(each: Action) -> float:
-            return max(alone[each.stage, each.phase] - saved.get(each, 0.0), 0.0)
+    @cached_property
+    def price(self) -> StepPrice:
+        """The price of a step."""
+        (pipeline, bubble), middle = self.pipeline, self.mesh.pp // 2
+        synchronisation = max(self.synchronisation(place).seconds for place in {0, middle, self.mesh.pp - 1})
+        worked = pipeline + synchronisation
+        waits = self.cluster.host + worked * self.cluster.jitter * slowest(self.mesh.world)
+        waited = self.plan.micros * sum(
+            self.stages.took(kind, phase).exposed for kind in self.kinds_of(middle) for phase in self.phases
+        )
+        exposed = self.synchronisation(middle).exposed + max(waited - self.woven(middle), 0.0)
+        model, seconds = self.config.model, worked + waits
+        tokens = self.config.train.global_batch * model.sequence_length / seconds
+        mfu = tokens * counts(model).flops_per_token / (self.prices.peak * self.mesh.world)
+        return StepPrice(seconds, pipeline, bubble, synchronisation, waits, exposed, tokens, mfu)
 
-        return timeline(actions, self.mesh.pp, woven, hop)
+    def closer(self) -> Iterator[float]:
+        """Yield seconds that a step takes at least, each closer to its price and longer to find than the one before."""
+        yield self.lower_bound
+        yield self.pipeline[0]
+        yield self.pipeline[0] + self.synchronisation(self.mesh.pp // 2).seconds
+        yield self.price.seconds
 
-    def woven(self, place: int) -> float:
-        """Seconds that a rank of the pipeline waits less in a step, because it works on two micro-batches at once."""
-        if not self.plan.overlap.in_pairs:
+    def bytes(self, place: int, *, update: bool = True) -> RankBytes:
+        """Return what the ranks at a place of the pipeline hold.
+
+        Args:
+            update: look at the end of the step, too.
+        """
+        train, actions = self.config.train, self._few[-1][place]
+        return self._once(
+            ("bytes", place, update),
+            lambda: rank_bytes(self.stages, self.plan, train, place, actions, update=update),
+        )
+
+    # --- the pipeline ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def lower_bound(self) -> float:
+        """Seconds that any execution of the schedule takes: a rank's work, the way to it and the way back.
+
+        Embedding and head are left out, so that their lists are not needed. In pairs no bound is known: what is woven
+        takes less.
+        """
+        if self.plan.overlap.in_pairs:
             return 0.0
-        stages = range(place, len(self._kinds), self.mesh.pp)
-        return self.plan.micros * sum(self._saved(stage, stage) for stage in stages)
+        kinds = [kind._replace(first=False, last=False) for kind in self.kinds]
+        forward, backward = self._seconds(kinds, "F"), self._seconds(kinds, *self.phases[1:])
+        back = [0.0] * len(kinds) if self.config.parallel.schedule == "zero_bubble" else backward
+        pp, micros = self.mesh.pp, self.plan.micros
+        return max(
+            micros * sum(forward[place::pp] + backward[place::pp]) + sum(forward[:place] + back[:place])
+            for place in range(pp)
+        )
 
-    def _saved(self, forward: int, backward: int) -> float:
-        """By weaving a stage's forward into the backward of another's behind it."""
-        kind, other = self._kinds[forward], self._kinds[backward]
-        common = StageKind(tuple(map(min, kind.layers, other.layers)), first=False, last=False)
-        if not common.depth:  # nothing alike to weave
-            return 0.0
-        return self._once(("saved", common), lambda: self.stages.saved(common))
+    @cached_property
+    def pipeline(self) -> tuple[float, float]:
+        """Seconds of the micro-batches through the stages, and the fraction of all ranks' time without work.
+
+        Between filling and draining a schedule repeats itself: each further micro-batch takes as long as the last.
+        """
+        times = [self._executed(actions) for actions in self._few]
+        seconds, busy = times[-1].makespan, sum(times[-1].busy)
+        if len(times) > 1:
+            more = (self.plan.micros - 1 - max(action.micro for action in self._few[-1][0])) / self.mesh.pp
+            seconds += more * (seconds - times[0].makespan)
+            busy += more * (busy - sum(times[0].busy))
+        return seconds, 1 - busy / (self.mesh.pp * seconds)
 
     @cached_property
     def _few(self) -> list[Schedule]:
@@ -220,94 +242,72 @@ class PricedLayout:
         return [schedule(p.schedule, p.pp, depth * p.pp, p.virtual_stages, pairs=pairs) for depth in depths]
 
     @cached_property
-    def pipeline(self) -> tuple[float, float]:
-        """Seconds of the micro-batches through the stages, and the fraction of all ranks' time without work.
+    def timeline(self) -> Timeline:
+        """When each action of the whole pipeline runs."""
+        return self._executed(self.plan.schedule)
 
-        Between filling and draining a schedule repeats itself: each further micro-batch takes as long as the last.
-        """
-        times = [self._executed(actions) for actions in self._few]
-        found = [(each.makespan, sum(each.busy)) for each in times]
-        seconds, busy = found[-1]
-        if len(found) > 1:
-            more = (self.plan.micros - self._few_micros(-1)) / self.mesh.pp
-            seconds, busy = (last + more * (last - first) for first, last in zip(*found, strict=True))
-        return seconds, 1 - busy / (self.mesh.pp * seconds)
+    def _executed(self, actions: Schedule) -> Timeline:
+        alone = {
+            (stage, phase): seconds
+            for phase in self.phases for stage, seconds in enumerate(self._seconds(self.kinds, phase))
+        }  # fmt: skip
+        saved = {
+            pair[0]: self._saved(*(self.kinds[each.stage] for each in pair))
+            for row in actions if self.plan.overlap.in_pairs for pair in in_pairs(row) if len(pair) == 2
+        }  # fmt: skip
 
-    @cached_property
-    def floor(self) -> float:
-        """Seconds below which no execution of the schedule comes: a rank's work, the way to it and the way back.
+        def seconds(each: Action) -> float:
+            took = alone[each.stage, each.phase]
+            return max(took - saved.get(each, 0.0), 0.0) if saved else took
 
-        Embedding and head are left out, so that their lists are not needed. In pairs no floor is known: what is woven
-        takes less.
-        """
-        if self.plan.overlap.in_pairs:
-            return 0.0
-        zero_bubble = self.config.parallel.schedule == "zero_bubble"
-        kinds = [kind._replace(first=False, last=False) for kind in self._kinds]
-        forward, backward = self._seconds(kinds, "F"), self._seconds(kinds, *self.phases[1:])
-        back = [0.0 if zero_bubble else seconds for seconds in backward]
-        pp, micros = self.mesh.pp, self.plan.micros
-        return max(
-            micros * sum(forward[place::pp] + backward[place::pp]) + sum(forward[:place] + back[:place])
-            for place in range(pp)
-        )
-
-    def closer(self) -> Iterator[float]:
-        """Seconds that a step takes at least, each closer to its price and longer to find than the one before."""
-        yield self.floor
-        yield self.pipeline[0]
-        yield self.pipeline[0] + self.synchronisation(self.mesh.pp // 2).seconds
-        yield self.price.seconds
-
-    def _few_micros(self, which: int) -> int:
-        return 1 + max(action.micro for action in self._few[which][0])
+        return timeline(actions, self.mesh.pp, seconds, self.prices.hop(self.plan.message.nbytes))
 
     def _seconds(self, kinds: Sequence[StageKind], *phases: str) -> list[float]:
         """Return the seconds of the given actions on each of some stages, few of which differ."""
         found = {kind: sum(self.stages.took(kind, phase).seconds for phase in phases) for kind in set(kinds)}
         return [found[kind] for kind in kinds]
 
-    @cached_property
-    def _kinds(self) -> list[StageKind]:
-        return [StageKind.of(part, self.config.model) for part in self.plan.parts]
+    def woven(self, place: int) -> float:
+        """Return by how many seconds a rank waits less in a step, because it works on two micro-batches at once."""
+        if not self.plan.overlap.in_pairs:
+            return 0.0
+        return self.plan.micros * sum(self._saved(kind, kind) for kind in self.kinds_of(place))
+
+    def _saved(self, forward: StageKind, backward: StageKind) -> float:
+        """Return the seconds saved by weaving a stage's forward into the backward of another's behind it."""
+        common = StageKind(tuple(map(min, forward.layers, backward.layers)), first=False, last=False)
+        return self.stages.saved(common) if any(common.layers) else 0.0  # else there is nothing alike to weave
+
+    # --- the end of a step -------------------------------------------------------------------------------------------
 
     def synchronisation(self, place: int) -> Took:
         """Return by how much synchronisation and update lengthen a step, for the ranks at a place of the pipeline."""
         whole = together(parts_of_rank(self.plan.parts, self.mesh.pp, place))
         kind = StageKind.of(whole, self.config.model)
-        return self._once(kind, lambda: self._synchronised(whole, kind))
 
-    def _synchronised(self, whole: Part, kind: StageKind) -> Took:
-        if not self.hides:
-            return self._simulated(optimizer_of(self.plan, self.config.train, whole, by_layer=False).ops)
-        return along(kind, self._hidden)
+        def made() -> Took:
+            if self.hides:
+                return Took(*along(kind, self._hidden))
+            ops = optimizer_of(self.plan, self.config.train, whole, by_layer=False).ops
+            return Took.of(self.prices.simulated(list(map(self.prices.placed, ops))))
 
-    def _hidden(self, kind: StageKind) -> Took:
-        """Among the operators of the last micro-batches of a step."""
-        assert self.prices is not None
-        prices, stage = self.prices, self.stages.lists(kind)
-        optimizer = optimizer_of(self.plan, self.config.train, kind.part(self.config.model), by_layer=True)
-        ops = [*stage.forward, *stage.backward]
-        own, passes = {id(op) for op in ops}, self._passes
+        return self._once(kind, made)
 
-        def seconds(op: Op) -> float:
-            return prices.seconds(op) * (passes if id(op) in own else 1)
-
-        hidden = [op if id(op) in own else prices.placed(op) for op in optimizer.hidden(ops)]
-        with_it, without = (simulated(each, seconds, self.stages.interference) for each in (hidden, ops))
-        return Took(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))
-
-    @property
-    def _passes(self) -> int:
-        """Micro-batches that pass a stage of a rank before the rank turns to its next stage.
+    def _hidden(self, few: StageKind) -> Took:
+        """Return how much longer the last micro-batches of a step take with synchronisation among their operators.
 
         An interleaved schedule takes pp micro-batches through one stage, then through the next: so far apart are the
         moments at which the gradients of two stages are complete, or the weights of two stages are needed.
         """
-        several = self.config.parallel.virtual_stages > 1
-        return min(self.mesh.pp, self.plan.micros) if several else 1
+        stage = self.stages.lists(few)
+        optimizer = optimizer_of(self.plan, self.config.train, few.part(self.config.model), by_layer=True)
+        ops = [*stage.forward, *stage.backward]
+        own = {id(op) for op in ops}
+        passes = min(self.mesh.pp, self.plan.micros) if self.config.parallel.virtual_stages > 1 else 1
 
-    def _simulated(self, ops: Sequence[Op]) -> Took:
-        """With the prices of this layout: those of its stages do not know its data parallelism."""
-        assert self.prices is not None
-        return simulated([self.prices.placed(op) for op in ops], self.prices.seconds, self.stages.interference)
+        def seconds(op: Op) -> float:
+            return self.prices.seconds(op) * (passes if id(op) in own else 1)
+
+        hidden = [op if id(op) in own else self.prices.placed(op) for op in optimizer.hidden(ops)]
+        with_it, without = (Took.of(self.prices.simulated(each, seconds)) for each in (hidden, ops))
+        return Took(max(with_it.seconds - without.seconds, 0.0), max(with_it.exposed - without.exposed, 0.0))

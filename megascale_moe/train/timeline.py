@@ -34,7 +34,7 @@ from megascale_moe.engine.order import Span, simulate
 from megascale_moe.engine.remat import kept_bytes
 from megascale_moe.engine.trace import Event
 from megascale_moe.pipeline.program import StepPlan
-from megascale_moe.planner.lists import optimizer_of
+from megascale_moe.planner.stages import optimizer_of
 from megascale_moe.strategies.stages import Part
 from megascale_moe.train.trainer import Trainer
 

@@ -287,7 +287,7 @@ def test_a_plan_counts_a_toys_state(optimizer: str, toys: None) -> None:
     kept = ("parallel.attention", "parallel.ffn", "parallel.pp", "train.micro_batch", "overlap.split")
     found = search(Space(ours, 4, cluster.node, frozenset(kept)), cluster, workers=1)
     best = found.plans[0]
-    theirs = memory(replace(best.config, train=replace(best.config.train, optimizer="adamw")), 4)
+    theirs = memory(replace(best.config, train=replace(best.config.train, optimizer="adamw")), cluster, 4)
     # A ten-thousandth: groups are padded to a few elements.
     assert best.bytes.optimizer == pytest.approx(theirs.optimizer * (4 + STATE[optimizer]) / 12, rel=1e-4)
 

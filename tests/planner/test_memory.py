@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megascale_moe.config import load
+from megascale_moe.planner.cluster import load as profile
 from megascale_moe.planner.step import memory
 from megascale_moe.presets import PRESETS
 from megascale_moe.strategies.fit import mesh_of
@@ -14,6 +15,7 @@ from megascale_moe.tools.dryrun.step import dry_run
 
 pytestmark = pytest.mark.bulky  # a meter imports torch's compiler
 
+H800 = profile("h800")
 CONFIG = Path(__file__).parents[2] / "configs" / "internal-352b.toml"
 LAYOUTS = [
     (),
@@ -40,7 +42,7 @@ def test_the_peak_is_that_of_a_dry_run(changes: tuple[str, ...], place: int, dp:
     gpus = 3 * dp * 8
     rank = place * mesh_of(config.parallel, config.model, gpus).stage
     counted = dry_run(config, gpus, rank, all_ranks=False).rank["memory"]
-    found = memory(config, gpus, place)
+    found = memory(config, H800, gpus, place)
     assert found.peak == pytest.approx(counted["peak"], rel=0.03)
     for kind in ("parameters", "gradients", "optimizer"):
         assert getattr(found, kind) == counted[kind]

@@ -17,8 +17,8 @@ from typing import Any
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
 from megascale_moe.engine.op import Stream
-from megascale_moe.pipeline.step import incoming, outgoing
-from megascale_moe.planner.lists import optimizer_of, plan_of
+from megascale_moe.pipeline.checker import awaited, sent
+from megascale_moe.planner.stages import optimizer_of, plan_of
 
 Collective = tuple[str, str, float]  # operator, phase, bytes that the rank sends
 Link = tuple[int, int, bool]  # sender, receiver, backward
@@ -82,11 +82,9 @@ def rank_messages(config: Config, mesh: Mesh, rank: int, known: dict[object, Any
     receives: dict[Link, list[tuple[int, int]]] = defaultdict(list)
     ranks, last = mesh.ranks("pp", rank), len(plan.parts) - 1
     for action in plan.schedule[plan.axes["pp"].index]:
-        for transfer, messages in (
-            (incoming(action, last, mesh.pp), receives), (outgoing(action, last, mesh.pp), sends),
-        ):  # fmt: skip
-            if transfer is not None:
-                link = ranks[transfer.sender], ranks[transfer.receiver], transfer.backward
+        for transfer, messages in ((awaited(action, last), receives), (sent(action, last), sends)):
+            if transfer is not None and transfer.crosses(mesh.pp):
+                link = ranks[transfer.source % mesh.pp], ranks[transfer.target % mesh.pp], transfer.backward
                 messages[link].append((transfer.tag, plan.message.nbytes))
 
     def once(lists: Mapping[Any, list[Any]]) -> dict[Any, Any]:
@@ -106,10 +104,10 @@ def _disagreements(job: Sequence[RankMessages], mesh: Mesh) -> Iterator[str]:
                 if first != other:
                     yield _mismatch(f"axis {axis}", f"rank {leader} has", first, f"rank {rank}", other)
     for rank, messages in enumerate(job):
-        for link, sent in messages.sends.items():
+        for link, messages_sent in messages.sends.items():
             expected = job[link[1]].receives.get(link, ())
-            if sent != expected:
-                yield _mismatch(f"rank {link[0]} to rank {link[1]}", "sends", sent, "expects", expected)
+            if messages_sent != expected:
+                yield _mismatch(f"rank {link[0]} to rank {link[1]}", "sends", messages_sent, "expects", expected)
         for link in messages.receives:
             if link not in job[link[0]].sends:
                 yield f"rank {rank} waits for rank {link[0]}, which sends it nothing"

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from megascale_moe.config import Config, ConfigError, require, to_toml
+from megascale_moe.pipeline.program import collector_paused
 from megascale_moe.planner.cluster import load
 from megascale_moe.planner.explain import Explanation, explain, most
 from megascale_moe.planner.search import Plan, capacity, planned, search
@@ -31,6 +32,7 @@ from megascale_moe.train.output import print_json
 from megascale_moe.train.progress import counted_progress
 
 
+@collector_paused()
 def plan(
     configs: Sequence[Config], cluster_name: str | None, gpus: int | None, keep: str, *, fixed: bool, out: Path,
     as_json: bool,
@@ -105,9 +107,7 @@ def _row(plan: Plan, layout: PricedLayout, why: Explanation | None, holds: float
 
 def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Console) -> None:
     """Write the best plan as a config, a trace and a page, and all as a picture."""
-    cluster, prices, path = best.cluster, best.prices, folder / "plan.toml"
-    assert cluster is not None
-    assert prices is not None
+    cluster, path = best.cluster, folder / "plan.toml"
     files = ["plan.toml", "trace.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,5 +117,5 @@ def _write(plans: Sequence[Plan], best: PricedLayout, folder: Path, console: Con
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
     source = f"Seconds of operators are predicted from the profile {cluster.name} ({cluster.stack})."
-    plan_report(best.config, best.mesh.world, path, folder / "report.html", (prices, source))
+    plan_report(best.config, best.mesh.world, path, folder / "report.html", (best.prices, source))
     console.print(f"{folder}: {', '.join([*files, 'report.html'])}", markup=False)

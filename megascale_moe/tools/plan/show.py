@@ -16,7 +16,6 @@ from megascale_moe.planner.cluster import Cluster
 from megascale_moe.planner.explain import WORDS, Explanation
 from megascale_moe.planner.search import Plan, capacity
 from megascale_moe.planner.space import parallel_words
-from megascale_moe.planner.stages import StageKind
 from megascale_moe.planner.step import PricedLayout
 from megascale_moe.tools.dryrun.table import size
 from megascale_moe.tools.validation.validate import Validation
@@ -115,7 +114,7 @@ def write_trace(layout: PricedLayout, path: Path) -> None:
     their operators.
     """
     middle, last = layout.mesh.pp // 2, layout.mesh.pp
-    kind = StageKind.of(layout.plan.parts[middle], layout.config.model).at_most(LAYERS)
+    kind = layout.kinds[middle].at_most(LAYERS)
     events = list[Event]()
     for phase in layout.phases:
         events += simulated(layout.stages.spans(kind, phase), max((event.end for event in events), default=0.0))
