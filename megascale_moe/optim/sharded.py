@@ -12,7 +12,6 @@ Nothing here knows an optimizer: `registry.rule_of` finds the one that the confi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -235,7 +234,7 @@ def _written_bytes(group: FlatWeights) -> int:
 
 
 def _more(cost: Cost, memory_bytes: float) -> Cost:
-    return replace(cost, memory_bytes=cost.memory_bytes + memory_bytes)
+    return cost._replace(memory_bytes=cost.memory_bytes + memory_bytes)
 
 
 def gather_all(groups: Sequence[FlatWeights]) -> Program:
