@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megascale_moe.engine.names import suffixed
-from megascale_moe.engine.op import Cost, Op, Phase, Work
+from megascale_moe.engine.op import Cost, Op, Work
 from megascale_moe.engine.value import Keep, Value
 from megascale_moe.kernels.attention import (
-    QueryBlock,
-    Spans,
     block_attention_backward,
     block_attention_forward,
     causal_attention_backward,
@@ -25,10 +24,8 @@ from megascale_moe.strategies.heads import pack, unpack, unpack_keys
 from megascale_moe.strategies.layer import Layer
 
 
-def core(
-    layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: Value, own: slice = slice(None)
-) -> Op:
-    """Causal attention inside each document; y [T, H * u] for the T tokens of the queries.
+def core(layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: Value, own: slice = slice(None)) -> Op:
+    """Return causal attention inside each document; y [T, H * u] for the T tokens of the queries.
 
     Queries are those of whole sequences, or of this rank's slices; keys and values always of whole sequences.
 
@@ -55,32 +52,29 @@ def core(
             split = (values[0], *unpack_keys(values[1], keys, width))
         return [x.reshape(rows, -1, *x.shape[1:]) for x in split]
 
-    def blocks(segments: Segments) -> list[QueryBlock]:
-        return layer.slices.blocks(layout.node.index, segments, window)
-
-    def run(*args: object) -> tuple[Tensor, object]:
-        values, (segments, *more) = args[: len(heads)], args[len(heads) :]
-        mine = [w[own] for w in more]  # type: ignore
-        out: Tensor
-        graph: object
+    def documents(segments: Segments) -> Sequence[Any]:
+        """Return what the kernel has to know of them: the blocks that the queries see, or the documents' spans."""
         if sliced:
-            out, graph = block_attention_forward(*by_row(values), blocks(segments), scale, window, *mine)  # type: ignore
-        else:
-            out, graph = causal_attention_forward(*by_row(values), _spans(segments), scale, window, *mine)  # type: ignore
+            return layer.slices.blocks(layout.node.index, segments, window)
+        return () if segments.is_whole_rows else segments.spans
+
+    attend: Callable[..., Any] = block_attention_forward if sliced else causal_attention_forward
+    attend_backward: Callable[..., Any] = block_attention_backward if sliced else causal_attention_backward
+
+    def run(*args: Any) -> tuple[Tensor, object]:
+        values, (segments, *sinks) = args[: len(heads)], args[len(heads) :]
+        out, graph = attend(*by_row(values), documents(segments), scale, window, *(w[own] for w in sinks))
         return out.flatten(0, 1).flatten(1), graph
 
-    def run_backward(*args: object) -> tuple[Tensor, ...] | Tensor:
-        values, (segments, graph, out, d, *more) = args[: len(heads)], args[len(heads) :]
-        mine = [w[own] for w in more[:1]]  # type: ignore
-        gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))  # type: ignore
-        given = (gradient, by_row(values), result, graph)  # type: ignore
-        if sliced:
-            parts = block_attention_backward(*given, blocks(segments), scale, window, *mine)  # type: ignore
-        else:
-            parts = causal_attention_backward(*given, _spans(segments), scale, window, *mine)  # type: ignore
-        for sink, slope in zip(more[1:], parts[3:], strict=True):
-            sink.value()[own] += slope  # type: ignore
-        dq, dk, dv = (part.flatten(0, 1) for part in parts[:3])
+    def run_backward(*args: Any) -> tuple[Tensor, ...] | Tensor:
+        values, (segments, graph, out, d, *sinks) = args[: len(heads)], args[len(heads) :]
+        gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))
+        dq, dk, dv, *slopes = attend_backward(
+            gradient, by_row(values), result, graph, documents(segments), scale, window, *(w[own] for w in sinks[:1])
+        )
+        for sink, slope in zip(sinks[1:], slopes, strict=True):
+            sink.value()[own] += slope
+        dq, dk, dv = (part.flatten(0, 1) for part in (dq, dk, dv))
         if len(values) == 1:
             return pack(dq, dk, dv)
         return (dq, pack(dk, dv)) if len(values) == 2 else (dq, dk, dv)
@@ -88,17 +82,6 @@ def core(
     # Whatever a rank's share of the queries, it is a fair one: slices are in zig-zag order, or sequences are whole.
     flops = tokens * attention_flops_per_token(c, layer.spec) * queries / c.heads
     cost = Cost(flops, sum(x.nbytes for x in heads) + y.nbytes, work=Work.ATTENTION, size=layout.length)
-    backward = Op(
-        name=name, phase=Phase.B, reads=(*heads, "segments", graph, y, y.gradient),
-        writes=tuple(x.gradient for x in heads), weights=sinks, gradients=sinks, run=run_backward,
-        cost=Cost(2.5 * flops, 2 * cost.memory_bytes, work=Work.ATTENTION, size=layout.length),
-    )
-    return Op(
-        name=name, reads=(*heads, "segments"), writes=(y, graph), weights=sinks, run=run, cost=cost,
-        backward=(backward,),
-    )
-
-
-def _spans(segments: Segments) -> Spans:
-    """The documents; none where every row is one."""
-    return () if segments.is_whole_rows else segments.spans
+    op = Op(name, (*heads, "segments"), (y, graph), run, weights=sinks, cost=cost)
+    reads = (*heads, "segments", graph, y, y.gradient)
+    return op.input_gradient(heads, reads, run_backward, weights=sinks, gradients=sinks, cost=cost.times(2.5, 2))
