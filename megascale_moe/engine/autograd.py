@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.engine.names import grad
-from megascale_moe.engine.op import Cost, Op, Phase
-from megascale_moe.engine.value import gradient_of
+from megascale_moe.engine.op import FREE, Cost, Op
 
 
 def autograd_op(
@@ -28,14 +27,13 @@ def autograd_op(
     writes: Sequence[str],
     weights: Sequence[str] = (),
     constants: Sequence[str] = (),
-    cost: Cost | None = None,
+    cost: Cost = FREE,
 ) -> Op:
     """Return an operator made of a plain differentiable `function(*reads, *weights, *constants) -> writes`.
 
     Args:
         differentiable: those of `reads` that get a gradient; `weights` always do, `constants` never.
     """
-    cost = cost or Cost()
     slots = [index for index, read in enumerate(reads) if read in differentiable]
     leaf_slots = [*slots, *range(len(reads), len(reads) + len(weights))]
     inputs = len(reads) + len(weights) + len(constants)
@@ -47,12 +45,11 @@ def autograd_op(
             values[slot] = values[slot].detach().requires_grad_()
         with torch.enable_grad():
             result = function(*values)
-        pairs = [
-            (out, gradient)
-            for out, gradient in zip(result if isinstance(result, tuple) else (result,), gradients, strict=True)
-            if gradient is not None and out.requires_grad
-        ]
-        outputs, slopes = [out for out, _ in pairs], [gradient for _, gradient in pairs]
+        outputs, slopes = [], []
+        for output, slope in zip(result if isinstance(result, tuple) else (result,), gradients, strict=True):
+            if slope is not None and output.requires_grad:
+                outputs.append(output)
+                slopes.append(slope)
         leaves = [values[slot] for slot in leaf_slots]
         # Zeros where an input had no part in it: the list of operators has promised a gradient to whoever reads it.
         results = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True, materialize_grads=True)
@@ -60,22 +57,8 @@ def autograd_op(
             sink.add(value)
         return results[: len(slots)]
 
-    b = Op(
-        name=name,
-        reads=(*reads, *map(grad, writes)),
-        writes=tuple(map(gradient_of, differentiable)),
-        weights=(*weights, *constants),
-        run=run_backward,
-        gradients=tuple(weights),
-        phase=Phase.B,
-        cost=Cost(3 * cost.flops, 3 * cost.memory_bytes),
-    )
-    return Op(
-        name=name,
-        reads=tuple(reads),
-        writes=tuple(writes),
-        weights=(*weights, *constants),
-        run=function,
-        cost=cost,
-        backward=(b,),
-    )
+    op = Op(name, tuple(reads), tuple(writes), function, weights=(*weights, *constants), cost=cost)
+    return op.input_gradient(
+        differentiable, (*reads, *map(grad, writes)), run_backward, weights=op.weights, gradients=tuple(weights),
+        cost=cost.times(3),
+    )  # fmt: skip

@@ -80,12 +80,12 @@ class Measured:
 
 
 def work_of(op: Op) -> float:
-    """A number in proportion to an operator's time among those of its kind."""
+    """Return a number in proportion to an operator's time among those of its kind."""
     return op.cost.wire_bytes or op.cost.flops or op.cost.memory_bytes
 
 
 def measured(ops: Sequence[Op], runs: Iterable[Sequence[Event]], rates: Rates = Rates()) -> Measured:
-    """From traces of a serial list: each event belongs to the operator at its place."""
+    """Return the times of a serial list from its traces: each event belongs to the operator at its place."""
     times: dict[Kind, list[float]] = defaultdict(list)
     work: dict[Kind, float] = {}
     for events in runs:

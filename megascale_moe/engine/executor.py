@@ -8,7 +8,8 @@ dropped right after its last reader. Both follow from the order of the list, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,9 @@ from megascale_moe.comm.collectives import Pending
 from megascale_moe.comm.lost import LostPeer
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.op import Op, check
-from megascale_moe.engine.trace import Event, Trace
+from megascale_moe.engine.trace import Trace
 
 Observer = Callable[[Op, dict[str, Any]], None]
-Traced = tuple[Trace, Event]
 
 
 class Program:
@@ -41,7 +41,13 @@ class Program:
         self.ops = tuple(ops)
         self.given = frozenset(given)
         check(self.ops, self.given)
-        self.release = _releases(self.ops, (self.given - set(consume)) | set(keep))
+        self.release: list[tuple[str, ...]] = []  # for each operator, the names that nothing after it reads
+        alive = {*(self.given - set(consume)), *keep}
+        for op in reversed(self.ops):
+            dead = dict.fromkeys(name for name in (*op.reads, *op.writes) if name and name not in alive)
+            alive.update(dead)
+            self.release.append(tuple(dead))
+        self.release.reverse()
 
     def run(
         self,
@@ -68,49 +74,53 @@ class Program:
         return values
 
 
-def _releases(ops: Sequence[Op], keep: Iterable[str]) -> list[tuple[str, ...]]:
-    """For each operator, the names that nothing after it reads."""
-    alive = set(keep)
-    releases: list[tuple[str, ...]] = []
-    for op in reversed(ops):
-        dead = dict.fromkeys(name for name in (*op.reads, *op.writes) if name and name not in alive)
-        alive.update(dead)
-        releases.append(tuple(dead))
-    return releases[::-1]
+def _step(
+    op: Op, values: dict[str, Any], weights: Mapping[str, Tensor], gradients: Mapping[str, Gradient],
+    trace: Trace | None,
+) -> None:  # fmt: skip
+    """Run one operator; a function of its own, so that none of its tensors outlive it here."""
+    inputs = [resolve(values, name) for name in op.reads]
+    mark: Callable[[str], None] = _unmarked
+    event = None
+    if trace is not None:
+        event = trace.begin(op)
+        mark = partial(trace.mark, event)
+    result = op.run(*inputs, *(weights[w] for w in op.weights), *(gradients[g] for g in op.gradients))
+    if isinstance(result, Pending):
+        if event is not None:
+            event.wire_bytes = result.wire_bytes
+        values.update(dict.fromkeys(op.writes, _InFlight(result, op, mark)))
+    else:
+        values.update(_named(op.writes, result))
+        mark("end")
 
 
-class _InFlight:
-    """A Pending under all the names it will fill, with the operator that started it and its event in a trace."""
+class _InFlight(NamedTuple):
+    """A Pending under all the names it will fill, with the operator that started it, and how its times are noted."""
 
-    def __init__(self, pending: Pending, op: Op, traced: Traced | None) -> None:
-        self.pending = pending
-        self.op = op
-        self.traced = traced
-
-    def wait(self) -> Any:
-        _mark(self.traced, "waited")
-        try:
-            result = self.pending.wait()
-        except LostPeer as lost:
-            lost.operator = f"{self.op.phase} {self.op.name}"
-            raise
-        _mark(self.traced, "end")
-        return result
+    pending: Pending
+    op: Op
+    mark: Callable[[str], None]
 
 
-def _mark(traced: Traced | None, time: str) -> None:
-    if traced is not None:
-        trace, event = traced
-        trace.mark(event, time)
+def _unmarked(time: str) -> None:
+    """Note nothing: there is no trace."""
 
 
 def resolve(values: dict[str, Any], name: str) -> Any:
-    """The value of a name; waits for it if it is still travelling."""
+    """Return the value of a name; wait for it if it is still travelling."""
     value = values[name] if name else None
     if isinstance(value, _InFlight):
-        result = value.wait()
-        alive = {name: part for name, part in _named(value.op.writes, result).items() if values.get(name) is value}
-        values.update(alive)  # a name that nothing reads was dropped already and stays so
+        value.mark("waited")
+        try:
+            result = value.pending.wait()
+        except LostPeer as lost:
+            lost.operator = f"{value.op.phase} {value.op.name}"
+            raise
+        value.mark("end")
+        arrived = _named(value.op.writes, result)
+        # A name that nothing reads was dropped already and stays so.
+        values.update({name: part for name, part in arrived.items() if values.get(name) is value})
         value = values[name]
     return value
 
@@ -119,22 +129,3 @@ def _named(names: tuple[str, ...], result: Any) -> dict[str, Any]:
     if len(names) == 1 and not isinstance(result, tuple):
         return {names[0]: result}
     return dict(zip(names, result, strict=True)) if names else {}
-
-
-def _step(
-    op: Op,
-    values: dict[str, Any],
-    weights: Mapping[str, Tensor],
-    gradients: Mapping[str, Gradient],
-    trace: Trace | None,
-) -> None:
-    inputs = [resolve(values, name) for name in op.reads]
-    traced = (trace, trace.begin(op)) if trace is not None else None
-    result = op.run(*inputs, *(weights[w] for w in op.weights), *(gradients[g] for g in op.gradients))
-    if isinstance(result, Pending):
-        if traced is not None:
-            traced[1].wire_bytes = result.wire_bytes
-        values.update(dict.fromkeys(op.writes, _InFlight(result, op, traced)))
-    else:
-        values.update(_named(op.writes, result))
-        _mark(traced, "end")

@@ -23,7 +23,7 @@ class Gradient:
         self.fresh = True
 
     def value(self) -> Tensor:
-        """The sum so far, zero if nothing was added."""
+        """Return the sum so far, zero if nothing was added."""
         if self.fresh:
             self.buffer.zero_()
             self.fresh = False
@@ -31,10 +31,7 @@ class Gradient:
 
     def add(self, value: Tensor) -> None:
         """Add a tensor of the weight's shape."""
-        if self.fresh:
-            self.buffer.copy_(value)
-        else:
-            self.buffer.add_(value)
+        self._add(self.buffer, value)
         self.fresh = False
 
     def add_mm(self, a: Tensor, b: Tensor) -> None:
@@ -68,13 +65,15 @@ class Gradient:
             start += count
         self.fresh = False
 
+    def _add(self, out: Tensor, value: Tensor) -> None:
+        if self.fresh:
+            out.copy_(value)
+        else:
+            out.add_(value)
+
     def _add_mm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         if out.dtype != a.dtype:
-            product = a @ b
-            if self.fresh:
-                out.copy_(product)
-            else:
-                out.add_(product)
+            self._add(out, a @ b)
         elif self.fresh:
             torch.mm(a, b, out=out)
         else:

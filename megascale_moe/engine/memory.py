@@ -31,7 +31,7 @@ class Meter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def between(self, *_: object) -> None:
-        """To be called after each operator; fits `Program.run(observe=...)`."""
+        """Note what is alive after an operator; fits `Program.run(observe=...)`."""
         self.held = max(self.held, self.alive)
 
     def __torch_dispatch__(
@@ -61,7 +61,7 @@ class Meter(TorchDispatchMode):
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors of a value, also inside tuples, lists and dictionaries."""
+    """Yield the tensors of a value, also inside tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict):

@@ -54,15 +54,8 @@ def parse(text: str) -> Name:
     if found is None:
         raise ValueError(f"{text!r} is not a name of a value or an operator")
     micro, gradient, layer, tensor, piece, term, recomputed = found.groups()
-    return Name(
-        tensor,
-        None if layer is None else int(layer),
-        None if piece is None else int(piece),
-        None if micro is None else int(micro),
-        gradient is not None,
-        int(term or 0),
-        recomputed is not None,
-    )
+    index, number, batch = (None if digits is None else int(digits) for digits in (layer, piece, micro))
+    return Name(tensor, index, number, batch, gradient is not None, int(term or 0), recomputed is not None)
 
 
 def in_layer(layer: int | None, tensor: str, piece: int | None = None) -> str:
@@ -99,11 +92,6 @@ def in_micro(name: str, micro: int) -> str:
 def without_micro(name: str) -> str:
     """Return a name as the lists of a single micro-batch have it."""
     return name.partition("/")[2] or name
-
-
-def without_layer(name: str) -> str:
-    """Return a name as it would be in a layer on its own."""
-    return str(parse(name)._replace(layer=None))
 
 
 def prefixed(word: str, name: str) -> str:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megascale_moe.comm.traffic import Traffic
 from megascale_moe.engine.names import is_grad, prefixed, term
-from megascale_moe.engine.value import bytes_of
+from megascale_moe.engine.value import bytes_of, gradient_of
 
 
 class Stream(StrEnum):
@@ -49,8 +49,7 @@ class Work(StrEnum):
     ATTENTION = "attention"
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """The cost of an operator when routing is balanced: FLOPs, bytes of memory traffic, bytes that this rank sends.
 
     Attributes:
@@ -68,6 +67,15 @@ class Cost:
     size: float = 0.0
     ring: bool = False
 
+    def times(self, flops: float, memory_bytes: float | None = None) -> Cost:
+        """Return the cost of so many times the FLOPs, and as many times the memory traffic unless another is given."""
+        memory = self.memory_bytes * (flops if memory_bytes is None else memory_bytes)
+        return self._replace(flops=self.flops * flops, memory_bytes=memory)
+
+
+FREE = Cost()
+"""Of what takes no time worth counting."""
+
 
 def product(m: float, n: float, k: float, memory_bytes: float, count: int = 1) -> Cost:
     """Return the cost of matrix products [m, k] @ [k, n]; which of the three is summed over changes nothing.
@@ -78,7 +86,7 @@ def product(m: float, n: float, k: float, memory_bytes: float, count: int = 1) -
     return Cost(2.0 * count * m * n * k, memory_bytes, work=Work.PRODUCT, size=3 / (1 / m + 1 / n + 1 / k))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Op:
     """One operator.
 
@@ -88,30 +96,63 @@ class Op:
 
     What `writes` names is declared where it is a `Value`: the operators of layers declare all their results.
 
-    `backward` are the operators of its own backward. `redo` are ways to recompute some of its results from others,
-    cheaper than the operator itself. `traffic` says what a communication exchanges, where it may be written otherwise.
+    `backward` are the operators of its own backward, see `input_gradient` and `weight_gradient`. `redo` are ways to
+    recompute some of its results from others, cheaper than the operator itself. `traffic` says what a communication
+    exchanges, where it may be written otherwise.
     """
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     run: Callable[..., Any]
+    _: KW_ONLY
     weights: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     phase: Phase = Phase.F
     stream: Stream = Stream.COMPUTE
-    cost: Cost = Cost()
+    cost: Cost = FREE
     backward: tuple[Op, ...] = ()
     redo: tuple[Op, ...] = ()
     traffic: Traffic | None = None
 
     def renamed(self, reads: tuple[str, ...], writes: tuple[str, ...]) -> Op:
-        """Return the same operator on other values; a fifth of the time of `dataclasses.replace`, which lists of whole
-        steps are made with.
-        """
+        """Return the same operator on other values."""
+        return self._changed(reads=reads, writes=writes)
+
+    def _changed(self, **changes: object) -> Op:
+        """Do what `dataclasses.replace` does in a fifth of the time: lists of whole steps are made with it."""
         new = object.__new__(Op)
-        new.__dict__.update(self.__dict__, reads=reads, writes=writes)
+        attributes = new.__dict__
+        attributes.update(self.__dict__)
+        attributes.update(changes)
         return new
+
+    def input_gradient(
+        self, of: Iterable[str], reads: tuple[str, ...], run: Callable[..., Any], *,
+        weights: tuple[str, ...] = (), gradients: tuple[str, ...] = (), cost: Cost | None = None,
+    ) -> Op:  # fmt: skip
+        """Return the operator with one more in its backward: phase B, which writes the gradients of some of its reads.
+
+        Args:
+            cost: None: that of the operator itself.
+        """
+        back = self._changed(
+            reads=reads, writes=tuple(map(gradient_of, of)), run=run, weights=weights, gradients=gradients,
+            phase=Phase.B, cost=cost or self.cost, backward=(), redo=(), traffic=None,
+        )  # fmt: skip
+        return self._changed(backward=(*self.backward, back))
+
+    def weight_gradient(self, reads: tuple[str, ...], run: Callable[..., Any], cost: Cost | None = None) -> Op:
+        """Return the operator with one more in its backward: phase W, which adds to the gradients of all its weights.
+
+        Args:
+            cost: None: that of the operator itself.
+        """
+        back = self._changed(
+            reads=reads, writes=(), run=run, weights=(), gradients=self.weights, phase=Phase.W, cost=cost or self.cost,
+            backward=(), redo=(), traffic=None,
+        )  # fmt: skip
+        return self._changed(backward=(*self.backward, back))
 
 
 class ProgramError(RuntimeError):
@@ -165,38 +206,39 @@ def hang_backward(ops: Sequence[Op], order: Sequence[Op]) -> list[Op]:
     Args:
         order: the same operators, in the order in which their backward runs.
     """
-    everything = tuple(b for op in order for b in op.backward)
-    return [*(replace(op, backward=()) for op in ops[:-1]), replace(ops[-1], backward=everything)]
+    if all(op is other for op, other in zip(reversed(ops), order, strict=True)):
+        return list(ops)
+    backwards = [b for op in order for b in op.backward]
+    return [*(op._changed(backward=()) for op in ops[:-1]), ops[-1]._changed(backward=tuple(backwards))]
 
 
 def _sum_shared(ops: list[Op]) -> list[Op]:
+    """Give each gradient that several operators write its terms, and an operator that sums them."""
     total = Counter(name for op in ops for name in op.writes)
     seen: Counter[str] = Counter()
     out: list[Op] = []
     for op in ops:
-        writes, complete = [], []
+        writes, sums = [], []
         for name in op.writes:
+            count = total[name]
             seen[name] += 1
-            writes.append(term(name, seen[name]) if total[name] > 1 else name)
-            if seen[name] == total[name] > 1:
-                complete.append(_sum_op(name, total[name]))
-        out += [op.renamed(op.reads, tuple(writes)) if tuple(writes) != op.writes else op, *complete]
+            writes.append(term(name, seen[name]) if count > 1 else name)
+            if seen[name] == count > 1:
+                cost = Cost(memory_bytes=3 * (count - 1) * bytes_of(name))  # each addition reads two and writes one
+                terms = tuple(term(name, index + 1) for index in range(count))
+                sums.append(Op(prefixed("sum", name), terms, (name,), add_all, phase=Phase.B, cost=cost))
+        out += [op.renamed(op.reads, tuple(writes)) if tuple(writes) != op.writes else op, *sums]
     return out
-
-
-def _sum_op(name: str, count: int) -> Op:
-    reads = tuple(term(name, index + 1) for index in range(count))
-    cost = Cost(memory_bytes=3 * (count - 1) * bytes_of(name))  # each addition reads two and writes one
-    return Op(name=prefixed("sum", name), reads=reads, writes=(name,), run=_add_all, phase=Phase.B, cost=cost)
 
 
 def is_sum(op: Op) -> bool:
     """Return whether an operator sums the terms of a gradient that several operators add to."""
-    return op.run is _add_all
+    return op.run is add_all
 
 
-def _add_all(*parts: Tensor) -> Tensor:
-    total = torch.add(parts[0], parts[1])
-    for part in parts[2:]:
-        total += part
+def add_all(first: Tensor, second: Tensor, *more: Tensor) -> Tensor:
+    """Return the sum of tensors, added one after the other."""
+    total = torch.add(first, second)
+    for each in more:
+        total += each
     return total

@@ -19,6 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megascale_moe.engine.cost import Seconds
 from megascale_moe.engine.names import parse
@@ -29,7 +30,7 @@ ROUNDING = 1e-9
 
 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
-    """For each operator the positions of those that must come before it."""
+    """Return, for each operator, the positions of those that must come before it."""
     writer: dict[str, int] = {}
     added: dict[str, int] = {}
     before: list[set[int]] = []
@@ -42,8 +43,7 @@ def dependencies(ops: Sequence[Op]) -> list[set[int]]:
     return before
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """When an operator runs, in seconds; `exposed`: how long the computation stood still for it."""
 
     start: float
@@ -68,7 +68,7 @@ UNDISTURBED = Interference()
 
 
 def simulate(ops: Sequence[Op], seconds: Seconds, interference: Interference = UNDISTURBED) -> list[Span]:
-    """When each operator of a list runs, by the executor's rules.
+    """Return when each operator of a list runs, by the executor's rules.
 
     Computation and the launch of communications follow the list; each link does one communication at a time.
     """
@@ -81,14 +81,13 @@ def simulate(ops: Sequence[Op], seconds: Seconds, interference: Interference = U
         for name in op.reads:
             source = source_of.get(name, -1)
             if source >= 0 and spans[source].end > clock:
-                at = spans[source].end
-                spans[source] = Span(spans[source].start, at, spans[source].exposed + at - clock)
-                clock = at
-        start = clock
-        if op.stream != Stream.COMPUTE:
-            start = max(clock, free.get(op.stream, 0.0))
+                span = spans[source]
+                spans[source] = span._replace(exposed=span.exposed + span.end - clock)
+                clock = span.end
+        computes = op.stream == Stream.COMPUTE
+        start = clock if computes else max(clock, free.get(op.stream, 0.0))
         end = start + seconds(op)
-        if op.stream == Stream.COMPUTE:
+        if computes:
             busy = max(free.values(), default=0.0) - start  # what was launched runs without a gap until then
             clock = end = end + (1 - 1 / slower) * min(max(busy, 0.0), slower * (end - start))
             if flying:
@@ -126,12 +125,12 @@ def _delayed(
 
 
 def makespan(spans: Sequence[Span]) -> float:
-    """Until the last operator has ended."""
+    """Return the seconds until the last operator has ended."""
     return max((span.end for span in spans), default=0.0)
 
 
 def paper_order(ops: Sequence[Op]) -> list[Op]:
-    """The paper's hand-written order, as rules on a serial list (its section 4.1)."""
+    """Return the paper's hand-written order, as rules on a serial list (its section 4.1)."""
     out: list[Op] = []
     waiting: list[Op] = []  # weight gradients, until there is a communication to stand behind
     for op in _early_communication(ops):
@@ -146,7 +145,7 @@ def paper_order(ops: Sequence[Op]) -> list[Op]:
 
 
 def _early_communication(ops: Sequence[Op]) -> list[Op]:
-    """Each communication right behind the last operator that it needs."""
+    """Put each communication right behind the last operator that it needs."""
     before = dependencies(ops)
     followers: dict[int, list[int]] = {}
     out: list[Op] = []
@@ -164,29 +163,44 @@ def _early_communication(ops: Sequence[Op]) -> list[Op]:
 
 
 def scheduled_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
-    """List scheduling (Graham 1966) on one computing stream and the links, priority the longest way to the end."""
+    """Schedule a list (Graham 1966) on one computing stream and the links, priority the longest way to the end."""
     before = dependencies(ops)
     _bound(ops, before)
     after: list[list[int]] = [[] for _ in ops]
     for place, needed in enumerate(before):
         for source in needed:
             after[source].append(place)
-    way = _longest_ways(ops, after, seconds)
+    took = list(map(seconds, ops))
+    way = [0.0] * len(ops)  # from the start of each to the end of the list
+    for place in reversed(range(len(ops))):
+        way[place] = took[place] + max((way[follower] for follower in after[place]), default=0.0)
     missing = [len(needed) for needed in before]
-    state = _State(ops, seconds, way)
-    for place, count in enumerate(missing):
-        if not count:
-            state.add(place, 0.0)
-    done: list[int] = []
-    ends = [0.0] * len(ops)
-    while state:
-        place, ends[place] = state.next()
-        done.append(place)
+    coming = [(0.0, -way[place], place) for place, count in enumerate(missing) if not count]  # (from when on, -way, it)
+    heapq.heapify(coming)
+    startable: list[tuple[bool, float, int]] = []  # inputs are there: (computes, -way, place)
+    clock, free, ends = 0.0, dict.fromkeys(Stream, 0.0), [0.0] * len(ops)
+    done: list[Op] = []
+    while coming or startable:
+        if not startable:  # nothing to do but wait
+            clock = max(clock, coming[0][0])
+        while coming and coming[0][0] <= clock:
+            _, priority, place = heapq.heappop(coming)
+            computes = ops[place].stream == Stream.COMPUTE  # after communications: starting one takes no time
+            heapq.heappush(startable, (computes, priority, place))
+        computes, _, place = heapq.heappop(startable)
+        stream = ops[place].stream
+        ends[place] = (clock if computes else max(clock, free[stream])) + took[place]
+        if computes:
+            clock = ends[place]
+        else:
+            free[stream] = ends[place]
+        done.append(ops[place])
         for follower in after[place]:
             missing[follower] -= 1
             if not missing[follower]:
-                state.add(follower, max(ends[source] for source in before[follower]))
-    return [ops[place] for place in done]
+                ready = max(ends[source] for source in before[follower])
+                heapq.heappush(coming, (ready, -way[follower], follower))
+    return done
 
 
 def _bound(ops: Sequence[Op], before: list[set[int]]) -> None:
@@ -204,7 +218,7 @@ def _bound(ops: Sequence[Op], before: list[set[int]]) -> None:
 
 
 def best_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
-    """The fastest of the scheduler's order, the hand-written one and the list as it is, by simulation.
+    """Return the fastest of the scheduler's order, the hand-written one and the list as it is, by simulation.
 
     Of equal ones the first: without communication in a list all take the same, up to roundings of sums, but what is
     hidden behind it later finds gradients complete at other times.
@@ -217,54 +231,3 @@ def best_order(ops: Sequence[Op], seconds: Seconds) -> list[Op]:
     candidates = [scheduled_order(ops, once), paper_order(ops), list(ops)]
     times = [makespan(simulate(order, once)) for order in candidates]
     return next(order for order, took in zip(candidates, times, strict=True) if took <= min(times) * (1 + ROUNDING))
-
-
-def _longest_ways(ops: Sequence[Op], after: Sequence[Sequence[int]], seconds: Seconds) -> list[float]:
-    """From the start of each operator to the end of the list, seconds, over its successors."""
-    way = [0.0] * len(ops)
-    for place in reversed(range(len(ops))):
-        way[place] = seconds(ops[place]) + max((way[follower] for follower in after[place]), default=0.0)
-    return way
-
-
-class _State:
-    """Operators whose predecessors have been placed, and the clocks of computation and links."""
-
-    def __init__(self, ops: Sequence[Op], seconds: Seconds, way: Sequence[float]) -> None:
-        self.ops, self.seconds, self.way = ops, seconds, way
-        self.clock = 0.0
-        self.free: dict[Stream, float] = {}
-        self.startable: list[tuple[int, float, int]] = []  # inputs are there: (kind, -way, place)
-        self.coming: list[tuple[float, float, int]] = []  # inputs arrive later: (when, -way, place)
-
-    def __bool__(self) -> bool:
-        return bool(self.startable or self.coming)
-
-    def add(self, place: int, ready: float) -> None:
-        """An operator all of whose inputs have been placed, the last arrives at `ready`."""
-        heapq.heappush(self.coming, (ready, -self.way[place], place))
-
-    def next(self) -> tuple[int, float]:
-        """The operator to place now, and when it ends."""
-        if not self._arrived() and not self.startable:
-            self.clock = self.coming[0][0]  # nothing to do but wait
-            self._arrived()
-        _, _, place = heapq.heappop(self.startable)
-        op = self.ops[place]
-        took = self.seconds(op)
-        if op.stream == Stream.COMPUTE:
-            self.clock += took
-            return place, self.clock
-        end = max(self.clock, self.free.get(op.stream, 0.0)) + took
-        self.free[op.stream] = end
-        return place, end
-
-    def _arrived(self) -> bool:
-        """Move what has arrived by now; communications go before computation: starting one takes no time."""
-        moved = False
-        while self.coming and self.coming[0][0] <= self.clock:
-            _, priority, place = heapq.heappop(self.coming)
-            kind = 0 if self.ops[place].stream != Stream.COMPUTE else 1
-            heapq.heappush(self.startable, (kind, priority, place))
-            moved = True
-        return moved

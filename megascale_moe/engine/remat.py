@@ -44,9 +44,7 @@ def policy(name: str) -> Keeps:
     return lambda value: not isinstance(value, Value) or value.keep >= strictness
 
 
-def rematerialize(
-    forward: Sequence[Op], backward: Sequence[Op], keeps: Keeps, given: Iterable[str]
-) -> list[Op]:
+def rematerialize(forward: Sequence[Op], backward: Sequence[Op], keeps: Keeps, given: Iterable[str]) -> list[Op]:
     """Return the backward list that recomputes what is not kept.
 
     Args:
@@ -54,7 +52,11 @@ def rematerialize(
     """
     there = set(given) | {name for op in forward for name in op.writes if keeps(name)}
     makers = {name: op for op in forward for name in op.writes}
-    gates = _gates(backward)
+    gates: dict[int | None, str] = {}  # by layer, the gradient that the first operator of its backward reads
+    for op in backward:
+        gradient = next((name for name in op.reads if is_grad(name)), "")
+        if gradient:
+            gates.setdefault(parse(op.name).layer, gradient)
     out: list[Op] = []
     made: set[str] = set()
 
@@ -62,16 +64,20 @@ def rematerialize(
         """Append what recomputes `name`, unless it is there."""
         if name in there or name in made or name not in makers:
             return
-        op = _maker(makers[name], name, there)
+        op = makers[name]
+        # One of its ways to recompute that needs nothing else recomputed, if there is one.
+        op = next((redo for redo in op.redo if name in redo.writes and there.issuperset(redo.reads)), op)
         for read in op.reads:
             make(read)
+        reads, run, gate = current(op.reads), op.run, gates.get(parse(op.name).layer)
+        if gate:  # it also waits for that
+            reads, run = (gate, *reads), lambda _, *values: op.run(*values)
         writes = tuple(map(recomputed, op.writes))
-        redone = replace(op, phase=Phase.R, reads=current(op.reads), writes=writes, backward=(), redo=())
-        out.append(_behind(gates.get(parse(op.name).layer, ""), redone))
+        out.append(replace(op, phase=Phase.R, reads=reads, writes=writes, run=run, backward=(), redo=()))
         made.update(op.writes)
 
     def current(names: Sequence[str]) -> tuple[str, ...]:
-        """The names under which backward finds values."""
+        """Return the names under which backward finds values."""
         return tuple(recomputed(name) if name in made and name not in there else name for name in names)
 
     for op in backward:
@@ -80,27 +86,6 @@ def rematerialize(
         reads = current(op.reads)
         out.append(op if reads == op.reads else op.renamed(reads, op.writes))
     return out
-
-
-def _gates(backward: Sequence[Op]) -> dict[int | None, str]:
-    """By layer, the gradient that the first operator of its backward reads."""
-    gates: dict[int | None, str] = {}
-    for op in backward:
-        gradient = next((name for name in op.reads if is_grad(name)), "")
-        if gradient:
-            gates.setdefault(parse(op.name).layer, gradient)
-    return gates
-
-
-def _behind(gate: str, op: Op) -> Op:
-    """The operator, which also waits for `gate`."""
-    run = op.run
-    return replace(op, reads=(gate, *op.reads), run=lambda _, *values: run(*values)) if gate else op
-
-
-def _maker(op: Op, name: str, there: set[str]) -> Op:
-    """The operator that recomputes `name`: one of `op.redo` that needs nothing else recomputed, else `op` itself."""
-    return next((redo for redo in op.redo if name in redo.writes and there.issuperset(redo.reads)), op)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -163,23 +148,22 @@ def keeps_within(
     kinds = sorted({parse(name).tensor for name in wanted})
     now = held()
     while now.nbytes > budget:
-        best: tuple[float, str, _Held] | None = None
+        options: list[tuple[float, str, _Held]] = []
         for kind in (kind for kind in kinds if kind not in dropped):
             dropped.append(kind)
             then = held()
             dropped.pop()
             if then.nbytes < now.nbytes:
-                worth = (then.seconds - now.seconds) / (now.nbytes - then.nbytes)
-                best = min(best or (worth, kind, then), (worth, kind, then))
-        if best is None:
+                options.append(((then.seconds - now.seconds) / (now.nbytes - then.nbytes), kind, then))
+        if not options:
             raise ConfigError(
                 f"overlap.activation_bytes = {budget}: with everything recomputed a micro-batch still keeps "
                 f"{now.nbytes:,.0f} bytes of this rank's layers; give at least that"
             )
-        dropped.append(best[1])
-        now = best[2]
-    order = {kind: place for place, kind in enumerate(dropped)}
-    for name in sorted((name for name in wanted if parse(name).tensor in order), key=lambda n: -order[parse(n).tensor]):
+        _, kind, now = min(options)
+        dropped.append(kind)
+    spare = [name for name in wanted if parse(name).tensor in dropped]
+    for name in sorted(spare, key=lambda name: dropped.index(parse(name).tensor), reverse=True):
         spared.add(name)
         then = held()
         if then.nbytes <= budget and then.seconds < now.seconds:

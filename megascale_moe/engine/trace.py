@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Trace:
     _origin: float = field(default=0.0, init=False, repr=False)
 
     def begin(self, op: Op) -> Event:
-        """An event that starts now, behind whatever was begun before."""
+        """Start an event now, behind whatever was begun before."""
         event = Event(op.name, op.phase, op.stream, 0.0, 0.0)
         self.events.append(event)
         if self._marks:
@@ -101,16 +102,15 @@ class Trace:
         return sum(event.end - event.start for event in self.events if event.stream != Stream.COMPUTE)
 
     def wire_bytes(self) -> dict[tuple[str, Phase], int]:
-        """Bytes this rank sent, by operator and phase."""
-        totals: dict[tuple[str, Phase], int] = {}
+        """Return the bytes that this rank sent, by operator and phase."""
+        totals: Counter[tuple[str, Phase]] = Counter()
         for event in self.events:
             if event.stream != Stream.COMPUTE:
-                key = (event.name, event.phase)
-                totals[key] = totals.get(key, 0) + event.wire_bytes
+                totals[event.name, event.phase] += event.wire_bytes
         return totals
 
     def chrome(self, process: int) -> list[dict[str, object]]:
-        """Events of a Chrome trace: those of one process, a track per stream."""
+        """Return the events of a Chrome trace: those of one process, a track per stream."""
         lanes = {stream: lane for lane, stream in enumerate(Stream)}
         named: list[dict[str, object]] = [
             {"ph": "M", "name": "thread_name", "pid": process, "tid": lane, "args": {"name": str(stream)}}
@@ -118,8 +118,12 @@ class Trace:
         ]
         return named + [
             {
-                "ph": "X", "pid": process, "tid": lanes[event.stream], "name": f"{event.phase} {event.name}",
-                "ts": event.start * 1e6, "dur": (event.end - event.start) * 1e6,
+                "ph": "X",
+                "pid": process,
+                "tid": lanes[event.stream],
+                "name": f"{event.phase} {event.name}",
+                "ts": event.start * 1e6,
+                "dur": (event.end - event.start) * 1e6,
                 "args": {"wire_bytes": event.wire_bytes, "exposed_us": event.exposed * 1e6},
             }
             for event in self.events

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,8 +26,7 @@ class Keep(IntEnum):
     FULL = 2  # always: what a layer begins with, and everything outside of the layers
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Which rows of a single rank's tensor a rank has, in order.
 
     Attributes:
@@ -43,8 +42,7 @@ class Rows:
     places: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Which part of a single rank's tensor a rank has, and what has to be summed to get it.
 
     Attributes:
@@ -92,7 +90,7 @@ class Value(str):
         cls, name: str, shape: Sequence[float], dtype: torch.dtype, *,
         shard: Shard | None = None, keep: Keep = Keep.PAPER, alias: str = "",
     ) -> Value:  # fmt: skip
-        self = super().__new__(cls, name)
+        self = str.__new__(cls, name)
         self.shape, self.dtype, self.shard, self.keep, self.alias = tuple(shape), dtype, shard, keep, alias
         return self
 
@@ -107,21 +105,26 @@ class Value(str):
         return self.elements * self.dtype.itemsize
 
     @property
+    def rows(self) -> Rows:
+        """The rows of a single rank's tensor that it has."""
+        return self.shard.rows if self.shard else Rows()
+
+    @property
     def gradient(self) -> Value:
         """The gradient: of the same shape and dtype, and partial where the value's readers each add their part."""
         return self.named(grad(self))
 
     def named(self, name: str) -> Value:
-        """The same tensor under another name, with memory of its own."""
+        """Return the same tensor under another name, with memory of its own."""
         return Value(name, self.shape, self.dtype, shard=self.shard, keep=self.keep)
 
     def called(self, name: str) -> Value:
-        """The very same tensor under a second name, in the same memory."""
+        """Return the very same tensor under a second name, in the same memory."""
         return Value(name, self.shape, self.dtype, shard=self.shard, keep=self.keep, alias=self.alias or str(self))
 
-    def lying(self, **changes: object) -> Value:
-        """The same tensor with other attributes of its `Shard`."""
-        shard = replace(self.shard or Shard(), **changes)  # type: ignore[arg-type]
+    def lying(self, **changes: Any) -> Value:
+        """Return the same tensor with other attributes of its `Shard`."""
+        shard = (self.shard or Shard())._replace(**changes)
         return Value(str(self), self.shape, self.dtype, shard=shard, keep=self.keep, alias=self.alias)
 
 

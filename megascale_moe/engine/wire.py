@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from megascale_moe.comm.collectives import Pending
-from megascale_moe.comm.traffic import Traffic
 from megascale_moe.engine.cost import Seconds
 from megascale_moe.engine.names import parse, prefixed
 from megascale_moe.engine.op import Cost, Op, Phase, Stream
@@ -57,26 +56,27 @@ def chooser(wire: str, seconds: Seconds) -> Choose:
 
 
 def worthwhile(op: Op, form: Format, seconds: Seconds) -> bool:
-    """Whether the link is the bottleneck and not the cast. All ranks of an axis must find the same: it is asked of a
-    typical message."""
+    """Return whether the link is the bottleneck and not the cast, for a typical message: all ranks of an axis have to
+    decide alike.
+    """
     assert op.traffic is not None
     rows, width = op.traffic.typical
     peers = len(op.traffic.distances) or op.traffic.axis.size - 1
     whole = rows * width * peers * op.traffic.dtype.itemsize
-    typical = replace(op, cost=replace(op.cost, wire_bytes=whole))
+    typical = replace(op, cost=op.cost._replace(wire_bytes=whole))
     encode, _, decode = in_format(typical, form)
     return seconds(typical) * (1 - share(op, form)) > seconds(encode) + seconds(decode)
 
 
 def share(op: Op, form: Format) -> float:
-    """Bytes of a typical message in a format, over what they are without."""
+    """Return the bytes of a typical message in a format, over what they are without."""
     assert op.traffic is not None
     rows, width = (max(round(size), 1) for size in op.traffic.typical)
     return form.size(rows, width) / (rows * width * op.traffic.dtype.itemsize)
 
 
 def compress(ops: Sequence[Op], choose: Choose) -> list[Op]:
-    """The list with the communications for which `choose` names a format in that format."""
+    """Return the list with the communications for which `choose` names a format in that format."""
     out: list[Op] = []
     waiting: list[Op] = []  # decoders, until something reads their results
     for op in ops:
@@ -94,7 +94,7 @@ def compress(ops: Sequence[Op], choose: Choose) -> list[Op]:
 
 
 def in_format(op: Op, form: Format) -> tuple[Op, Op, Op]:
-    """A communication as encode, move and decode."""
+    """Return a communication as encode, move and decode."""
     traffic = op.traffic
     assert traffic is not None
     elements, written = op.cost.wire_bytes / traffic.dtype.itemsize, op.writes[0]
@@ -102,48 +102,43 @@ def in_format(op: Op, form: Format) -> tuple[Op, Op, Op]:
     message = partial(Value, shape=(sent,), dtype=torch.uint8, keep=Keep.NONE)
     coded, arrived = message(prefixed("coded", written)), message(prefixed("arrived", written))
     plan = tuple(op.reads[place] for place in traffic.plan)
+
+    def run_encode(*reads: Any) -> list[Tensor]:
+        """Return messages, and what stays as it is; a matrix for everyone is written once."""
+        codes: dict[int, Tensor] = {}
+        messages = []
+        for place, matrix in enumerate(traffic.pack(*reads)):
+            if not traffic.own(place):
+                if id(matrix) not in codes:
+                    codes[id(matrix)] = form.encode(matrix)
+                matrix = codes[id(matrix)]
+            messages.append(matrix)
+        return messages
+
+    def run_move(messages: list[Tensor], *plan: Any) -> Pending:
+        room = [
+            messages[place] if traffic.own(place)
+            else torch.empty(form.size(*shape), dtype=torch.uint8, device=messages[0].device)
+            for place, shape in enumerate(traffic.shapes(*plan))
+        ]  # fmt: skip
+        return traffic.move(messages, room).then(lambda _: room)
+
+    def run_decode(messages: list[Tensor], *plan: Any) -> Any:
+        def fill(place: int, matrix: Tensor) -> None:
+            if traffic.own(place):
+                matrix.copy_(messages[place])
+            else:
+                form.decode(messages[place], matrix)
+
+        return traffic.unpack(fill, messages[0].device, plan)
+
+    bare = replace(op, backward=(), traffic=None)
+    cast = Cost(3 * elements, op.cost.wire_bytes + sent)
     encode = replace(
-        op, name=prefixed("encode", op.name), writes=(coded,), run=lambda *reads: _encode(traffic, form, reads),
-        stream=Stream.COMPUTE, cost=Cost(3 * elements, op.cost.wire_bytes + sent), backward=(), traffic=None,
+        bare, name=prefixed("encode", op.name), writes=(coded,), run=run_encode, stream=Stream.COMPUTE, cost=cast
     )
-    move = replace(
-        op, reads=(coded, *plan), writes=(arrived,), run=lambda coded, *plan: _move(traffic, form, coded, plan),
-        cost=replace(op.cost, wire_bytes=sent), backward=(), traffic=None,
-    )
+    move = replace(bare, reads=(coded, *plan), writes=(arrived,), run=run_move, cost=op.cost._replace(wire_bytes=sent))
     decode = replace(
-        op, name=prefixed("decode", op.name), reads=(arrived, *plan), stream=Stream.COMPUTE, cost=encode.cost,
-        run=lambda arrived, *plan: _decode(traffic, form, arrived, plan), backward=(), traffic=None,
+        bare, name=prefixed("decode", op.name), reads=(arrived, *plan), run=run_decode, stream=Stream.COMPUTE, cost=cast
     )
     return encode, move, decode
-
-
-def _encode(traffic: Traffic, form: Format, reads: Sequence[Any]) -> list[Tensor]:
-    """Messages, and what stays as it is; a matrix for everyone is written once."""
-    written: dict[int, Tensor] = {}
-    messages = []
-    for place, matrix in enumerate(traffic.pack(*reads)):
-        if not traffic.own(place):
-            if id(matrix) not in written:
-                written[id(matrix)] = form.encode(matrix)
-            matrix = written[id(matrix)]
-        messages.append(matrix)
-    return messages
-
-
-def _move(traffic: Traffic, form: Format, messages: list[Tensor], plan: Sequence[Any]) -> Pending:
-    room = [
-        messages[place] if traffic.own(place)
-        else torch.empty(form.size(*shape), dtype=torch.uint8, device=messages[0].device)
-        for place, shape in enumerate(traffic.shapes(*plan))
-    ]  # fmt: skip
-    return traffic.move(messages, room).then(lambda _: room)
-
-
-def _decode(traffic: Traffic, form: Format, messages: list[Tensor], plan: Sequence[Any]) -> Any:
-    def fill(place: int, matrix: Tensor) -> None:
-        if traffic.own(place):
-            matrix.copy_(messages[place])
-        else:
-            form.decode(messages[place], matrix)
-
-    return traffic.unpack(fill, messages[0].device, plan)

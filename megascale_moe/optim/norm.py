@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ def clipping_bytes(group: FlatWeights, config: TrainConfig) -> int:
 
 def with_bytes(cost: Cost, memory_bytes: float) -> Cost:
     """Return a cost with more memory traffic."""
-    return replace(cost, memory_bytes=cost.memory_bytes + memory_bytes)
+    return cost._replace(memory_bytes=cost.memory_bytes + memory_bytes)
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

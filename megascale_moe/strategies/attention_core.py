@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megascale_moe.engine.names import suffixed
-from megascale_moe.engine.op import Cost, Op, Phase, Work
+from megascale_moe.engine.op import Cost, Op, Work
 from megascale_moe.engine.value import Keep, Value
 from megascale_moe.kernels.attention import QueryBlock, attention_backward, attention_forward
 from megascale_moe.model.counts import attention_flops_per_token
@@ -19,10 +20,8 @@ from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.slices import Slices
 
 
-def core(
-    layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: Value, own: slice = slice(None)
-) -> Op:
-    """Causal attention inside each document; y [T, H * u] for the T tokens of the queries.
+def core(layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: Value, own: slice = slice(None)) -> Op:
+    """Return causal attention inside each document; y [T, H * u] for the T tokens of the queries.
 
     Queries are those of whole sequences, or of this rank's slices; keys and values always of whole sequences.
 
@@ -54,21 +53,21 @@ def core(
             return Slices(rows, layout.length, 1).blocks(0, segments, window)
         return layer.slices.blocks(layout.node.index, segments, window)
 
-    def run(*args: object) -> tuple[Tensor, object]:
-        values, (segments, *more) = args[: len(heads)], args[len(heads) :]
-        mine = [w[own] for w in more]  # type: ignore
-        out, graphs = attention_forward(*by_row(values), blocks(segments), scale, window, *mine)  # type: ignore
+    def run(*args: Any) -> tuple[Tensor, object]:
+        values, (segments, *sinks) = args[: len(heads)], args[len(heads) :]
+        q, k, v = by_row(values)
+        out, graphs = attention_forward(q, k, v, blocks(segments), scale, window, *(w[own] for w in sinks))
         return out.flatten(0, 1).flatten(1), graphs
 
-    def run_backward(*args: object) -> tuple[Tensor, ...] | Tensor:
-        values, (segments, graphs, out, d, *more) = args[: len(heads)], args[len(heads) :]
-        mine = [w[own] for w in more[:1]]  # type: ignore
-        gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))  # type: ignore
-        given = (gradient, by_row(values), result, graphs)  # type: ignore
-        parts = attention_backward(*given, blocks(segments), scale, window, *mine)  # type: ignore
-        for sink, slope in zip(more[1:], parts[3:], strict=True):
-            sink.value()[own] += slope  # type: ignore
-        dq, dk, dv = (part.flatten(0, 1) for part in parts[:3])
+    def run_backward(*args: Any) -> tuple[Tensor, ...] | Tensor:
+        values, (segments, graphs, out, d, *sinks) = args[: len(heads)], args[len(heads) :]
+        gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))
+        dq, dk, dv, *slopes = attention_backward(
+            gradient, by_row(values), result, graphs, blocks(segments), scale, window, *(w[own] for w in sinks[:1])
+        )
+        for sink, slope in zip(sinks[1:], slopes, strict=True):
+            sink.value()[own] += slope
+        dq, dk, dv = (part.flatten(0, 1) for part in (dq, dk, dv))
         if len(values) == 1:
             return pack(dq, dk, dv)
         return (dq, pack(dk, dv)) if len(values) == 2 else (dq, dk, dv)
@@ -76,12 +75,6 @@ def core(
     # Whatever a rank's share of the queries, it is a fair one: slices are in zig-zag order, or sequences are whole.
     flops = tokens * attention_flops_per_token(c, layer.spec) * queries / c.heads
     cost = Cost(flops, sum(x.nbytes for x in heads) + y.nbytes, work=Work.ATTENTION, size=layout.length)
-    backward = Op(
-        name=name, phase=Phase.B, reads=(*heads, "segments", graph, y, y.gradient),
-        writes=tuple(x.gradient for x in heads), weights=sinks, gradients=sinks, run=run_backward,
-        cost=Cost(2.5 * flops, 2 * cost.memory_bytes, work=Work.ATTENTION, size=layout.length),
-    )
-    return Op(
-        name=name, reads=(*heads, "segments"), writes=(y, graph), weights=sinks, run=run, cost=cost,
-        backward=(backward,),
-    )
+    op = Op(name, (*heads, "segments"), (y, graph), run, weights=sinks, cost=cost)
+    reads = (*heads, "segments", graph, y, y.gradient)
+    return op.input_gradient(heads, reads, run_backward, weights=sinks, gradients=sinks, cost=cost.times(2.5, 2))

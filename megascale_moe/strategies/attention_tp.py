@@ -84,7 +84,7 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
         "attn_partial", (layer.node_tokens, c.hidden), shard=Shard(("attn_out",), SEQUENCES, partial="node"),
         keep=Keep.NONE,
     )
-    y = layer.tokens("attn_out", c.hidden, keep=Keep.NONE)
+    y = layer.tokens("attn_out", c.hidden, Keep.NONE)
     return [
         *ops,
         *gathers,

@@ -15,7 +15,7 @@ from megascale_moe.strategies.ffn import on_gathered_tokens, swiglu_ffn
 from megascale_moe.strategies.grouped import expert_input, expert_ops, gather, scatter
 from megascale_moe.strategies.layer import Layer, Piece
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.routing import Routing
+from megascale_moe.strategies.row_maps import Routing
 from megascale_moe.strategies.strategy import DispatchForm
 
 
@@ -28,44 +28,37 @@ class AllGather(DispatchForm):
     def axis(self, layout: Layout) -> Axis:
         return layout.group
 
-    def ops(self, layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:
-        return all_gather_experts(layer, x, routing)
-
     def rows(self, top_k: int, ep: int, etp: int, relative_cost: float) -> float:
         return ep * etp - 1  # one to each other rank
 
+    def ops(self, layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:
+        c, layout = layer.model, layer.layout
+        rows = dict(zip(routing.pieces, routing.rows, strict=True))
+        shares = layer.shares_width and c.shared_hidden > 0
+
+        def work(piece: Piece, x: Value, partial: Value) -> list[Op]:
+            of_experts = of_shared = partial
+            if shares:
+                of_experts, of_shared = (
+                    partial.named(layer.name(f"{kind}_partial", piece)) for kind in ("routed", "shared")
+                )
+                if partial.shard:
+                    of_experts, of_shared = of_experts.lying(whole=("ffn_out",)), of_shared.lying(whole=("shared_out",))
+            source = expert_input(layer, piece)
+            experts, result = expert_ops(layer, source, rows[piece], routing.gate, piece)
+            ops = [
+                scatter(layer.name("scatter", piece), rows[piece], x, source),
+                *experts,
+                gather(layer.name("gather", piece), rows[piece], result, of_experts),
+            ]
+            if shares:
+                ops += swiglu_ffn(layer, "shared", x, of_shared, c.shared_hidden, layout.etp, piece)
+                ops.append(add(layer.name("add_shared", piece), (of_experts, of_shared), partial))
+            return ops
+
+        names = ("dispatch_all_gather", "combine_reduce_scatter")
+        whole = ("ffn_out", "shared_out") if shares and layout.group.size > 1 else ()
+        return on_gathered_tokens(layer, x, routing.pieces, names, work, whole)
+
 
 ALL_GATHER = AllGather()
-
-
-def all_gather_experts(layer: Layer, x: Value, routing: Routing) -> tuple[list[Op], Value]:
-    """From x [tokens, hidden] to the sum of each token's experts, [tokens, hidden]."""
-    c, layout = layer.model, layer.layout
-    rows = dict(zip(routing.pieces, routing.rows, strict=True))
-    shares = layer.shares_width and c.shared_hidden > 0
-
-    def work(piece: Piece, x: Value, partial: Value) -> list[Op]:
-        of_experts, of_shared = partial, partial
-        if shares:
-            of_experts, of_shared = (
-                partial.named(layer.name(f"{kind}_partial", piece)) for kind in ("routed", "shared")
-            )
-            if partial.shard:
-                of_experts, of_shared = of_experts.lying(whole=("ffn_out",)), of_shared.lying(whole=("shared_out",))
-        source = expert_input(layer, piece)
-        experts, result = expert_ops(layer, source, rows[piece], routing.gate, piece)
-        ops = [
-            scatter(layer.name("scatter", piece), rows[piece], x, source),
-            *experts,
-            gather(layer.name("gather", piece), rows[piece], result, of_experts),
-        ]
-        if shares:
-            ops += swiglu_ffn(layer, "shared", x, of_shared, c.shared_hidden, layout.etp, piece)
-            ops.append(add(layer.name("add_shared", piece), (of_experts, of_shared), partial))
-        return ops
-
-    names = ("dispatch_all_gather", "combine_reduce_scatter")
-    whole = ("ffn_out", "shared_out") if shares and layout.group.size > 1 else ()
-    return on_gathered_tokens(layer, x, routing.pieces, names, work, whole)
-
-

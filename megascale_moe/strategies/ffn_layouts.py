@@ -14,7 +14,7 @@ from megascale_moe.config import ModelConfig, ParallelConfig, require
 from megascale_moe.model.weights import Weight
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Box, Placement, rows, share, stacked_shares, tensor_rules
-from megascale_moe.strategies.refusals import divides, multiples
+from megascale_moe.strategies.refusals import divides, divisors
 from megascale_moe.strategies.strategy import FFNStrategy, Rules
 
 EXPERTS = ("", "expert_data")
@@ -24,6 +24,17 @@ class _Experts(FFNStrategy):
     """What all of them have in common."""
 
     width_key = "parallel.etp"
+    group_keys = "ep"
+
+    def sizes(self, parallel: ParallelConfig, node: int, stage: int) -> tuple[int, int]:
+        ep = parallel.ep or max(node // parallel.etp, 1)
+        size = ep * parallel.etp
+        require(
+            size > 0 and size % node == 0 and stage % size == 0,
+            f"parallel.{self.group_keys} = {size}: must be a multiple of parallel.node = {node} that divides the "
+            f"{stage} ranks{'' if stage == node else ' of a stage'}; use one of {divisors(stage, node)}",
+        )
+        return ep, parallel.etp
 
     def check(self, mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> None:
         divides("model.experts", model.experts, "parallel.ep", mesh.ep)
@@ -63,16 +74,6 @@ class _Experts(FFNStrategy):
         return [width // etp for width in widths if width % etp == 0]
 
 
-def _group(parallel: ParallelConfig, name: str, ep: int, node: int, stage: int) -> tuple[int, int]:
-    size = ep * parallel.etp
-    require(
-        size > 0 and size % node == 0 and stage % size == 0,
-        f"parallel.{name} = {size}: must be a multiple of parallel.node = {node} that divides the {stage} ranks"
-        f"{'' if stage == node else ' of a stage'}; use one of {multiples(node, stage)}",
-    )
-    return ep, parallel.etp
-
-
 class ExpertParallel(_Experts):
     """Experts over ranks by index; other FFNs whole on every rank."""
 
@@ -81,7 +82,7 @@ class ExpertParallel(_Experts):
 
     def sizes(self, parallel: ParallelConfig, node: int, stage: int) -> tuple[int, int]:
         require(parallel.etp == 1, f"parallel.etp = {parallel.etp} needs parallel.ffn = 'ep+tp'; with 'ep' use 1")
-        return _group(parallel, "ep", parallel.ep or node, node, stage)
+        return super().sizes(parallel, node, stage)
 
     def words(self, parallel: ParallelConfig) -> str:
         return f"ep {parallel.ep}"
@@ -92,10 +93,7 @@ class ExpertTensorParallel(_Experts):
 
     name = "ep+tp"
     title = "expert- and tensor-parallel FFN"
-
-    def sizes(self, parallel: ParallelConfig, node: int, stage: int) -> tuple[int, int]:
-        ep = parallel.ep or max(node // parallel.etp, 1)
-        return _group(parallel, "ep x parallel.etp", ep, node, stage)
+    group_keys = "ep x parallel.etp"
 
     def etp_choices(self, machine: int) -> Sequence[int]:
         return [size for size in range(2, machine + 1) if machine % size == 0]

@@ -40,18 +40,18 @@ class Chosen:
 
     @classmethod
     def everything(cls, c: ModelConfig) -> Chosen:
-        """All heads."""
+        """Choose all heads."""
         return cls(tuple(range(c.heads)), tuple(range(c.key_heads)))
 
     @classmethod
     def of_rank(cls, rank: int, size: int, c: ModelConfig) -> Chosen:
-        """The heads that a rank of a tensor-parallel group holds."""
+        """Choose the heads that a rank of a tensor-parallel group holds."""
         queries, keys = heads_of_rank(rank, size, c)
         return cls(tuple(queries), tuple(keys))
 
     @classmethod
     def of_piece(cls, piece: Piece, c: ModelConfig) -> Chosen:
-        """The heads that the peers of a piece attend with, peer by peer; uncut, every head once."""
+        """Choose the heads that the peers of a piece attend with, peer by peer; uncut, every head once."""
         if piece.uncut:
             return cls.everything(c)
         shares = [heads_of_rank(peer, piece.axis.size, c) for peer in piece.peers]
@@ -59,17 +59,23 @@ class Chosen:
         return cls(queries, tuple(head for _, keys in shares for head in keys), alone=False)
 
 
+def width_of(rank: int, size: int, c: ModelConfig) -> int:
+    """Return the width of a rank's queries, keys and values side by side."""
+    queries, keys = heads_of_rank(rank, size, c)
+    return len(queries) * c.query_dim + len(keys) * (c.query_dim + c.value_dim)
+
+
 def within(piece: Piece, c: ModelConfig) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Return, for each peer of a piece, where its query heads and key heads are among those of `Chosen.of_piece`."""
-    shares = [heads_of_rank(peer, piece.axis.size, c) for peer in piece.peers]
-    if piece.uncut:
-        return list(shares)
-    found: list[tuple[Sequence[int], Sequence[int]]] = []
+    shares: list[tuple[Sequence[int], Sequence[int]]] = []
     queries = keys = 0
-    for mine, theirs in shares:
-        found.append((range(queries, queries + len(mine)), range(keys, keys + len(theirs))))
+    for mine, theirs in (heads_of_rank(peer, piece.axis.size, c) for peer in piece.peers):
+        if piece.uncut:
+            shares.append((mine, theirs))
+        else:
+            shares.append((range(queries, queries + len(mine)), range(keys, keys + len(theirs))))
         queries, keys = queries + len(mine), keys + len(theirs)
-    return found
+    return shares
 
 
 def spans(heads: Sequence[int], width: int, start: int = 0) -> tuple[range, ...]:
@@ -97,11 +103,11 @@ def pack(*parts: Tensor) -> Tensor:
 
 def unpack(x: Tensor, queries: int, keys: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return views q [T, queries, w], k [T, keys, w], v [T, keys, u] of packed heads; w = `width`."""
-    q, k, v = x.split([queries * width, keys * width, x.shape[1] - (queries + keys) * width], dim=1)
-    return q.unflatten(1, (queries, -1)), k.unflatten(1, (keys, -1)), v.unflatten(1, (keys, -1))
+    q, rest = x.tensor_split([queries * width], dim=1)
+    return q.unflatten(1, (queries, -1)), *unpack_keys(rest, keys, width)
 
 
 def unpack_keys(x: Tensor, keys: int, width: int) -> tuple[Tensor, Tensor]:
     """Return views k [T, keys, w], v [T, keys, u] of packed keys and values; w = `width`."""
-    k, v = x.split([keys * width, x.shape[1] - keys * width], dim=1)
+    k, v = x.tensor_split([keys * width], dim=1)
     return k.unflatten(1, (keys, -1)), v.unflatten(1, (keys, -1))

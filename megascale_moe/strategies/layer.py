@@ -16,6 +16,7 @@ from megascale_moe.config import LayerSpec, ModelConfig
 from megascale_moe.engine.names import in_layer
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
 from megascale_moe.strategies.layout import Layout
+from megascale_moe.strategies.placement import stacked_shares
 from megascale_moe.strategies.slices import Slices
 from megascale_moe.strategies.strategy import Strategies
 
@@ -35,40 +36,41 @@ class Piece:
 
     @property
     def uncut(self) -> bool:
-        """Whether it is all ranks of the axis, in rank order, this rank among them."""
+        """Return whether it is all ranks of the axis, in rank order, this rank among them."""
         return self.number is None
 
     @property
     def own(self) -> bool:
-        """Whether it is this rank alone, so that nothing has to be sent."""
+        """Return whether it is this rank alone, so that nothing has to be sent."""
         return self.distances == (0,)
 
     @property
     def peers(self) -> tuple[int, ...]:
         """Indices on the axis of the ranks that this rank sends to, in the order of messages."""
-        if self.uncut:
-            return self.distances
-        return tuple((self.axis.index + distance) % self.axis.size for distance in self.distances)
+        return self._at(1)
 
     @property
     def sources(self) -> tuple[int, ...]:
         """Indices on the axis of the ranks that send to this rank, in the order of messages."""
+        return self._at(-1)
+
+    def _at(self, sign: int) -> tuple[int, ...]:
         if self.uncut:
             return self.distances
-        return tuple((self.axis.index - distance) % self.axis.size for distance in self.distances)
+        return tuple((self.axis.index + sign * distance) % self.axis.size for distance in self.distances)
 
     @property
     def share(self) -> float:
-        """Which share of the axis' ranks belongs to it."""
+        """Share of the axis' ranks that belongs to it."""
         return len(self.distances) / self.axis.size
 
     @property
     def sent(self) -> int:
-        """To how many other ranks something is sent."""
+        """Number of other ranks that something is sent to."""
         return len(self.distances) - (0 in self.distances)
 
     def way(self, *, home: bool) -> tuple[int, ...]:
-        """The distances of its messages, there or home; empty for an exchange with all ranks."""
+        """Return the distances of its messages, there or home; empty for an exchange with all ranks."""
         if self.uncut:
             return ()
         return tuple(self.axis.size - distance if home else distance for distance in self.distances)
@@ -110,7 +112,7 @@ class Layer:
 
     @property
     def shares_width(self) -> bool:
-        """Whether dense and shared FFNs have their width over several ranks."""
+        """Return whether dense and shared FFNs have their width over several ranks."""
         return self.strategies.ffn.shares_width and self.layout.etp.size > 1
 
     def name(self, tensor: str, piece: Piece | None = None) -> str:
@@ -118,15 +120,15 @@ class Layer:
         return in_layer(self.index, tensor, None if piece is None else piece.number)
 
     def value(
-        self, tensor: str, shape: Sequence[float], *, piece: Piece | None = None, dtype: torch.dtype | None = None,
-        shard: Shard | None = None, keep: Keep = Keep.PAPER,
+        self, tensor: str, shape: Sequence[float], shard: Shard | None = None, keep: Keep = Keep.PAPER, *,
+        piece: Piece | None = None, dtype: torch.dtype | None = None,
     ) -> Value:  # fmt: skip
         """Declare a value of this layer, in the compute dtype unless another is given."""
         return Value(self.name(tensor, piece), shape, dtype or self.layout.dtype, shard=shard, keep=keep)
 
-    def tokens(self, tensor: str, width: int, *, keep: Keep = Keep.PAPER, whole: str = "") -> Value:
+    def tokens(self, tensor: str, width: int, keep: Keep = Keep.PAPER, *, whole: str = "") -> Value:
         """Declare a value of the tokens that this rank holds between modules, [tokens, width]."""
-        return self.value(tensor, (self.layout.tokens, width), shard=Shard((whole,) if whole else ()), keep=keep)
+        return self.value(tensor, (self.layout.tokens, width), Shard((whole,) if whole else ()), keep)
 
     def own(self, tensor: str, nbytes: float, piece: Piece | None = None) -> Value:
         """Declare something that only means anything on this rank, such as row maps, of so many bytes."""
@@ -139,7 +141,7 @@ class Layer:
 
     @property
     def slices(self) -> Slices:
-        """Which tokens of every sequence the ranks of the node hold."""
+        """The tokens of every sequence that each rank of the node holds."""
         return self.strategies.attention.slices(self.layout.rows, self.layout.length, self.layout.node.size)
 
 
@@ -149,10 +151,4 @@ SEQUENCES = Rows("sequences", "node")
 
 def columns(size: int, axis: Axis, parts: int = 1) -> tuple[range, ...] | None:
     """Return a rank's equal share of each of `parts` equal parts of a dimension; None where it has all of it."""
-    if axis.size == 1:
-        return None
-    whole = size // parts
-    width = whole // axis.size
-    return tuple(
-        range(part * whole + axis.index * width, part * whole + (axis.index + 1) * width) for part in range(parts)
-    )
+    return tuple(stacked_shares([size // parts] * parts, axis.size, axis.index)) if axis.size > 1 else None

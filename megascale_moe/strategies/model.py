@@ -27,19 +27,19 @@ INPUTS = ("tokens", "targets", "rope", "segments", "loss_scale", "auxiliary_scal
 
 
 def block_ops(layer: Layer, x: Value, y: Value) -> list[Op]:
-    """One layer: hidden state x -> y, both [tokens, hidden]. Reads "rope" and "segments"."""
+    """Return one layer: hidden state x -> y, both [tokens, hidden]. It reads "rope" and "segments"."""
     c = layer.model
     hidden = x.called(layer.name("hidden"))
-    ln1 = layer.tokens("ln1_out", c.hidden, keep=Keep.NONE)
+    ln1 = layer.tokens("ln1_out", c.hidden, Keep.NONE)
     attention_norm = norm(
         layer.name("attention_norm"), x, ln1, layer.name("attention_norm.weight"), c.norm_eps, skip=hidden
     )
     attention, attended = layer.strategies.attention.ops(layer, ln1)
     if layer.spec.attention_bias:  # behind whatever sum over ranks the strategy ends with
-        biased = layer.tokens("attn_biased", c.hidden, keep=Keep.NONE)
-        bias = layer.name("attention.out.bias")
-        attention, attended = [*attention, add_bias(layer.name("out_bias"), attended, biased, bias)], biased
-    total, ln2 = layer.tokens("ln2_in", c.hidden), layer.tokens("ln2_out", c.hidden, keep=Keep.NONE)
+        biased = layer.tokens("attn_biased", c.hidden, Keep.NONE)
+        attention.append(add_bias(layer.name("out_bias"), attended, biased, layer.name("attention.out.bias")))
+        attended = biased
+    total, ln2 = layer.tokens("ln2_in", c.hidden), layer.tokens("ln2_out", c.hidden, Keep.NONE)
     ffn_norm = add_norm(
         layer.name("ffn_norm"), (hidden, attended), total, ln2, layer.name("ffn_norm.weight"), c.norm_eps
     )
@@ -49,14 +49,14 @@ def block_ops(layer: Layer, x: Value, y: Value) -> list[Op]:
 
 
 def moe_ops(layer: Layer, x: Value) -> tuple[list[Op], list[Value]]:
-    """Experts, and shared experts unless they are among what the experts' ranks sum: from x to the terms of the sum."""
+    """Return experts, and shared experts unless the experts' ranks sum them, too: from x to the terms of the sum."""
     c, layout, dispatch = layer.model, layer.layout, layer.strategies.dispatch
     pieces = pieces_of(dispatch.axis(layout), layout.pieces)
     ops, routing = routing_ops(layer, x, pieces, travels=dispatch.travels)
     experts, y = dispatch.ops(layer, x, routing)
     terms = [y]
     if c.shared_hidden and not layer.shares_width:
-        terms.append(layer.tokens("shared_out", c.hidden, keep=Keep.NONE))
+        terms.append(layer.tokens("shared_out", c.hidden, Keep.NONE))
         experts += swiglu_ffn(layer, "shared", x, terms[-1], c.shared_hidden, Axis(""))
     return [*ops, *experts], terms
 
@@ -70,8 +70,8 @@ def model_ops(config: ModelConfig, layout: Layout, head: Head = "train") -> list
 
 
 def part_ops(config: ModelConfig, layout: Layout, part: Part, head: Head = "train") -> list[Op]:
-    """The list of consecutive layers: reads "hidden_i" of its first layer i unless it has the embedding, and writes
-    "hidden_j" of the layer j behind its last unless it has the head.
+    """Return the list of consecutive layers: it reads "hidden_i" of its first layer i unless it has the embedding, and
+    writes "hidden_j" of the layer j behind its last unless it has the head.
     """
     c, strategies = config, strategies_of(layout, config)
     ops: list[Op] = []
@@ -97,27 +97,27 @@ def hidden_state(layer: int, config: ModelConfig, layout: Layout) -> Value:
 
 
 def moe_layers(config: ModelConfig, part: Part | None = None) -> list[int]:
-    """The layers with experts."""
+    """Return the layers with experts."""
     layers = range(config.layers) if part is None else part.layers
     return [index for index in layers if not config.layer_specs[index].dense]
 
 
 def auxiliary_names(config: ModelConfig, part: Part | None = None) -> list[str]:
-    """The auxiliary losses of the list, one per MoE layer; none where the model has no such loss."""
+    """Return the names of the auxiliary losses, one per MoE layer; none where the model has no such loss."""
     if not (config.balance_loss or config.z_loss):
         return []
     return [in_layer(index, "auxiliary") for index in moe_layers(config, part)]
 
 
 def load_names(config: ModelConfig, part: Part | None = None) -> list[str]:
-    """Tokens per expert of every MoE layer, int64 [E], of this rank's tokens."""
+    """Return the names of every MoE layer's tokens per expert, int64 [E], of this rank's tokens."""
     return [in_layer(index, "load") for index in moe_layers(config, part)]
 
 
 def local_inputs(
     tokens: Tensor, targets: Tensor | None, layout: Layout, segments: Segments, config: ModelConfig
 ) -> dict[str, Any]:
-    """A micro-batch's inputs as this rank's list reads them: tokens and targets int64 [rows, length].
+    """Return a micro-batch's inputs as this rank's list reads them: tokens and targets int64 [rows, length].
 
     They are its slice of every row, but all tokens in rank order where the vocabulary is sharded; "rope" is for the
     tokens that its attention projects.
@@ -136,13 +136,13 @@ def local_inputs(
 
 
 def buffer_shapes(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]:
-    """(layer, name, shape) of the state of the whole model that is no weight: the router's correction bias."""
+    """Return (layer, name, shape) of the model's state that is no weight: the router's correction bias."""
     if not config.correction_bias:
         return []
     return [(index, in_layer(index, "ffn.router.bias"), (config.experts,)) for index in moe_layers(config)]
 
 
 def buffers_of(config: ModelConfig, part: Part, device: torch.device) -> dict[str, Tensor]:
-    """That state of a part of the model, zero."""
+    """Return that state of a part of the model, zero."""
     shapes = buffer_shapes(config)
     return {name: torch.zeros(shape, device=device) for layer, name, shape in shapes if layer in part.layers}

@@ -21,6 +21,7 @@ from megascale_moe.engine.executor import Program, resolve
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import backward
+from megascale_moe.engine.remat import kept_names
 from megascale_moe.engine.value import Keep, Value
 from megascale_moe.model.experts import MoE
 from megascale_moe.model.rotary import rotary_table
@@ -30,7 +31,8 @@ from megascale_moe.model.weights import weights_of
 from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import block_ops
-from megascale_moe.strategies.registry import slices_of, strategies_of
+from megascale_moe.strategies.registry import strategies_of
+from megascale_moe.strategies.slices import Slices
 
 
 class MoEBlock(Block):
@@ -62,21 +64,21 @@ class MoEBlock(Block):
                 buffer.zero_()
         self.programs = lru_cache(maxsize=8)(self._programs)
 
-    def _programs(self, rows: int, length: int, dtype: torch.dtype) -> tuple[Program, Program]:
+    def _programs(self, rows: int, length: int, dtype: torch.dtype) -> tuple[Program, Program, Slices]:
         layout = Layout(rows, length, self.axes, dtype)
         shape = (layout.tokens, self.config.hidden)
         x, y = (Value(name, shape, dtype, keep=Keep.FULL) for name in ("x", "y"))
-        strategies = strategies_of(layout, self.config)
-        forward = block_ops(Layer(self.config, layout, strategies, self.spec), x, y)
+        layer = Layer(self.config, layout, strategies_of(layout, self.config), self.spec)
+        forward = block_ops(layer, x, y)
         auxiliary = [] if self.spec.dense or not (self.config.balance_loss or self.config.z_loss) else ["auxiliary"]
         back = backward(forward, [grad("y")])
         given = ("x", "rope", "segments")
-        needed = {name for op in back for name in op.reads}
-        kept = needed & {name for op in forward for name in op.writes}
+        kept = kept_names(forward, back)
         seeds = (grad("y"), "auxiliary_scale")
         return (
             Program(forward, given, [*kept, "y", *auxiliary]),
             Program(back, [*given, *kept, *seeds], [grad("x")], consume=[*kept, *seeds]),
+            layer.slices,
         )
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -97,12 +99,11 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: MoEBlock, segments: Segments, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        node = block.axes["node"]
-        program, ctx.backward_program = block.programs(segments.rows, segments.length, x.dtype)
+        program, ctx.backward_program, slices = block.programs(segments.rows, segments.length, x.dtype)
         names = [name for name, _ in block.named_parameters()]
         weights = dict(zip(names, (p.detach() for p in parameters), strict=True)) | dict(block.named_buffers())
-        slices = slices_of(Layout(segments.rows, segments.length, block.axes, x.dtype))
-        rope = rotary_table(block.config, slices.take(segments.positions(), node.index).to(x.device))
+        positions = slices.take(segments.positions(), block.axes["node"].index)
+        rope = rotary_table(block.config, positions.to(x.device))
         values = {"x": x.detach().flatten(0, 1), "rope": rope, "segments": segments}
         out = program.run(values, weights)
         ctx.weights, ctx.names, ctx.shape = weights, names, x.shape
@@ -128,4 +129,3 @@ class _RunBlock(torch.autograd.Function):
         dx = resolve(program.run(values, ctx.weights, sinks), grad("x"))
         gradients: Sequence[Tensor] = [sinks[name].value() for name in ctx.names]
         return (None, None, dx.view(ctx.shape), *gradients)
-

@@ -21,13 +21,6 @@ def divides(what: str, size: int, axis: str, parts: int, otherwise: str = "") ->
 
 
 @lru_cache  # a search asks for thousands of layouts
-def divisors(number: int) -> str:
+def divisors(number: int, multiples_of: int = 1) -> str:
     """Return the divisors of a number as text."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted({*small, *(number // d for d in small)})))
-
-
-@lru_cache
-def multiples(node: int, stage: int) -> str:
-    """Return the multiples of `node` that divide `stage` as text."""
-    return ", ".join(str(width) for width in range(node, stage + 1, node) if stage % width == 0)
+    return ", ".join(str(d) for d in range(multiples_of, number + 1, multiples_of) if number % d == 0)

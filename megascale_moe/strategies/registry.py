@@ -26,8 +26,7 @@ from megascale_moe.strategies.strategy import (
     Strategy,
     VocabularyStrategy,
 )
-from megascale_moe.strategies.vocabulary_replicated import REPLICATED
-from megascale_moe.strategies.vocabulary_sharded import SHARDED
+from megascale_moe.strategies.vocabulary import REPLICATED, SHARDED
 
 ATTENTION: tuple[AttentionStrategy, ...] = (SEQUENCE_PARALLEL, TENSOR_PARALLEL, CONTEXT_PARALLEL)
 FFN: tuple[FFNStrategy, ...] = (EXPERT_PARALLEL, TENSOR_PARALLEL_FFN, EXPERT_TENSOR_PARALLEL)

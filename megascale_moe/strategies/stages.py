@@ -23,12 +23,12 @@ class Part:
 
     @classmethod
     def whole(cls, config: ModelConfig) -> Part:
-        """All of it."""
+        """Return all of a model."""
         return cls(tuple(range(config.layers)))
 
 
 def stage_parts(parallel: ParallelConfig, model: ModelConfig) -> list[Part]:
-    """The part of each stage, pp x virtual_stages of them.
+    """Return the part of each stage, pp x virtual_stages of them.
 
     Raises:
         ConfigError: fewer layers than stages, or parallel.stage_layers that do not add up.
@@ -52,7 +52,7 @@ def stage_parts(parallel: ParallelConfig, model: ModelConfig) -> list[Part]:
 
 
 def _even(layers: int, stages: int) -> tuple[int, ...]:
-    """As even as possible; the middle stages first, then the first stage, then the last."""
+    """Divide layers as evenly as possible; the middle stages get more first, then the first stage, then the last."""
     least, more = divmod(layers, stages)
     order = [*range(1, stages - 1), 0, stages - 1]
     longer = set(order[:more])
@@ -60,11 +60,11 @@ def _even(layers: int, stages: int) -> tuple[int, ...]:
 
 
 def parts_of_rank(parts: list[Part], pp: int, place: int) -> dict[int, Part]:
-    """Stage -> part of one pipeline rank."""
+    """Return stage -> part of one pipeline rank."""
     return {stage: part for stage, part in enumerate(parts) if stage % pp == place}
 
 
 def together(parts: dict[int, Part]) -> Part:
-    """All that one rank holds."""
+    """Return all that one rank holds."""
     layers = tuple(layer for part in parts.values() for layer in part.layers)
     return Part(layers, any(part.first for part in parts.values()), any(part.last for part in parts.values()))

@@ -27,7 +27,7 @@ from megascale_moe.strategies.slices import Slices
 if TYPE_CHECKING:
     from megascale_moe.strategies.layer import Layer
     from megascale_moe.strategies.layout import Layout
-    from megascale_moe.strategies.routing import Routing
+    from megascale_moe.strategies.row_maps import Routing
 
 Rule = Callable[[Weight], Placement]
 """From what a weight is to this rank's part of it."""
@@ -78,7 +78,7 @@ class AttentionStrategy(Strategy):
         return Slices(rows, length, node, self.zigzag and node > 1)
 
     def rotates_sequences(self, layout: Layout, model: ModelConfig) -> bool:
-        """Whether rotary embedding is applied to whole sequences of the node rather than to this rank's slices."""
+        """Return whether rotary embedding is applied to whole sequences rather than to this rank's slices."""
         return layout.node.size == 1
 
 
@@ -104,7 +104,7 @@ class FFNStrategy(Strategy):
         raise NotImplementedError
 
     def pays(self, node: int) -> bool:
-        """Whether a search tries it on nodes of so many ranks."""
+        """Return whether a search tries it on nodes of so many ranks."""
         return True
 
     def etp_choices(self, machine: int) -> Sequence[int]:
@@ -158,7 +158,7 @@ class VocabularyStrategy(Strategy):
         raise NotImplementedError
 
     def gathers_tokens(self, layout: Layout) -> bool:
-        """Whether a rank reads the tokens and targets of all ranks of its node, in rank order."""
+        """Return whether a rank reads the tokens and targets of all ranks of its node, in rank order."""
         return False
 
 

@@ -1,12 +1,11 @@
 """Where every weight of the model lies on a rank of a layout: as the strategies' rules say, and else whole everywhere.
 
-Every gradient is a partial sum on each rank that holds the part (of its own tokens
-where tokens are sharded, of its own heads where heads are), so `Placement.replicas` is all that synchronisation needs.
+Every gradient is a partial sum on each rank that holds the part (of its own tokens where tokens are sharded, of its own
+heads where heads are), so `Placement.replicas` is all that synchronisation needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from megascale_moe.config import ModelConfig
 from megascale_moe.engine.names import parse
 from megascale_moe.model.counts import parameter_weights
 from megascale_moe.model.transformer import initialise
-from megascale_moe.model.weights import Kind, Weight
+from megascale_moe.model.weights import Kind
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement, everything
 from megascale_moe.strategies.registry import strategies_of
@@ -31,31 +30,23 @@ def placements(config: ModelConfig, layout: Layout, part: Part) -> dict[str, Pla
     rules: dict[str, Rule] = {}
     for strategy in strategies_of(layout, config):
         rules |= strategy.rules(config, layout)
-    return {
-        name: replace(_place(name, weight, config, rules), matrices=weight.matrices, kind=weight.kind)
-        for name, weight in parameter_weights(config).items() if _held(name, config, part)
-    }  # fmt: skip
-
-
-def _held(name: str, c: ModelConfig, part: Part) -> bool:
-    layer = parse(name).layer
-    if layer is not None:
-        return layer in part.layers
-    if name == "embedding.weight":
-        return part.first or (part.last and c.tied_embeddings)
-    return part.last
-
-
-def _place(name: str, weight: Weight, c: ModelConfig, rules: Mapping[str, Rule]) -> Placement:
-    rule = rules.get(parse(name).tensor)
-    if rule is not None:
-        return rule(weight)
-    tied = weight.kind is Kind.EMBEDDING and c.tied_embeddings
-    return everything(weight.shape, ("node", "tied") if tied else REPLICATED)
+    result = {}
+    for name, weight in parameter_weights(config).items():
+        parsed, embedding = parse(name), weight.kind is Kind.EMBEDDING
+        tied = embedding and config.tied_embeddings
+        if parsed.layer is None:
+            held = (part.first if embedding else part.last) or (part.last and tied)
+        else:
+            held = parsed.layer in part.layers
+        if held:
+            rule = rules.get(parsed.tensor)
+            placement = rule(weight) if rule else everything(weight.shape, ("node", "tied") if tied else REPLICATED)
+            result[name] = replace(placement, matrices=weight.matrices, kind=weight.kind)
+    return result
 
 
 def initial(name: str, placement: Placement, config: ModelConfig, seed: int) -> Tensor:
-    """Initial values of a rank's part, float32: those that the whole model has there, whatever the layout.
+    """Return the initial values of a rank's part, float32: those that the whole model has there, whatever the layout.
 
     Experts are drawn one by one, so that a rank draws only its own; other weights whole.
     """

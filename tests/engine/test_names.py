@@ -17,7 +17,6 @@ from megascale_moe.engine.names import (
     recomputed,
     suffixed,
     term,
-    without_layer,
     without_micro,
 )
 
@@ -39,7 +38,6 @@ def test_words_of_the_grammar() -> None:
     assert not is_grad("dx")
     assert without_micro("5/d:layers.3.x") == "d:layers.3.x"
     assert without_micro("x") == "x"
-    assert without_layer("layers.3.fc13@2") == "fc13@2"
 
 
 def test_what_is_made_of_something_stays_at_its_place() -> None:

@@ -138,7 +138,7 @@ def seconds(op: Op) -> float:
 
 
 def took(op: Op, time: float) -> Op:
-    return replace(op, cost=replace(op.cost, flops=time))
+    return replace(op, cost=op.cost._replace(flops=time))
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])

@@ -22,7 +22,7 @@ from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import moe_ops
 from megascale_moe.strategies.registry import strategies_of
-from megascale_moe.strategies.routing import PieceRows
+from megascale_moe.strategies.row_maps import PieceRows
 
 # Experts, top-k, tokens of each rank: DeepSeek-V2's and Kimi-K2's ratios, primes, fewer assignments than experts.
 ROUTINGS = [(160, 6, 17), (384, 8, 5), (96, 5, 7), (32, 3, 1), (32, 32, 2), (64, 1, 64)]

@@ -22,7 +22,7 @@ from megascale_moe.kernels.rows import RowMap
 from megascale_moe.model.transformer import build
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import INPUTS, local_inputs, model_ops
-from megascale_moe.strategies.routing import PieceRows
+from megascale_moe.strategies.row_maps import PieceRows
 from megascale_moe.strategies.stages import Part
 from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
