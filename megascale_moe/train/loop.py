@@ -90,8 +90,8 @@ def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
     d, vocab = config.data, config.model.vocab
 
     def work() -> str:
-        with counted_progress() as update, on_all_processors():
-            progress = partial(update, "preparing the corpus") if job.leads else None
+        with counted_progress(shown=job.leads) as update, on_all_processors():
+            progress = partial(update, "preparing the corpus")
             prepared = prepare(
                 d.path, vocab=vocab, tokenizer=d.tokenizer, text_field=d.text_field, cache=d.cache, progress=progress
             )
