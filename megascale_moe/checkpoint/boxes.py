@@ -26,43 +26,28 @@ class Box(NamedTuple):
         return prod(self.size)
 
     def inside(self, shape: Index) -> bool:
-        """Whether a tensor of that shape has all of these elements."""
+        """Return whether a tensor of that shape has all of these elements."""
         return len(self.offset) == len(self.size) == len(shape) and all(
             offset >= 0 and size >= 0 and offset + size <= extent
             for offset, size, extent in zip(self.offset, self.size, shape, strict=True)
         )
 
     def slices(self, origin: Index) -> tuple[slice, ...]:
-        """How to index this box in a tensor whose first element is at `origin`."""
+        """Return how to index this box in a tensor whose first element is at `origin`."""
         starts = [offset - base for offset, base in zip(self.offset, origin, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.size, strict=True))
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """The elements in both, None if there are none."""
-    offset, size = [], []
-    for a_start, a_size, b_start, b_size in zip(a.offset, a.size, b.offset, b.size, strict=True):
-        start = max(a_start, b_start)
-        extent = min(a_start + a_size, b_start + b_size) - start
-        if extent <= 0:
-            return None
-        offset.append(start)
-        size.append(extent)
-    return Box(tuple(offset), tuple(size))
-
-
-def row_major(size: Index) -> Index:
-    """How far apart neighbours are in memory, per dimension, in a box flattened row by row."""
-    return tuple(prod(size[dim + 1 :]) for dim in range(len(size)))
-
-
-def dot(a: Sequence[int], b: Sequence[int]) -> int:
-    """Sum of products: with an index and strides, the place in memory."""
-    return sum(x * y for x, y in zip(a, b, strict=True))
+    """Return the elements in both, None if there are none."""
+    dims = list(zip(a.offset, a.size, b.offset, b.size, strict=True))
+    offset = tuple(max(start, other) for start, _, other, _ in dims)
+    size = tuple(min(i + m, j + n) - max(i, j) for i, m, j, n in dims)
+    return Box(offset, size) if all(extent > 0 for extent in size) else None
 
 
 def flat_range(box: Box, start: int, length: int) -> list[Box]:
-    """Elements `start` to `start + length` of the box flattened row by row, as contiguous boxes in that order.
+    """Return elements `start` to `start + length` of the box flattened row by row, as contiguous boxes in that order.
 
     0 1 2 3      start 2, length 7:    . . 2 3    the end of a row
     4 5 6 7                            4 5 6 7    whole rows
@@ -73,31 +58,26 @@ def flat_range(box: Box, start: int, length: int) -> list[Box]:
     if length == box.volume:
         return [box]
     row = Box(box.offset[1:], box.size[1:])
-    first, head = divmod(start, row.volume)
-    last, tail = divmod(start + length, row.volume)
-    if first == last:
-        return _in_row(box, first, flat_range(row, head, length))
-    boxes = _in_row(box, first, flat_range(row, head, row.volume - head)) if head else []
-    full = first + bool(head)
-    if last > full:
-        boxes.append(Box((box.offset[0] + full, *row.offset), (last - full, *row.size)))
-    return boxes + _in_row(box, last, flat_range(row, 0, tail))
+    boxes = []
+    while length:
+        index, head = divmod(start, row.volume)
+        first, rows = box.offset[0] + index, length // row.volume
+        if head or not rows:
+            count = min(row.volume - head, length)
+            boxes += [Box((first, *part.offset), (1, *part.size)) for part in flat_range(row, head, count)]
+        else:
+            count = rows * row.volume
+            boxes.append(Box((first, *row.offset), (rows, *row.size)))
+        start, length = start + count, length - count
+    return boxes
 
 
-def _in_row(box: Box, row: int, parts: list[Box]) -> list[Box]:
-    return [Box((box.offset[0] + row, *part.offset), (1, *part.size)) for part in parts]
+def first_fault(shape: Index, boxes: Sequence[Box], dim: int = 0) -> tuple[Index, int] | None:
+    """Return the first element of a tensor that not exactly one box contains, and how many do; None if there is none.
 
-
-def first_fault(shape: Index, boxes: Sequence[Box]) -> tuple[Index, int] | None:
-    """The first element of a tensor that not exactly one box contains, and how many do; None if there is no such.
-
-    A sweep along the first dimension, and inside each stretch between two box borders along the next one: linear in
-    the boxes for rows, columns, experts and flat ranges, so 10^4 of them are no matter.
+    A sweep along the first dimension, and inside each stretch between two box borders along the next one (`dim`):
+    linear in the boxes for rows, columns, experts and flat ranges, so 10^4 of them are no matter.
     """
-    return _first_fault(shape, 0, boxes)
-
-
-def _first_fault(shape: Index, dim: int, boxes: Sequence[Box]) -> tuple[Index, int] | None:
     if dim == len(shape):
         return None if len(boxes) == 1 else ((), len(boxes))
     starting: dict[int, list[Box]] = defaultdict(list)
@@ -108,7 +88,7 @@ def _first_fault(shape: Index, dim: int, boxes: Sequence[Box]) -> tuple[Index, i
     current: list[Box] = []
     for border in sorted(border for border in borders if border < shape[dim]):
         current = [box for box in current if box.offset[dim] + box.size[dim] > border] + starting[border]
-        fault = _first_fault(shape, dim + 1, current)
+        fault = first_fault(shape, current, dim + 1)
         if fault:
             return (border, *fault[0]), fault[1]
     return None

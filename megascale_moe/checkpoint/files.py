@@ -16,21 +16,24 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megascale_moe.checkpoint.manifest import CODES, Manifest, StoredFile, TensorPiece
-from megascale_moe.config import ConfigError
+from megascale_moe.checkpoint.boxes import Box
+from megascale_moe.checkpoint.manifest import CODES, Manifest, StoredFile, StoredPiece, TensorPiece
+from megascale_moe.config import ConfigError, require
 
 BLOCK = 1 << 22
 
 
 def data_file(rank: int) -> str:
-    """The name of a rank's file."""
+    """Return the name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -57,16 +60,31 @@ def write_pieces(path: Path, pieces: Iterable[TensorPiece], part: Manifest) -> N
     pieces = sorted(pieces, key=lambda piece: -piece.values.dtype.itemsize)  # each element aligned to its size
     for piece in pieces:
         piece.check()
-    header, places = _lay_out(pieces)
-    for piece, (key, at) in zip(pieces, places, strict=True):
-        part.add(piece.name, tuple(piece.shape), CODES[piece.values.dtype], [piece.stored(path.name, key, at)])
+    # The header of a safetensors file: its length, then JSON padded to 8 bytes.
+    entries: dict[str, dict[str, Any]] = {}
+    repeats: Counter[str] = Counter()
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.values.nbytes
+        key = f"{piece.name}#{repeats[piece.name]}" if repeats[piece.name] else piece.name
+        repeats[piece.name] += 1
+        dtype, shape = CODES[piece.values.dtype], [piece.values.numel()]
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    for piece, (key, entry) in zip(pieces, entries.items(), strict=True):
+        at, offset, size = len(header) + entry["data_offsets"][0], tuple(piece.offset), tuple(piece.size)
+        stored = StoredPiece(path.name, key, at, offset, size, piece.start, piece.values.numel())
+        part.add(piece.name, tuple(piece.shape), entry["dtype"], [stored])
     part.files[path.name] = _write(path, header, pieces)
 
 
 def _write(path: Path, header: bytes, pieces: Iterable[TensorPiece]) -> StoredFile:
     sums = Checksums()
+    values = (piece.values.detach().cpu().view(torch.uint8).numpy().data for piece in pieces)
     with path.open("wb") as stream:
-        for data in _contents(header, pieces):
+        for data in chain([memoryview(header)], values):
             sums.add(data)
             stream.write(data)
         stream.flush()
@@ -74,54 +92,32 @@ def _write(path: Path, header: bytes, pieces: Iterable[TensorPiece]) -> StoredFi
     return StoredFile(sums.size, sums.blocks)
 
 
-def _contents(header: bytes, pieces: Iterable[TensorPiece]) -> Iterator[memoryview]:
-    yield memoryview(header)
-    for piece in pieces:
-        yield piece.values.detach().cpu().view(torch.uint8).numpy().data
-
-
-def _lay_out(pieces: Iterable[TensorPiece]) -> tuple[bytes, list[tuple[str, int]]]:
-    """The header of a safetensors file (length, then JSON padded to 8 bytes), and each piece's key and place."""
-    entries = {}
-    places = []
-    end = 0
-    repeats: Counter[str] = Counter()
-    for piece in pieces:
-        begin, end = end, end + piece.values.nbytes
-        key = f"{piece.name}#{repeats[piece.name]}" if repeats[piece.name] else piece.name
-        repeats[piece.name] += 1
-        places.append((key, begin))
-        shape = [piece.values.numel()]
-        entries[key] = {"dtype": CODES[piece.values.dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, [(key, len(header) + begin) for key, begin in places]
-
-
 class BlockFile:
     """A data file opened for reading: memory-mapped, each block checked before its first use."""
 
     def __init__(self, path: Path, stored: StoredFile) -> None:
-        """Only looks at the size; raises ConfigError if the file is missing, truncated or too long."""
-        self._path = path
-        self._stored = stored
+        """Look at the size only; raises ConfigError if the file is missing, truncated or too long."""
+        self._path, self._stored = path, stored
         self._checked: set[int] = set()
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: the checkpoint is incomplete")
-        size = path.stat().st_size
-        if size != stored.size:
-            raise ConfigError(f"{path} has {size:,} bytes instead of {stored.size:,}: the checkpoint is incomplete")
+        require(path.is_file(), f"{path} is missing: the checkpoint is incomplete")
+        size, wanted = path.stat().st_size, stored.size
+        require(size == wanted, f"{path} has {size:,} bytes instead of {wanted:,}: the checkpoint is incomplete")
 
     @cached_property
     def _bytes(self) -> Tensor:
         return torch.from_file(str(self._path), shared=False, size=self._stored.size, dtype=torch.uint8)
 
-    def values(self, at: int, length: int, dtype: torch.dtype) -> Tensor:
-        """`length` values from byte `at` on, as a view of the mapped file; raises ConfigError if it is damaged."""
-        end = at + length * dtype.itemsize
-        self.check(at, end)
-        return self._bytes[at:end].view(dtype)
+    def values(self, at: int, stored: Box, part: Box, dtype: torch.dtype) -> Tensor:
+        """Return a part of the box that is stored from byte `at` on, [*part.size], as a view of the mapped file.
+
+        Only bytes from its first to its last are touched; raises ConfigError if they are damaged.
+        """
+        whole = self._bytes[at : at + stored.volume * dtype.itemsize].view(dtype).view(stored.size)
+        values = whole[part.slices(stored.offset)]
+        span = 1 + sum((extent - 1) * stride for extent, stride in zip(values.shape, values.stride(), strict=True))
+        begin = int(values.storage_offset())
+        self.check(begin * dtype.itemsize, (begin + span) * dtype.itemsize)
+        return values
 
     def check(self, begin: int = 0, end: int | None = None) -> None:
         """Raise ConfigError unless the blocks that contain bytes `begin` to `end` are what was written."""

@@ -56,14 +56,11 @@ class TensorPiece:
 
     def check(self) -> None:
         """Raise ConfigError if the piece contradicts itself or has a dtype that cannot be saved."""
-        v = self.values
-        require(v.dim() == 1 and v.is_contiguous(), f"{self.name}: values {[*v.shape]} must be 1-D and contiguous")
-        require(v.dtype in CODES, f"{self.name}: {v.dtype} cannot be saved")
-        check_range(self.name, self.shape, Box(self.offset, self.size), self.start, v.numel())
-
-    def stored(self, file: str, key: str, at: int) -> StoredPiece:
-        """Return its entry in the manifest."""
-        return StoredPiece(file, key, at, tuple(self.offset), tuple(self.size), self.start, self.values.numel())
+        name, values = self.name, self.values
+        flat = values.dim() == 1 and values.is_contiguous()
+        require(flat, f"{name}: values {[*values.shape]} must be 1-D and contiguous")
+        require(values.dtype in CODES, f"{name}: {values.dtype} cannot be saved")
+        check_range(name, self.shape, Box(self.offset, self.size), self.start, values.numel())
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class StoredPiece:
         return Box(self.offset, self.size)
 
     def boxes(self) -> list[Box]:
-        """The elements that are here, in the order of the file."""
+        """Return the elements that are here, in the order of the file."""
         return flat_range(self.box, self.start, self.length)
 
 
@@ -135,16 +132,13 @@ class Manifest:
         for name, tensor in self.tensors.items():
             require(tensor.dtype in DTYPES, f"{name}: unknown dtype {tensor.dtype}")
             for piece in tensor.pieces:
-                self._check_piece(name, tensor, piece)
+                check_range(name, tensor.shape, piece.box, piece.start, piece.length)
+                end = piece.at + piece.length * DTYPES[tensor.dtype].itemsize
+                inside = piece.file in self.files and 0 <= piece.at <= end <= self.files[piece.file].size
+                require(inside, f"{name}: a piece lies outside of {piece.file}")
             fault = first_fault(tensor.shape, [box for piece in tensor.pieces for box in piece.boxes()])
             if fault:
                 raise ConfigError(f"{name}: {_describe_fault(name, tensor.shape, *fault)}")
-
-    def _check_piece(self, name: str, tensor: StoredTensor, piece: StoredPiece) -> None:
-        check_range(name, tensor.shape, piece.box, piece.start, piece.length)
-        end = piece.at + piece.length * DTYPES[tensor.dtype].itemsize
-        inside = piece.file in self.files and 0 <= piece.at <= end <= self.files[piece.file].size
-        require(inside, f"{name}: a piece lies outside of {piece.file}")
 
     def write(self, path: Path) -> None:
         """Write as JSON, onto the disk; raises OSError, and TypeError if `extra` holds something that JSON cannot."""
@@ -168,17 +162,16 @@ class Manifest:
         require(version == VERSION, f"{path} has format version {version}, this program reads version {VERSION}")
         require(document.get("crc32") == _checksum(body), f"{path} is damaged: its checksum does not match")
         try:
-            return cls._parse(body)
+            files = {name: StoredFile(**file) for name, file in body["files"].items()}
+            manifest = cls(body["step"], body["world"], body["extra"], files)
+            for name, tensor in body["tensors"].items():
+                pieces = (
+                    StoredPiece(**piece | {"offset": tuple(piece["offset"]), "size": tuple(piece["size"])})
+                    for piece in tensor["pieces"]
+                )
+                manifest.add(name, tuple(tensor["shape"]), tensor["dtype"], pieces)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged: {error!r}") from None
-
-    @classmethod
-    def _parse(cls, body: dict[str, Any]) -> Manifest:
-        files = {name: StoredFile(**file) for name, file in body["files"].items()}
-        manifest = cls(body["step"], body["world"], body["extra"], files)
-        for name, tensor in body["tensors"].items():
-            pieces = (_parse_piece(**piece) for piece in tensor["pieces"])
-            manifest.add(name, tuple(tensor["shape"]), tensor["dtype"], pieces)
         return manifest
 
 
@@ -188,10 +181,6 @@ def check_range(name: str, shape: Index, box: Box, start: int, length: int) -> N
     require(box.inside(shape), f"{name} {[*shape]}: no box inside has {where}")
     end = start + length
     require(0 <= start <= end <= box.volume, f"{name}: no elements {start} to {end} in the box with {where}")
-
-
-def _parse_piece(offset: list[int], size: list[int], **rest: Any) -> StoredPiece:
-    return StoredPiece(offset=tuple(offset), size=tuple(size), **rest)
 
 
 def _record(value: object) -> dict[str, Any]:

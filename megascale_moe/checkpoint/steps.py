@@ -21,25 +21,27 @@ from megascale_moe.checkpoint.manifest import MANIFEST
 
 
 def step_folder(folder: Path, step: int, suffix: str = "") -> Path:
-    """The path of a checkpoint, or with a suffix of the above of an unfinished one."""
+    """Return the path of a checkpoint, or with a suffix of the above of an unfinished one."""
     return folder / f"step-{step}{suffix}"
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints; None if there is none, or no folder.
+    """Return the newest complete checkpoint in a folder of checkpoints; None if there is none, or no folder.
 
     A process killed while replacing step-N may leave the former one as `step-N.replaced`, which is then the result.
     """
-    found = find(folder, ".replaced") | find(folder)
-    return found[max(found)] if found else None
+    checkpoints = find(folder, ".replaced") | find(folder)
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def find(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The complete checkpoints by step; with a suffix the unfinished ones."""
-    names = re.compile(r"step-(\d+)" + re.escape(suffix))
-    found = {path: names.fullmatch(path.name) for path in folder.glob("step-*")}
-    complete = {path: match for path, match in found.items() if match and (path / MANIFEST).is_file()}
-    return {int(match[1]): path for path, match in complete.items()}
+    """Return the complete checkpoints by step; with a suffix the unfinished ones."""
+    checkpoints = {}
+    for path in folder.glob("step-*"):
+        name = re.fullmatch(r"step-(\d+)" + re.escape(suffix), path.name)
+        if name and (path / MANIFEST).is_file():
+            checkpoints[int(name[1])] = path
+    return checkpoints
 
 
 def clear(folder: Path) -> None:

@@ -55,11 +55,33 @@ def save(
     then as before.
     """
     partial, target, failed = (step_folder(folder, step, suffix) for suffix in (".partial", "", ".failed"))
-    error = _attempt(lambda: _begin(folder, partial)) if rank == 0 else None
+    data, note = partial / data_file(rank), _note(partial, rank, "json")
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        partial.mkdir()
+
+    def write() -> None:
+        part = Manifest(step, world)
+        write_pieces(data, pieces, part)
+        part.write(note)
+
+    def confirm() -> None:
+        if failed.exists():
+            raise SaveError(_reason(failed, 0))
+        if not target.is_dir():
+            raise SaveError("it is not there; do all ranks see the same folder?")
+
+    error = _attempt(begin) if rank == 0 else None
     barrier()
-    error = error or _attempt(lambda: _write(partial, Manifest(step, world), rank, pieces))
+    error = error or _attempt(write)
     if error:
-        _report(partial, rank, error)
+        # Leave word of it in the space that the data took: the disk may be full. The note goes too: it may be complete
+        # although forcing it to the disk failed, and rank 0 would believe it.
+        _attempt(note.unlink)
+        _attempt(data.unlink)
+        _leave_word(partial, rank, error)
     barrier()
     if rank == 0:
         error = error or _attempt(lambda: _finish(partial, target, Manifest(step, world, extra)))
@@ -68,7 +90,7 @@ def save(
         elif keep:
             _attempt(lambda: prune(folder, step, keep))  # an old one that cannot be removed does not spoil the new one
     barrier()
-    error = error or _attempt(lambda: _confirm(target, failed))
+    error = error or _attempt(confirm)
     barrier()
     if rank == 0:
         shutil.rmtree(failed, ignore_errors=True)
@@ -78,7 +100,7 @@ def save(
 
 
 def _attempt(action: Callable[[], object]) -> Exception | None:
-    """Do it; a failure is returned, because the barriers still have to be passed."""
+    """Return the failure of an action, because the barriers still have to be passed."""
     try:
         action()
     except Exception as error:
@@ -86,38 +108,18 @@ def _attempt(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _begin(folder: Path, partial: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    partial.mkdir()
-
-
-def _write(partial: Path, part: Manifest, rank: int, pieces: Iterable[TensorPiece]) -> None:
-    write_pieces(partial / data_file(rank), pieces, part)
-    part.write(_note(partial, rank, "json"))
-
-
-def _report(partial: Path, rank: int, error: Exception) -> None:
-    """Leave word of a failure, in the space that the data took: the disk may be full.
-
-    The note goes too: it may be complete although forcing it to the disk failed, and rank 0 would believe it.
-    """
-    _attempt(_note(partial, rank, "json").unlink)
-    _attempt((partial / data_file(rank)).unlink)
-    _attempt(lambda: _note(partial, rank, "error").write_text(_describe(error)))
-
-
 def _finish(partial: Path, target: Path, whole: Manifest) -> None:
     """Merge what the ranks noted into the manifest and publish."""
-    for rank in range(whole.world):
+    notes = [_note(partial, rank, "json") for rank in range(whole.world)]
+    for rank, note in enumerate(notes):
         try:
-            whole.merge(Manifest.read(_note(partial, rank, "json")))
+            whole.merge(Manifest.read(note))
         except FileNotFoundError:
             raise SaveError(f"rank {rank}: {_reason(partial, rank)}") from None
     whole.check()
     whole.write(partial / MANIFEST)
-    for rank in range(whole.world):
-        _note(partial, rank, "json").unlink()
+    for note in notes:
+        note.unlink()
     publish(partial, target)
 
 
@@ -127,22 +129,19 @@ def _fail(partial: Path, failed: Path, error: Exception) -> None:
         _attempt(failed.mkdir)
     for data in failed.glob("*.safetensors"):
         _attempt(data.unlink)
-    _attempt(lambda: _note(failed, 0, "error").write_text(_describe(error)))
-
-
-def _confirm(target: Path, failed: Path) -> None:
-    if failed.exists():
-        raise SaveError(_reason(failed, 0))
-    if not target.is_dir():
-        raise SaveError("it is not there; do all ranks see the same folder?")
+    _leave_word(failed, 0, error)
 
 
 def _note(folder: Path, rank: int, kind: str) -> Path:
     return folder / f"rank-{rank:05d}.{kind}"
 
 
+def _leave_word(folder: Path, rank: int, error: Exception) -> None:
+    _attempt(lambda: _note(folder, rank, "error").write_text(_describe(error)))
+
+
 def _reason(folder: Path, rank: int) -> str:
-    """Why a rank failed."""
+    """Return why a rank failed."""
     try:
         return _note(folder, rank, "error").read_text()
     except OSError:

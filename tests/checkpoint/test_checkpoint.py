@@ -13,9 +13,7 @@ from megascale_moe.checkpoint import Checkpoint, SaveError, TensorPiece, latest,
 from megascale_moe.checkpoint import files as files_module
 from megascale_moe.checkpoint.boxes import Box
 from tests.checkpoint.checkpoints import (
-    COLUMNS,
     EXPERTS,
-    ROWS,
     W13,
     assert_holds,
     boxed,
@@ -61,15 +59,6 @@ def test_columns_saved_by_tensor_parallel_ranks(tmp_path: Path) -> None:
     save(tmp_path, 1, parts, {}, rank=0, world=1, barrier=lambda: None)
     assert_holds(tmp_path / "step-1", {"w": value})
     assert torch.equal(Checkpoint(tmp_path / "step-1").read("w", (2, 3), (3, 4)), value[2:5, 3:7])
-
-
-def test_reads_in_another_dtype(tmp_path: Path) -> None:
-    state = make_state()
-    checkpoint = Checkpoint(save_alone(tmp_path, 1, state))
-    shape = (EXPERTS, ROWS, COLUMNS)
-    assert torch.equal(checkpoint.read(W13, (0, 0, 0), shape, torch.float32), state[W13].float())
-    assert checkpoint.read_flat(W13, (0, 0, 0), shape, 3, 9, torch.float64).dtype == torch.float64
-    assert checkpoint.dtypes[W13] == torch.bfloat16
 
 
 def test_what_is_read_does_not_change_the_file(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def hold_before_step(step: int, rank: int, word: Path) -> Callable[[], None]:
 
 
 def hold_in_save(name: str, step: int, word: Path) -> Callable[[], None]:
-    """Stop inside the save of a step: rank 3 in `_write`, rank 0 in `publish` or, afterwards, in `prune`."""
+    """Stop inside the save of a step: rank 3 in `write_pieces`, rank 0 in `publish` or, afterwards, in `prune`."""
 
     def install() -> None:
         def held(*arguments: Any) -> Any:
@@ -67,7 +67,7 @@ def hold_in_save(name: str, step: int, word: Path) -> Callable[[], None]:
             return original(*arguments)
 
         conditions: dict[str, Callable[..., bool]] = {
-            "_write": lambda partial, _, rank, __: partial.name == f"step-{step}.partial" and rank == 3,
+            "write_pieces": lambda path, _, __: path.parts[-2:] == (f"step-{step}.partial", "rank-00003.safetensors"),
             "publish": lambda _, target: target.name == f"step-{step}",
             "prune": lambda _, newest, __: newest == step,
         }
@@ -115,7 +115,7 @@ def test_killed_at_any_step(shared: Place, undisturbed: dict[int, Finished], wor
         assert finished.document[name] == undisturbed[world].document[name]
 
 
-@pytest.mark.parametrize("name", ["_write", "publish", "prune"])
+@pytest.mark.parametrize("name", ["write_pieces", "publish", "prune"])
 def test_killed_while_saving(shared: Place, undisturbed: dict[int, Finished], name: str) -> None:
     assert len(undisturbed) == 2
     run = f"saving-{name}"
