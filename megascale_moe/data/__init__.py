@@ -1,8 +1,8 @@
 """The data pipeline: from text to batches. Read in this order:
 
-    sources     which files `data.path` means          (readers, hub: how each kind is read)
+    sources     which files `data.path` means          (readers: how each kind is read)
     tokenizer   text to ids and back
-    preparation documents to token shards in a cache   (writer, corpus: the files)
+    preparation documents to token shards in a cache   (corpus: the files, written and opened)
     split       training and held-out documents
     packing     documents to rows, by arithmetic on lengths
     loader      which rows a rank sees when            (batch: what it gets)
@@ -19,8 +19,8 @@ Everything takes plain arguments; errors that a user can cause are `ConfigError`
 """
 
 from megascale_moe.data.batch import IGNORE, Batch, TokenRow, micro_batches
-from megascale_moe.data.corpus import Corpus, CorpusManifest, open_corpus
-from megascale_moe.data.loader import HeldOutRows, Loader, LoaderState, LoaderStep
+from megascale_moe.data.corpus import Corpus, open_corpus
+from megascale_moe.data.loader import HeldOutRows, Loader
 from megascale_moe.data.packing import Packing
 from megascale_moe.data.preparation import prepare
 from megascale_moe.data.sources import find_source
@@ -31,11 +31,8 @@ __all__ = [
     "IGNORE",
     "Batch",
     "Corpus",
-    "CorpusManifest",
     "HeldOutRows",
     "Loader",
-    "LoaderState",
-    "LoaderStep",
     "Packing",
     "Split",
     "TokenRow",

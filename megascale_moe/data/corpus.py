@@ -1,4 +1,4 @@
-"""A prepared corpus on disk, opened: token shards mapped into memory, and an index of where documents start.
+"""A prepared corpus on disk, written and opened: token shards, mapped into memory, and where documents start.
 
     manifest.json     what this is: sizes, digests, where it came from (written last; its presence means complete)
     tokenizer.json    the tokenizer the ids belong to
@@ -10,17 +10,19 @@ pages. Nothing is unpickled: a corpus from elsewhere cannot execute code.
 """
 
 import json
-from collections.abc import Iterator
+import os
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale_moe.config import ConfigError
+from megascale_moe.config import ConfigError, require
 from megascale_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -29,6 +31,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX = "documents.npy"
 TOKENIZER = "tokenizer.json"
+SHARD_TOKENS = 1 << 28
+"""A shard is closed by the document that fills it: files of half a gigabyte (uint16), easy to copy and check."""
 
 _CHUNK = 1 << 22  # tokens verified at a time
 
@@ -62,20 +66,24 @@ class CorpusManifest:
         """Tokens of all shards, EOS tokens included."""
         return sum(shard.tokens for shard in self.shards)
 
-    def to_json(self) -> str:
-        """Write as JSON; `from_json` reads it back."""
-        return json.dumps(asdict(self), indent=2)
-
     @staticmethod
-    def from_json(text: str) -> "CorpusManifest":
-        """Read what `to_json` wrote.
+    def read(path: Path) -> "CorpusManifest":
+        """Read what a writer wrote.
 
         Raises:
-            ValueError, TypeError, KeyError: the text is something else.
+            ConfigError: there is no such file, or it is something else.
         """
-        fields: dict[str, Any] = json.loads(text)
-        shards = tuple(TokenShard(**shard) for shard in fields.pop("shards"))
-        return CorpusManifest(**fields, shards=shards)
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text())
+            shards = tuple(TokenShard(**shard) for shard in fields.pop("shards"))
+            manifest = CorpusManifest(**fields, shards=shards)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path.parent}: not a prepared corpus (it has no {path.name})") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(path, f"not a manifest: {error!r}") from error
+        if manifest.format != FORMAT:
+            raise _damaged(path, f"format {manifest.format}, this release reads {FORMAT}")
+        return manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +119,18 @@ class Corpus:
         Raises:
             ConfigError: naming the file, and the offset in tokens of the first id that is too large.
         """
-        if self.manifest.vocab > vocab:
-            raise ConfigError(vocabulary_message(self.manifest.path, self.manifest.vocab, vocab))
+        check_vocabulary(self.manifest.path, self.manifest.vocab, vocab)
         for shard, tokens in zip(self.manifest.shards, self.shards, strict=True):
-            _verify_shard(self.folder / shard.file, shard, tokens, vocab)
+            path, hasher = self.folder / shard.file, blake2b(digest_size=16)
+            for start in range(0, len(tokens), _CHUNK):
+                chunk = tokens[start : start + _CHUNK]
+                if int(chunk.max()) >= vocab:
+                    first = int(np.argmax(chunk >= vocab))
+                    where = f"token id {chunk[first]} at offset {start + first} (in tokens)"
+                    raise _damaged(path, f"{where} is outside the vocabulary of {vocab}")
+                hasher.update(chunk.tobytes())
+            if hasher.hexdigest() != shard.digest:
+                raise _damaged(path, "its bytes are not those that were written")
 
     @cached_property
     def _shard_starts(self) -> NDArray[np.int64]:
@@ -130,72 +146,94 @@ def open_corpus(folder: str | Path, vocab: int | None = None) -> Corpus:
         ConfigError: the folder is no prepared corpus, a file is missing or damaged, or an id is outside `vocab`.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = CorpusManifest.read(folder / MANIFEST)
     shards = tuple(_map_shard(folder / shard.file, shard, manifest.dtype) for shard in manifest.shards)
-    corpus = Corpus(folder, manifest, _map_index(folder / INDEX, manifest), shards)
+    path = folder / INDEX
+    try:
+        index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from error
+    if index.shape != (manifest.documents + 1,) or index.dtype != np.int64 or index[-1] != manifest.tokens:
+        raise _damaged(path, f"not the index of {manifest.documents} documents")
+    corpus = Corpus(folder, manifest, index, shards)
     if vocab is not None:
         corpus.verify(vocab)
     return corpus
 
 
-def vocabulary_message(where: str, tokenizer_vocab: int, model_vocab: int) -> str:
-    """Say that the model's embedding has too few rows for the tokenizer."""
-    return (
+def check_vocabulary(where: str, tokenizer_vocab: int, model_vocab: int) -> None:
+    """Raise ConfigError if the model's embedding has too few rows for the tokenizer."""
+    require(
+        tokenizer_vocab <= model_vocab,
         f"{where}: the tokenizer has {tokenizer_vocab} token ids, the model only {model_vocab}; "
-        f"set model.vocab to at least {tokenizer_vocab} or choose another data.tokenizer"
+        f"set model.vocab to at least {tokenizer_vocab} or choose another data.tokenizer",
     )
-
-
-def _read_manifest(folder: Path) -> CorpusManifest:
-    path = folder / MANIFEST
-    try:
-        manifest = CorpusManifest.from_json(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder}: not a prepared corpus (it has no {MANIFEST})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(_damage(path, f"not a manifest: {error!r}")) from error
-    if manifest.format != FORMAT:
-        raise ConfigError(_damage(path, f"format {manifest.format}, this release reads {FORMAT}"))
-    return manifest
 
 
 def _map_shard(path: Path, shard: TokenShard, dtype: str) -> NDArray[Any]:
     expected = shard.tokens * np.dtype(dtype).itemsize
-    found = path.stat().st_size if path.is_file() else 0
-    if found != expected:
-        raise ConfigError(_damage(path, f"{found} bytes where {expected} were written"))
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise _damaged(path, f"{size} bytes where {expected} were written")
     # Plain arrays over the mapping: slicing the memmap class itself costs several microseconds a time.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _map_index(path: Path, manifest: CorpusManifest) -> NDArray[np.int64]:
-    try:
-        index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(_damage(path, str(error))) from error
-    if index.shape != (manifest.documents + 1,) or index.dtype != np.int64 or index[-1] != manifest.tokens:
-        raise ConfigError(_damage(path, f"not the index of {manifest.documents} documents"))
-    return index
+def _damaged(path: Path, message: str) -> ConfigError:
+    return ConfigError(f"{path}: {message}; delete {path.parent} to have it prepared again")
 
 
-def _verify_shard(path: Path, shard: TokenShard, tokens: NDArray[Any], vocab: int) -> None:
-    hasher = blake2b(digest_size=16)
-    for start, chunk in _chunks(tokens):
-        if int(chunk.max()) >= vocab:
-            offset = int(np.argmax(chunk >= vocab))
-            message = (
-                f"token id {chunk[offset]} at offset {start + offset} (in tokens) is outside the vocabulary of {vocab}"
-            )
-            raise ConfigError(_damage(path, message))
-        hasher.update(chunk.tobytes())
-    if hasher.hexdigest() != shard.digest:
-        raise ConfigError(_damage(path, "its bytes are not those that were written"))
+class Writer:
+    """Collects documents into shards, in bounded memory; `close` writes the index, the tokenizer and the manifest."""
 
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self.tokens = 0
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._dtype = "<u2" if tokenizer.vocab <= 1 << 16 else "<u4"
+        self._ends = array("q", [0])  # eight bytes a document, where a list of int takes forty
+        self._text = blake2b(digest_size=16)
+        self._shards: list[TokenShard] = []
+        self._start_shard()
 
-def _chunks(tokens: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    for start in range(0, len(tokens), _CHUNK):
-        yield start, tokens[start : start + _CHUNK]
+    def add(self, text: str, ids: Sequence[int]) -> None:
+        """Append a document and its EOS token; one without tokens is left out."""
+        if not ids:
+            return
+        data = np.array([*ids, self._tokenizer.eos], dtype=self._dtype).tobytes()
+        self._file.write(data)
+        self._hasher.update(data)
+        self._text.update(text.encode() + b"\0")
+        self.tokens += len(ids) + 1
+        self._ends.append(self.tokens)
+        if self.tokens - self._shard_start >= SHARD_TOKENS:
+            self._end_shard()
+            self._start_shard()
 
+    def close(self, path: str, source: str) -> None:
+        """Finish all files and force them to the disk, so that a rename after this publishes complete ones."""
+        self._end_shard()
+        np.save(self._folder / INDEX, np.frombuffer(self._ends, dtype=np.int64))
+        self._tokenizer.save(self._folder / TOKENIZER)
+        manifest = CorpusManifest(
+            path=path, source=source, text=self._text.hexdigest(), tokenizer=self._tokenizer.digest,
+            vocab=self._tokenizer.vocab, eos=self._tokenizer.eos, dtype=self._dtype, documents=len(self._ends) - 1,
+            shards=tuple(self._shards),
+        )  # fmt: skip
+        (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2))
+        for file in self._folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
-def _damage(path: Path, message: str) -> str:
-    return f"{path}: {message}; delete {path.parent} to have it prepared again"
+    def _start_shard(self) -> None:
+        self._shard_start = self.tokens
+        self._hasher = blake2b(digest_size=16)
+        self._file: BinaryIO = (self._folder / f"tokens-{len(self._shards):05d}.bin").open("wb")
+
+    def _end_shard(self) -> None:
+        self._file.close()
+        name = Path(self._file.name)
+        if self.tokens == self._shard_start:
+            name.unlink()  # an empty file cannot be mapped
+            return
+        self._shards.append(TokenShard(name.name, self.tokens - self._shard_start, self._hasher.hexdigest()))

@@ -6,31 +6,17 @@ micro-batches, a step may lie across two epochs, and the whole state is the numb
 ranks it is read back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megascale_moe.config import ConfigError
+from megascale_moe.config import require
 from megascale_moe.data.batch import Batch, TokenRow, micro_batches
 from megascale_moe.data.packing import Packing
 from megascale_moe.data.split import Split
-
-
-class LoaderState(TypedDict):
-    """The state of a loader in a checkpoint, as JSON. All but the first two must be the same when resuming."""
-
-    samples: int
-    epoch: int  # for people; follows from samples
-    text: str
-    tokenizer: str
-    documents: str
-    seed: int
-    sequence_length: int
-
 
 _MUST_MATCH = {
     "text": "the text of data.path",
@@ -70,53 +56,50 @@ class Loader:
         Raises:
             ConfigError: `global_batch` is no multiple of `dp_size`, or the documents do not fill a row.
         """
-        _check_divides(global_batch, dp_size)
-        _check_fills_row(split, sequence_length)
-        self._split = split
-        self._global_batch = global_batch
-        self._sequence_length = sequence_length
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._seed = seed
-        self._samples = 0
+        require(
+            global_batch > 0 and global_batch % dp_size == 0,
+            f"train.global_batch = {global_batch}: must be a positive multiple of the {dp_size} data-parallel ranks",
+        )
+        require(
+            split.tokens >= sequence_length,
+            f"data.path = {split.corpus.manifest.path!r}: {split.tokens} {split.name} tokens do not fill one row of "
+            f"model.sequence_length = {sequence_length}; add text or shorten the rows",
+        )
+        self.samples = 0
+        """Rows that all ranks together have consumed."""
+        self._split, self._sequence_length, self._seed = split, sequence_length, seed
+        self._global_batch, self._dp_rank, self._share = global_batch, dp_rank, global_batch // dp_size
         # Two, for the step that ends one epoch and begins the next.
         self._packing = lru_cache(maxsize=2)(partial(Packing, split, sequence_length, seed))
         self.rows_per_epoch = self._packing(0).rows
 
     @property
-    def samples(self) -> int:
-        """Rows that all ranks together have consumed."""
-        return self._samples
-
-    @property
     def epoch(self) -> int:
         """The epoch of the next row, counted from 0."""
-        return self._samples // self.rows_per_epoch
+        return self.samples // self.rows_per_epoch
 
     def next_step(self) -> LoaderStep:
         """Return the next step's rows of this rank, and the step's number of targets on all ranks."""
-        begin = self._samples
-        self._samples += self._global_batch
-        share = self._global_batch // self._dp_size
-        mine = begin + self._dp_rank * share
-        rows = [packing.row(index) for packing, indices in self._places(mine, mine + share) for index in indices]
-        counts = [packing.target_counts(indices).sum() for packing, indices in self._places(begin, self._samples)]
-        return LoaderStep(tuple(rows), int(sum(counts)))
+        begin = self.samples
+        self.samples += self._global_batch
+        mine = begin + self._dp_rank * self._share
+        size = self.rows_per_epoch
+        rows = [self._packing(sample // size).row(sample % size) for sample in range(mine, mine + self._share)]
+        targets = 0
+        for epoch in range(begin // size, (self.samples - 1) // size + 1):
+            samples = np.arange(max(begin, epoch * size), min(self.samples, (epoch + 1) * size))
+            targets += int(self._packing(epoch).target_counts(samples % size).sum())
+        return LoaderStep(tuple(rows), targets)
 
-    def state_dict(self) -> LoaderState:
+    def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on from here; plain JSON, the same on all ranks."""
         manifest = self._split.corpus.manifest
-        return LoaderState(
-            samples=self._samples,
-            epoch=self.epoch,
-            text=manifest.text,
-            tokenizer=manifest.tokenizer,
-            documents=self._split.fingerprint,
-            seed=self._seed,
-            sequence_length=self._sequence_length,
-        )
+        return {
+            "samples": self.samples, "epoch": self.epoch, "text": manifest.text, "tokenizer": manifest.tokenizer,
+            "documents": self._split.fingerprint, "seed": self._seed, "sequence_length": self._sequence_length,
+        }  # fmt: skip
 
-    def load_state_dict(self, state: LoaderState) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken, also with another number of ranks, global batch or micro-batch.
 
         Raises:
@@ -124,20 +107,13 @@ class Loader:
         """
         own = self.state_dict()
         for key, name in _MUST_MATCH.items():
-            then, now = state.get(key), own.get(key)
-            if then != now:
-                raise ConfigError(
-                    f"cannot resume: {name} is not what the checkpoint was trained with "
-                    f"(then {then}, now {now}); restore it, or start a new run"
-                )
-        self._samples = state["samples"]
-
-    def _places(self, begin: int, end: int) -> Iterator[tuple[Packing, NDArray[np.int64]]]:
-        """Yield for samples [begin, end) the epochs they lie in and their indices there."""
-        rows = self.rows_per_epoch
-        for epoch in range(begin // rows, (end - 1) // rows + 1):
-            low, high = max(begin - epoch * rows, 0), min(end - epoch * rows, rows)
-            yield self._packing(epoch), np.arange(low, high)
+            then, now = state.get(key), own[key]
+            require(
+                then == now,
+                f"cannot resume: {name} is not what the checkpoint was trained with "
+                f"(then {then}, now {now}); restore it, or start a new run",
+            )
+        self.samples = state["samples"]
 
 
 class HeldOutRows:
@@ -163,10 +139,10 @@ class HeldOutRows:
         Raises:
             ConfigError: no documents are held out.
         """
-        if not len(split.documents):
-            raise ConfigError(
-                "data.validation_fraction = 0: there is nothing to evaluate on; set it, or train.eval_every = 0"
-            )
+        require(
+            len(split.documents) > 0,
+            "data.validation_fraction = 0: there is nothing to evaluate on; set it, or train.eval_every = 0",
+        )
         self._packing = Packing(split, sequence_length, seed, epoch=0)
         self._micro_batch = micro_batch
         self.rows = min(rows, self._packing.rows)
@@ -182,18 +158,3 @@ class HeldOutRows:
             indices = range(start, start + self._micro_batch)
             rows = [self._packing.row(index) if index < self.rows else self._packing.blank() for index in indices]
             yield from micro_batches(rows, self._micro_batch)
-
-
-def _check_divides(global_batch: int, dp_size: int) -> None:
-    if global_batch < 1 or global_batch % dp_size:
-        raise ConfigError(
-            f"train.global_batch = {global_batch}: must be a positive multiple of the {dp_size} data-parallel ranks"
-        )
-
-
-def _check_fills_row(split: Split, sequence_length: int) -> None:
-    if split.tokens < sequence_length:
-        raise ConfigError(
-            f"data.path = {split.corpus.manifest.path!r}: {split.tokens} {split.name} tokens do not fill one row of "
-            f"model.sequence_length = {sequence_length}; add text or shorten the rows"
-        )

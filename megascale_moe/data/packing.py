@@ -45,7 +45,7 @@ class Packing:
         return self._cut(self.rows)
 
     def target_counts(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many targets each of these rows has, int64 [rows], from lengths alone."""
+        """Count the targets of each of these rows, int64 [rows], from lengths alone."""
         begin = self._row_order[indices] * self.sequence_length
         end = np.minimum(begin + self.sequence_length, self._starts[-1])
         # Each document's last token is a position without target: as many as documents end in (begin, end].

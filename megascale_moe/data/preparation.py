@@ -15,13 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from megascale_moe.config import ConfigError
-from megascale_moe.data.corpus import FORMAT, MANIFEST, vocabulary_message
+from megascale_moe.config import ConfigError, require
+from megascale_moe.data.corpus import FORMAT, MANIFEST, Writer, check_vocabulary
 from megascale_moe.data.hashing import digest
 from megascale_moe.data.readers import Document
 from megascale_moe.data.sources import Source, find_source
 from megascale_moe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megascale_moe.data.writer import Writer
 
 DEFAULT_CACHE = "~/.cache/megascale_moe"
 SAMPLE_CHARACTERS = 20_000_000
@@ -58,26 +57,22 @@ def prepare(
         ConfigError: the source or tokenizer cannot be used, there is no text in it, or the cache cannot be written.
     """
     source = find_source(path, text_field)
-    loaded = _load_fitting(tokenizer, vocab) if tokenizer else None
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    if loaded:
+        check_vocabulary(f"data.tokenizer = {tokenizer!r}", loaded.vocab, vocab)
     key = digest(str(FORMAT), source.fingerprint, loaded.digest if loaded else f"train {vocab}")
     root = Path(cache or DEFAULT_CACHE).expanduser()
     folder = root / key
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
+        with (root / f"{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it back when this process ends, however it ends
             if not (folder / MANIFEST).exists():
                 with _partial(folder) as partial:
                     _write(partial, source, loaded, vocab, threads, progress)
     except OSError as error:
         raise ConfigError(f"data.cache = {str(root)!r}: cannot be written ({error.strerror or error})") from error
     return folder
-
-
-def _load_fitting(path: str, vocab: int) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab > vocab:
-        raise ConfigError(vocabulary_message(f"data.tokenizer = {path!r}", tokenizer.vocab, vocab))
-    return tokenizer
 
 
 def _write(
@@ -92,10 +87,8 @@ def _write(
             done += document.size
         if progress:
             progress(min(done, source.size), source.size)
-    if writer.tokens == 0:
-        raise ConfigError(
-            f"data.path = {source.path!r}: no text in it (files: {len(source.parts)}, bytes: {source.size})"
-        )
+    files, size = len(source.parts), source.size
+    require(writer.tokens > 0, f"data.path = {source.path!r}: no text in it (files: {files}, bytes: {size})")
     writer.close(source.path, source.fingerprint)
     if progress:
         progress(source.size, source.size)
@@ -132,14 +125,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel gives back when this process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
     """Give a new folder to write in; rename it to `folder` in the end, or remove it if the writing failed.
 
@@ -153,14 +138,10 @@ def _partial(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _publish(partial, folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST).exists():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not (folder / MANIFEST).exists():
-            raise

@@ -8,27 +8,27 @@ import glob
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from megascale_moe.config import ConfigError
+from megascale_moe.config import ConfigError, require
 from megascale_moe.data.hashing import digest, permutation
-from megascale_moe.data.hub import DATASET_FILES, open_dataset
-from megascale_moe.data.readers import PIECE_BYTES, READERS, Document, Reader, read_source_code, read_text
+from megascale_moe.data.readers import (
+    DATASET_FILES,
+    PIECE_BYTES,
+    READERS,
+    Document,
+    Reader,
+    SourcePart,
+    open_dataset,
+    read_source_code,
+    read_text,
+)
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _DATASET_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class SourcePart:
-    """One file or dataset of a source: its size in bytes, a stamp that changes when it does, and how to read it."""
-
-    size: int
-    stamp: str
-    read: Callable[[], Iterator[Document]]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ class Source:
         for index in permutation(len(self.parts), "tokenizer sample"):
             part = self.parts[index]
             share = min(left, max(limit * part.size // max(self.size, 1), PIECE_BYTES))
-            for text in _head(part, share):
-                left -= len(text)
+            for document in part.read():
+                text = document.text[:share]
                 yield text
+                left, share = left - len(text), share - len(document.text)
+                if share <= 0:
+                    break
             if left <= 0:
                 return
 
@@ -78,54 +81,35 @@ def find_source(path: str, text_field: str = "text") -> Source:
     Raises:
         ConfigError: there is no such file, folder or dataset, or nothing in it can be read.
     """
+    place = Path(path).expanduser()
     if path == "stdlib":
         return _from_files(path, _stdlib_files(), text_field, read_source_code)
-    if path.startswith("hf:"):
-        return _from_dataset(path, path.removeprefix("hf:"), text_field)
-    place = Path(path).expanduser()
+    if path.startswith("hf:") or any((place / name).exists() for name in DATASET_FILES):
+        return Source(path, (open_dataset(path, text_field),))
     if place.is_file():
         return _from_files(path, [place], text_field)
     if place.is_dir():
-        return _from_folder(path, place, text_field)
+        files = sorted(file for file in place.rglob("*") if file.suffix in READERS and file.is_file())
+        require(bool(files), f"data.path = {path!r}: the folder holds no file with a suffix of {', '.join(READERS)}")
+        return _from_files(path, files, text_field)
     if any(sign in path for sign in "*?["):
-        found = sorted(Path(name) for name in glob.glob(str(place), recursive=True))
-        return _from_files(path, [file for file in found if file.is_file()], text_field)
-    if _may_be_dataset(path, place):
-        return _from_dataset(path, path, text_field)
+        files = sorted(file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file())
+        require(bool(files), f"data.path = {path!r}: matches no file (seen from {Path.cwd()})")
+        return _from_files(path, files, text_field)
+    # Tell a dataset's name from a mistyped path: asking the Hub without a network takes half a minute.
+    in_a_folder_here = "/" in path and place.parent.is_dir()
+    if _DATASET_NAME.fullmatch(path) and place.suffix not in READERS and not in_a_folder_here:
+        return Source(path, (open_dataset(path, text_field),))
     raise ConfigError(f"data.path = {path!r}: no such file or folder (seen from {Path.cwd()})")
 
 
-def _may_be_dataset(path: str, place: Path) -> bool:
-    """Tell a dataset's name from a mistyped path, since asking the Hub without a network takes half a minute."""
-    in_a_folder_here = "/" in path and place.parent.is_dir()
-    return bool(_DATASET_NAME.fullmatch(path)) and place.suffix not in READERS and not in_a_folder_here
-
-
-def _from_folder(path: str, folder: Path, text_field: str) -> Source:
-    if any((folder / name).exists() for name in DATASET_FILES):
-        return _from_dataset(path, str(folder), text_field)
-    files = sorted(file for file in folder.rglob("*") if file.suffix in READERS and file.is_file())
-    if not files:
-        raise ConfigError(f"data.path = {path!r}: the folder holds no file with a suffix of {', '.join(READERS)}")
-    return _from_files(path, files, text_field)
-
-
-def _from_files(path: str, files: list[Path], text_field: str, reader: Reader | None = None) -> Source:
-    if not files:
-        raise ConfigError(f"data.path = {path!r}: matches no file (seen from {Path.cwd()})")
-    return Source(path, tuple(_file_part(file.resolve(), text_field, reader) for file in files))
-
-
-def _file_part(file: Path, text_field: str, reader: Reader | None) -> SourcePart:
-    facts = file.stat()
-    read = reader or READERS.get(file.suffix, read_text)
-    stamp = f"{file}|{facts.st_size}|{facts.st_mtime_ns}|{read.__name__}|{text_field}"
-    return SourcePart(facts.st_size, stamp, partial(read, file, text_field))
-
-
-def _from_dataset(path: str, name: str, text_field: str) -> Source:
-    dataset = open_dataset(path, name, text_field)
-    return Source(path, (SourcePart(dataset.size, dataset.stamp, dataset.documents),))
+def _from_files(path: str, files: Sequence[Path], text_field: str, reader: Reader | None = None) -> Source:
+    parts = []
+    for file in map(Path.resolve, files):
+        facts, read = file.stat(), reader or READERS.get(file.suffix, read_text)
+        stamp = f"{file}|{facts.st_size}|{facts.st_mtime_ns}|{read.__name__}|{text_field}"
+        parts.append(SourcePart(facts.st_size, stamp, partial(read, file, text_field)))
+    return Source(path, tuple(parts))
 
 
 def _stdlib_files() -> list[Path]:
@@ -135,11 +119,3 @@ def _stdlib_files() -> list[Path]:
         subfolders[:] = set(subfolders) - _SKIPPED  # in place: os.walk then does not enter installed packages
         files += (Path(folder, name) for name in names if name.endswith(".py"))
     return sorted(files)
-
-
-def _head(part: SourcePart, characters: int) -> Iterator[str]:
-    for document in part.read():
-        yield document.text[:characters]
-        characters -= len(document.text)
-        if characters <= 0:
-            return

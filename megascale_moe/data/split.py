@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale_moe.config import ConfigError
+from megascale_moe.config import require
 from megascale_moe.data.corpus import Corpus
 from megascale_moe.data.hashing import digest, permutation
 
@@ -48,21 +48,17 @@ def split_corpus(corpus: Corpus, validation_fraction: float = 0.02, seed: int = 
     Raises:
         ConfigError: the fraction is not in [0, 1), or there is a single document and one should be held out.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"data.validation_fraction = {validation_fraction}: must be at least 0 and below 1")
+    fraction = validation_fraction
+    require(0 <= fraction < 1, f"data.validation_fraction = {fraction}: must be at least 0 and below 1")
     order = permutation(corpus.manifest.documents, "held-out documents", seed)
-    held_out = _prefix(corpus.lengths[order], validation_fraction) if validation_fraction else 0
-    if held_out == len(order):
-        raise ConfigError(
-            f"data.path = {corpus.manifest.path!r}: a single document, none can be held out; "
-            f"add documents or set data.validation_fraction to 0"
-        )
+    held_out = 0
+    if fraction:
+        reached = np.cumsum(corpus.lengths[order])
+        held_out = min(int(np.searchsorted(reached, fraction * reached[-1])) + 1, max(1, len(order) - 1))
+    require(
+        held_out < len(order),
+        f"data.path = {corpus.manifest.path!r}: a single document, none can be held out; "
+        f"add documents or set data.validation_fraction to 0",
+    )
     training, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
     return Split(corpus, "training", training), Split(corpus, "validation", validation)
-
-
-def _prefix(lengths: NDArray[np.int64], fraction: float) -> int:
-    """How many documents from the front reach the fraction of all tokens; all but one at most, and at least one."""
-    reached = np.cumsum(lengths)
-    count = int(np.searchsorted(reached, fraction * reached[-1])) + 1
-    return max(1, min(count, len(lengths) - 1))

@@ -118,9 +118,9 @@ def _ordinary(backend: tokenizers.Tokenizer, eos: int) -> Tokenizer:
 
 def _find_eos(backend: tokenizers.Tokenizer, file: Path) -> int:
     for token in (_configured_end_token(file.with_name("tokenizer_config.json")), *_END_TOKENS):
-        found = backend.token_to_id(token) if token else None
-        if found is not None:
-            return found
+        eos = backend.token_to_id(token) if token else None
+        if eos is not None:
+            return eos
     raise ConfigError(
         f"{file}: no end-of-document token; name one as eos_token in a tokenizer_config.json beside it, "
         f"or add one of {', '.join(_END_TOKENS)}"

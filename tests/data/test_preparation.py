@@ -60,7 +60,7 @@ def test_documents_come_back_each_with_its_end(texts: Path, cache: Path) -> None
 def test_shards_end_with_documents(
     shard_tokens: int, texts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megascale_moe.data.writer.SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr("megascale_moe.data.corpus.SHARD_TOKENS", shard_tokens)
     corpus = open_corpus(prepare(str(texts), vocab=300, cache=str(cache)), vocab=300)
     assert len(corpus.shards) > 5
     assert all(shard[-1] == corpus.manifest.eos for shard in corpus.shards)
@@ -221,7 +221,7 @@ def patch(file: Path, offset: int, data: bytes) -> None:
 def test_id_outside_the_vocabulary_is_named_by_file_and_offset(
     texts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megascale_moe.data.writer.SHARD_TOKENS", 100)
+    monkeypatch.setattr("megascale_moe.data.corpus.SHARD_TOKENS", 100)
     monkeypatch.setattr("megascale_moe.data.corpus._CHUNK", 7)
     folder = prepare(str(texts), vocab=300, cache=str(cache))
     patch(folder / "tokens-00001.bin", 2 * 40, np.uint16(300).tobytes())
