@@ -62,7 +62,7 @@ class Placement:
 
     def take(self, whole: Tensor) -> Tensor:
         """This part of the whole weight, as a new tensor."""
-        parts = [_at(whole, box).flatten() for box in self.boxes]
+        parts = [at_box(whole, box).flatten() for box in self.boxes]
         return torch.cat(parts).view(self.shape)
 
     @property
@@ -116,7 +116,8 @@ def _tops(heights: Sequence[int]) -> list[int]:
     return [sum(heights[:index]) for index in range(len(heights))]
 
 
-def _at(whole: Tensor, box: Box) -> Tensor:
+def at_box(whole: Tensor, box: Box) -> Tensor:
+    """Return the elements of a whole weight in a box, as a view."""
     return whole[tuple(slice(start, start + size) for start, size in zip(*box, strict=True))]
 
 

@@ -131,5 +131,5 @@ def test_a_strategy_and_an_optimizer_from_outside_train_verify_plan_and_report(
 
 def test_verify_runs_a_strategy_from_outside_with_every_other(toy: AttentionStrategy) -> None:
 
-    cases, _, _ = all_cases(Config(model=SMALL), 2)
+    cases, _ = all_cases(Config(model=SMALL), 2)
     assert {case.strategy[1] for case in cases if case.strategy[0] == "toy"} == set(registry.names(registry.FFN))

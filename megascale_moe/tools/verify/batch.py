@@ -20,7 +20,7 @@ class BatchRows:
     starts: tuple[tuple[int, ...], ...]
 
     def part(self, rows: slice) -> tuple[Tensor, Tensor, Segments]:
-        """Some of the rows as a micro-batch."""
+        """Return tokens, targets and documents of some of the rows, as those of a micro-batch."""
         length = self.tokens.shape[1]
         picked = self.starts[rows]
         bounds = [row * length + start for row, starts in enumerate(picked) for start in starts]
@@ -33,7 +33,7 @@ class BatchRows:
 
 
 def random_rows(config: ModelConfig, rows: int, seed: int = 1) -> BatchRows:
-    """Rows with random tokens, every second one packed from several documents, one target in nine missing."""
+    """Return rows with random tokens, every second one packed from several documents, one target in nine missing."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, config.sequence_length)
     tokens = torch.randint(0, config.vocab, shape, generator=generator)

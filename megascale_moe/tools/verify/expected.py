@@ -7,20 +7,18 @@ routed rows on the experts that the single rank's list chose. Row maps and colle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megascale_moe.comm.axis import Axes
 from megascale_moe.engine.names import in_layer, parse
 from megascale_moe.engine.value import Rows, Shard, Value
-from megascale_moe.kernels.rows import RowMap, row_map
+from megascale_moe.kernels.rows import row_map
 from megascale_moe.model.router import within_capacity
 from megascale_moe.strategies.placement import share
-from megascale_moe.tools.verify.layouts import Case
-from megascale_moe.tools.verify.reference import Reference
+from megascale_moe.tools.verify.rank import RankOfLayout
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ExpectedPart:
         parts = [tensor(name) for name in self.names]
         if self.shard.side_by_side:
             return torch.cat([part.flatten(1) for part in parts], dim=1)
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return torch.stack(parts).sum(0)
 
     def of(self, whole: Tensor) -> Tensor:
         """Return the part of it that should be here."""
@@ -53,72 +51,62 @@ class ExpectedPart:
 class Expected:
     """The parts that one micro-batch of one rank should have."""
 
-    def __init__(
-        self, case: Case, axes: Axes, rank: int, micro: int, reference: Reference, declared: Mapping[str, Value]
-    ) -> None:
-        self.case, self.axes, self.rank, self.micro, self.reference = case, axes, rank, micro, reference
-        self.declared = declared
-        self._routed: dict[int | None, _RoutedRows] = {}
+    def __init__(self, run: RankOfLayout, micro: int, declared: Mapping[str, Value]) -> None:
+        self.run, self.micro, self.declared = run, micro, declared
+        self._numbers: dict[int | None, Tensor] = {}  # by layer
 
     def part(self, name: str) -> ExpectedPart | None:
         """Return what a value, named without its micro-batch, should be; None if nothing compares with it."""
         value = self.declared.get(name)
         if value is None or value.shard is None:
             return None
-        shard, found = value.shard, parse(name)
-        names = tuple(in_layer(found.layer, whole) for whole in shard.whole or (found.tensor,))
-        if not all(whole in self.reference.values for whole in names):
+        shard, parsed = value.shard, parse(name)
+        names = tuple(in_layer(parsed.layer, whole) for whole in shard.whole or (parsed.tensor,))
+        if not all(whole in self.run.reference.values for whole in names):
             return None
         columns = None
         if shard.columns is not None:
             columns = torch.cat([torch.arange(part.start, part.stop) for part in shard.columns])
-        return ExpectedPart(names, shard, self._rows(shard.rows, found.layer), columns)
+        return ExpectedPart(names, shard, self._rows(shard.rows, parsed.layer), columns)
 
     def _rows(self, rows: Rows, layer: int | None) -> Tensor:
-        """The rows of a single rank's tensor that are meant."""
+        """Return the rows of a single rank's tensor that are meant."""
+        rank, ep, etp = self.run.rank, self.run.axes["ep"], self.run.axes["etp"]
         if rows.kind == "slice":
-            return self.tokens_of(self.rank)
-        ranks = self.case.mesh.ranks(rows.axis, self.rank)
+            return self._tokens([rank])
+        ranks = self.run.case.mesh.ranks(rows.axis, rank)
         chosen = [ranks[place] for place in rows.places] or list(ranks)
-        if rows.kind in ("gathered", "sequences"):
-            tokens = torch.cat([self.tokens_of(rank) for rank in chosen])
-            return tokens.sort().values if rows.kind == "sequences" else tokens
-        if layer not in self._routed:
-            self._routed[layer] = _RoutedRows(self, layer)
-        routed, ep = self._routed[layer], self.axes["ep"]
-        experts = self.case.model.experts
+        if rows.kind == "gathered":
+            return self._tokens(chosen)
+        if rows.kind == "sequences":
+            return self._tokens(chosen).sort().values
+        experts = self.run.case.model.experts
         if rows.kind == "own":
-            parts = [share(experts, ep.size, place // self.axes["etp"].size) for place in rows.places]
-            return torch.cat([routed.by_expert([self.rank], part) for part in parts or [range(experts)]])
+            parts = [share(experts, ep.size, place // etp.size) for place in rows.places] or [range(experts)]
+            return torch.cat([self._routed(layer, [rank], part) for part in parts])
         local = share(experts, ep.size, ep.index)
         if rows.kind == "arrived":
-            return torch.cat([routed.by_expert([rank], local) for rank in chosen])
-        return routed.by_expert(chosen, local)
+            return torch.cat([self._routed(layer, [sender], local) for sender in chosen])
+        return self._routed(layer, chosen, local)
 
-    def tokens_of(self, rank: int) -> Tensor:
-        """Return the numbers in the global batch of the tokens that a rank holds between modules, in its order."""
-        case, length = self.case, self.case.model.sequence_length
-        replica, index = divmod(rank % case.mesh.stage, case.mesh.node)
-        first = replica * case.share + self.micro * case.rows
-        return case.slices.take(torch.arange(case.rows * length), index) + first * length
+    def _tokens(self, ranks: Sequence[int]) -> Tensor:
+        return torch.cat([self.run.case.tokens_of(rank, self.micro) for rank in ranks])
 
-
-class _RoutedRows:
-    """The routed rows of one layer as numbers of rows of the single rank's list."""
-
-    def __init__(self, expected: Expected, layer: int | None) -> None:
-        c, values = expected.case.model, expected.reference.values
-        self.expected = expected
-        choice, gate = values[in_layer(layer, "choice")], values[in_layer(layer, "gate")]
-        rows = len(choice) // c.sequence_length
-        kept = within_capacity(choice, gate, rows, c) if c.capacity_factor else None
-        of_all: RowMap = row_map(choice, 0, c.experts, kept)
-        expert = choice.flatten()[of_all.slot]
-        self.number = torch.full((len(choice), c.experts), -1)
-        self.number[of_all.source, expert] = torch.arange(len(expert))
-
-    def by_expert(self, ranks: Iterable[int], experts: range) -> Tensor:
-        """Return the rows of some ranks' tokens on some experts, expert by expert."""
-        tokens = torch.cat([self.expected.tokens_of(rank) for rank in ranks])
-        numbers = self.number[tokens][:, experts.start : experts.stop].t().flatten()
+    def _routed(self, layer: int | None, ranks: Sequence[int], experts: range) -> Tensor:
+        """Return the routed rows of some ranks' tokens on some experts, expert by expert."""
+        if layer not in self._numbers:
+            self._numbers[layer] = self._routed_numbers(layer)
+        numbers = self._numbers[layer][self._tokens(ranks)][:, experts.start : experts.stop].t().flatten()
         return numbers[numbers >= 0]
+
+    def _routed_numbers(self, layer: int | None) -> Tensor:
+        """Return which routed row of the single rank's list a token is on an expert, int64 [T, E]; -1: none."""
+        model, values = self.run.case.model, self.run.reference.values
+        choice, gate = values[in_layer(layer, "choice")], values[in_layer(layer, "gate")]
+        rows = len(choice) // model.sequence_length
+        taken = within_capacity(choice, gate, rows, model) if model.capacity_factor else None
+        routed = row_map(choice, 0, model.experts, taken)
+        expert = choice.flatten()[routed.slot]
+        numbers = torch.full((len(choice), model.experts), -1)
+        numbers[routed.source, expert] = torch.arange(len(expert))
+        return numbers

@@ -11,7 +11,10 @@ ten times as large as rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,24 +38,26 @@ NOISE = 2e-5
 
 SEEDS = 40
 
+FLOOR = 1e-3
+"""A gradient far below the others is measured against this share of their size: where it is zero but for rounding (the
+router of a top-1 model whose weights are normalised), its own size means nothing."""
+
 
 class Recorder:
-    """An observer of `Program.run` that keeps every tensor under its name.
+    """An observer of `Program.run` that keeps a copy of every tensor under its name.
 
-    Args:
-        copies: keep copies, where a tensor's last reader may overwrite it (the optimizer's list).
+    A copy, since the last reader of a tensor may overwrite it in the optimizer's list.
     """
 
-    def __init__(self, *, copies: bool = False) -> None:
-        self.copies = copies
+    def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
     def __call__(self, op: Op, alive: dict[str, Any]) -> None:
-        """Those that still travel are kept when their first reader has them."""
+        """Record the operator's tensors; results that still travel are recorded once their first reader has them."""
         for name in (*op.reads, *op.writes):
             value = alive.get(name)
             if isinstance(value, Tensor) and name not in self.values:
-                self.values[name] = value.clone() if self.copies else value
+                self.values[name] = value.clone()
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,6 @@ class Reference:
 
     model: ModelConfig
     batch: BatchRows
-    seed: int
     weights: dict[str, Tensor]
     loss: float
     auxiliary: float
@@ -89,19 +93,29 @@ class Reference:
             "auxiliary_scale": torch.tensor(1.0 / self.batch.tokens.numel()),
         }
 
+    @cached_property
+    def floors(self) -> dict[str, float]:
+        """The norm that each gradient counts with at least."""
+        norms, elements = zip(*((value.norm(), value.numel()) for value in self.gradients.values()), strict=True)
+        size = FLOOR * float(torch.stack(norms).norm()) / sum(elements) ** 0.5
+        return {name: size * value.numel() ** 0.5 for name, value in self.gradients.items()}
+
+    def gradient_errors(self, gradients: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the relative error of every gradient."""
+        return {name: relative(gradients[name], value, self.floors[name]) for name, value in self.gradients.items()}
+
 
 def reference(model: ModelConfig, rows: int, seed: int = 0) -> Reference:
-    """The first of `SEEDS` seeds from `seed` on whose routing is decided, or the last."""
+    """Return the results with the first of `SEEDS` seeds from `seed` on whose routing is decided, or with the last."""
     for attempt in range(seed, seed + SEEDS):
-        plain = _plain(model, random_rows(model, rows, attempt + 1), attempt)
-        found = _with_list(plain)
-        if found.decided:
-            return found
-    return found
+        result = _with_list(_plain(model, random_rows(model, rows, attempt + 1), attempt))
+        if result.decided:
+            break
+    return result
 
 
 def drawn(model: ModelConfig, seed: int) -> Transformer:
-    """The model with random weights everywhere: also in norms and biases, which training starts equal."""
+    """Return the model with random weights everywhere: also in norms and biases, which training starts equal."""
     built = build(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -109,27 +123,30 @@ def drawn(model: ModelConfig, seed: int) -> Transformer:
         for name, parameter in built.named_parameters():
             middle = {Kind.NORM: 1.0, Kind.BIAS: 0.0}.get(weights[name].kind)
             if middle is not None:
-                low, high = middle - 0.5, middle + 0.5
-                parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+                parameter.copy_(torch.empty(parameter.shape).uniform_(middle - 0.5, middle + 0.5, generator=generator))
         for buffer in built.buffers():
             buffer.copy_(torch.empty(buffer.shape).uniform_(-0.2, 0.2, generator=generator))
     return built
 
 
 def _plain(model: ModelConfig, batch: BatchRows, seed: int) -> Reference:
+    """Return what the plain model computes under autograd."""
     built = drawn(model, seed)
-    part = batch.part(slice(None))
-    loss, auxiliary = built.losses(*part)
+    tokens, targets, segments = batch.part(slice(None))
+    loss, auxiliary = built.losses(tokens, targets, segments)
     (loss / batch.target_count + auxiliary / batch.tokens.numel()).backward()
     with torch.no_grad():
-        output, _ = built.hidden(part[0].flatten(), part[2])
+        output, _ = built.hidden(tokens.flatten(), segments)
     weights = {name: value.detach() for name, value in built.state_dict().items()}
-    named = dict(built.named_parameters())
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
-    return Reference(model, batch, seed, weights, float(loss.detach()), float(auxiliary.detach()), output, gradients)
+    gradients = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in built.named_parameters()
+    }
+    return Reference(model, batch, weights, float(loss.detach()), float(auxiliary.detach()), output, gradients)
 
 
 def _with_list(plain: Reference) -> Reference:
+    """Return the results with every tensor of the one-rank list, and how far that is from the plain model."""
     model, weights, (tokens, targets, segments) = plain.model, plain.weights, plain.batch.part(slice(None))
     plan = StepPlan(model, ParallelConfig(), single(), torch.float32, len(tokens))
     inputs = local_inputs(tokens, targets, plan.layout, segments, model)
@@ -138,56 +155,50 @@ def _with_list(plain: Reference) -> Reference:
     recorder = Recorder()
     plan.program().run(given, weights, sinks, observe=recorder)
     values = {without_micro(name): value for name, value in recorder.values.items()}
-    errors = [relative(values["final"], plain.output), abs(float(values["loss"]) - plain.loss) / abs(plain.loss)]
-    errors += gradient_errors({name: sink.value() for name, sink in sinks.items()}, plain.gradients).values()
-    values |= _derived(model, values, weights, targets)
-    return Reference(
-        model, plain.batch, plain.seed, weights, plain.loss, plain.auxiliary, plain.output, plain.gradients, values,
-        _parts(plan.ops, values), max(errors), _decided(model, values, weights, len(tokens)),
-    )  # fmt: skip
-
-
-def _derived(
-    model: ModelConfig, values: dict[str, Tensor], weights: dict[str, Tensor], targets: Tensor
-) -> dict[str, Tensor]:
-    """Tensors that one rank never makes: logits, and what is gathered of their softmax [T, 2]; losses by token [T]."""
+    errors = plain.gradient_errors({name: sink.value() for name, sink in sinks.items()})
+    list_error = max(relative(values["final"], plain.output), off(float(values["loss"]), plain.loss), *errors.values())
+    # Tensors that one rank never makes: logits, what is gathered of their softmax [T, 2], and losses by token [T].
     logits = values["final"] @ weights["embedding.weight" if model.tied_embeddings else "head.weight"].t()
     wanted = targets.flatten()
     chosen = logits.gather(1, wanted.clamp(min=0)[:, None]).squeeze(1) * (wanted >= 0)
-    normalizer = torch.stack((logits.logsumexp(-1), chosen), dim=-1)
-    return {
-        "head_logits": logits, "head_normalizer": normalizer,
-        "losses": (normalizer[:, 0] - normalizer[:, 1]) * (wanted >= 0),
+    total = logits.logsumexp(-1)
+    values |= {
+        "head_logits": logits, "head_normalizer": torch.stack((total, chosen), dim=-1),
+        "losses": (total - chosen) * (wanted >= 0),
     }  # fmt: skip
+    return replace(
+        plain, values=values, parts=_parts(plan.ops, values), list_error=list_error,
+        decided=_decided(model, values, weights, len(tokens)),
+    )  # fmt: skip
 
 
 def _parts(ops: list[Op], values: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    found: dict[tuple[str, str], Tensor] = {}
+    """Return (tensor, operator) -> what the operator adds to the tensor's gradient."""
+    parts: dict[tuple[str, str], Tensor] = {}
     for op in ops:
         for name in map(without_micro, op.writes):
             if is_grad(name) and not is_sum(op):
                 key = str(parse(name)._replace(term=0, gradient=False)), op.name
-                found[key] = found[key] + values[name] if key in found else values[name]
-    return found
+                parts[key] = parts[key] + values[name] if key in parts else values[name]
+    return parts
 
 
 def _decided(model: ModelConfig, values: dict[str, Tensor], weights: dict[str, Tensor], rows: int) -> bool:
-    """Whether choices and drops are the same with a little noise on all logits."""
+    """Return whether choices and drops are the same with a little noise on all logits."""
     generator = torch.Generator().manual_seed(0)
     for layer in moe_layers(model):
         logits = values[in_layer(layer, "ln2_out")] @ weights[in_layer(layer, "ffn.router.weight")].t()
         bias = weights.get(in_layer(layer, "ffn.router.bias"))
-        wanted = _routed(logits, bias, model, rows)
+        routed = _routed(logits, bias, model, rows)
         for _ in range(3):
             noise = torch.empty_like(logits).uniform_(-NOISE, NOISE, generator=generator)
-            found = _routed(logits + noise, bias, model, rows)
-            if not torch.equal(found, wanted):
+            if not torch.equal(_routed(logits + noise, bias, model, rows), routed):
                 return False
     return True
 
 
 def _routed(logits: Tensor, bias: Tensor | None, model: ModelConfig, rows: int) -> Tensor:
-    """Which tokens an expert works on, bool [T, E]."""
+    """Return which tokens an expert works on, bool [T, E]."""
     gate, choice, _ = route(logits, bias, model)
     taken = within_capacity(choice, gate, rows, model) if model.capacity_factor else torch.ones_like(choice).bool()
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, choice, taken)
@@ -195,27 +206,19 @@ def _routed(logits: Tensor, bias: Tensor | None, model: ModelConfig, rows: int) 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-FLOOR = 1e-3
-"""A gradient far below the others is measured against this share of their size: where it is zero but for rounding (the
-router of a top-1 model whose weights are normalised), its own size means nothing."""
-
 
 def relative(value: Tensor, wanted: Tensor, least: float = 1e-12) -> float:
-    """Norm of the difference over the norm of what is wanted (at least `least`); infinite where it is not a number."""
+    """Return the norm of the difference over that of what is wanted (at least `least`); infinite where it is NaN."""
     if value.shape != wanted.shape:
-        return float("inf")
-    error = float((value - wanted).norm()) / max(float(wanted.norm()), least)
-    return error if error == error else float("inf")
+        return math.inf
+    return or_infinite(float((value - wanted).norm()) / max(float(wanted.norm()), least))
 
 
-def gradient_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Relative error of every gradient."""
-    return {name: relative(found[name], value, floor) for (name, value), floor in zip(
-        wanted.items(), floors(wanted), strict=True)}  # fmt: skip
+def off(value: float, wanted: float) -> float:
+    """Return the relative error of a number; infinite where it is NaN."""
+    return or_infinite(abs(value - wanted) / max(abs(wanted), 1e-12))
 
 
-def floors(wanted: dict[str, Tensor]) -> list[float]:
-    """The norm each gradient counts with at least."""
-    elements = sum(value.numel() for value in wanted.values())
-    size = float(torch.stack([value.norm() for value in wanted.values()]).norm()) / elements**0.5
-    return [FLOOR * size * value.numel() ** 0.5 for value in wanted.values()]
+def or_infinite(error: float) -> float:
+    """Return the error, infinite where it is NaN: `max` would pass over it."""
+    return math.inf if math.isnan(error) else error

@@ -22,23 +22,20 @@ BALANCE, Z, INIT_STD = 0.5, 0.1, 0.2
 
 
 def alike(size: int, ranks: int, least: int) -> int:
-    """The smallest number from `least` on that has the same common divisors with `ranks` as `size`; at most `size`."""
-    if size <= least:
-        return size
+    """Return the smallest number from `least` on that divides with `ranks` as `size` does; `size` if that is less."""
     wanted = math.gcd(size, ranks)
-    return next(value for value in range(least, size + 1) if math.gcd(value, ranks) == wanted)
+    return next((value for value in range(least, size) if math.gcd(value, ranks) == wanted), size)
 
 
-def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
-    """The small model for `ranks` ranks; how many layers it has is up to the layout (`with_layers`)."""
-    c = model
+def scaled_down(c: ModelConfig, ranks: int) -> ModelConfig:
+    """Return the small model for `ranks` ranks; how many layers it has is up to the layout (`with_layers`)."""
     small = replace(
         c, preset="", hidden=alike(c.hidden, ranks, HIDDEN) if c.expert_bias else HIDDEN,
         vocab=alike(c.vocab, ranks, VOCAB),
         sequence_length=alike(c.sequence_length, 2 * ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
         ffn_hidden=alike(c.ffn_hidden, ranks, WIDTH), shared_experts=min(c.shared_experts, 2),
-        shared_ffn_hidden=_width(c.shared_ffn_hidden, ranks, WIDTH + ranks),
-        dense_ffn_hidden=_width(c.dense_ffn_hidden, ranks, WIDTH + ranks),
+        shared_ffn_hidden=alike(c.shared_ffn_hidden, ranks, WIDTH + ranks),
+        dense_ffn_hidden=alike(c.dense_ffn_hidden, ranks, WIDTH + ranks),
         balance_loss=BALANCE if c.balance_loss else 0.0, z_loss=Z if c.z_loss else 0.0,
         sliding_window=min(c.sliding_window, WINDOW),
     )  # fmt: skip
@@ -46,44 +43,33 @@ def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
 
 
 def with_layers(small: ModelConfig, model: ModelConfig, layers: int) -> ModelConfig:
-    """`layers` layers, or as many more as it takes to have one of each kind the user's model has."""
-    dense = sum(spec.dense for spec in model.layer_kinds)
-    kinds = len(model.layer_kinds)
+    """Return it with `layers` layers, or as many more as it takes to have one of each kind the user's model has."""
+    dense, kinds = sum(spec.dense for spec in model.layer_kinds), len(model.layer_kinds)
+    layers = max(layers, kinds)
     return replace(
-        small, layers=max(layers, kinds), dense_layers=dense if kinds > dense else max(layers, kinds),
+        small, layers=layers, dense_layers=dense if kinds > dense else layers,
         full_attention_every=min(model.full_attention_every, 2),  # neighbours differ: few layers are of every kind
     )  # fmt: skip
 
 
-def _width(size: int, ranks: int, least: int) -> int:
-    return alike(size, ranks, least) if size else 0
-
-
 def _heads(small: ModelConfig, c: ModelConfig, ranks: int) -> ModelConfig:
-    """As many key heads as the ranks can tell apart, and as many query heads for each as the model has."""
-    keys = math.gcd(c.kv_heads, ranks)
-    ratio = c.heads // c.kv_heads
+    """Give it as many key heads as the ranks can tell apart, and as many query heads for each as the model has."""
+    if c.attention == "mla":
+        keys, ratio, theirs, ours = math.gcd(c.heads, ranks), 1, c.qk_nope_head_dim, 8
+    else:
+        keys, ratio, theirs, ours = math.gcd(c.kv_heads, ranks), c.heads // c.kv_heads, c.query_dim, HEAD_DIM
     if keys * ratio > HEADS:
         ratio = alike(ratio, ranks, max(2, math.gcd(ratio, ranks)))
-    if c.attention == "mla":
-        keys, ratio = math.gcd(c.heads, ranks), 1
+    # Values are as wide as the queries' part they belong to where those of the model are.
+    values = (ours if c.v_head_dim == theirs else 6) if c.v_head_dim else 0
     return replace(
         small, heads=keys * ratio, kv_heads=keys, head_dim=HEAD_DIM, q_lora_rank=12 if c.q_lora_rank else 0,
-        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=_value_dim(c),
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=values,
     )  # fmt: skip
 
 
-def _value_dim(c: ModelConfig) -> int:
-    """Another width than that of the queries' part it belongs to, where the model has another."""
-    if not c.v_head_dim:
-        return 0
-    same = c.qk_nope_head_dim if c.attention == "mla" else c.query_dim
-    plain = 8 if c.attention == "mla" else HEAD_DIM
-    return plain if c.v_head_dim == same else 6
-
-
 def _experts(small: ModelConfig, c: ModelConfig, ranks: int) -> ModelConfig:
-    """At most 16 experts (or one per rank); groups and top-k still leave something to choose."""
+    """Give it at most 16 experts (or one per rank); groups and top-k still leave something to choose."""
     most = min(c.experts, max(EXPERTS, ranks))
     wanted = math.gcd(c.experts, ranks)
     experts = next(count for count in range(most, 0, -1) if math.gcd(count, ranks) == wanted)
