@@ -12,42 +12,43 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from megascale_moe.config import ConfigError, Field, fields, json_schema
 from megascale_moe.config.fields import plain
 from megascale_moe.config.load import toml_value
 from megascale_moe.train.config_file import choices
 
-"""What is known only here, above the configuration."""
 WIDTH = 100
 INDENT = "    "
 
 
 def main(key: str, *, as_json: bool, schema: bool) -> int:
-    """Print the keys that `key` names, all if it is empty; returns the exit status.
+    """Print the keys that `key` names, all if it is empty, and return the exit status.
 
     Raises:
         ConfigError: there is no such key.
     """
     if schema:
-        _print(json.dumps(json_schema(choices()), indent=2, allow_nan=False))
-        return 0
-    found = matching(key, fields(choices()))
-    if as_json:
-        _print(json.dumps({field.name: document(field) for field in found}, allow_nan=False))
-        return 0
-    width = min(shutil.get_terminal_size().columns, WIDTH)
-    _print("\n\n".join(paragraph(field, width) for field in found))
-    return 0
-
-
-def _print(text: str) -> None:
+        text = json.dumps(json_schema(choices()), indent=2, allow_nan=False)
+    elif as_json:
+        text = json.dumps(
+            {
+                field.name: {
+                    "type": field.kind, "default": field.default, "range": field.range, "meaning": field.meaning,
+                    "also": field.also, "choices": field.choices,
+                }
+                for field in matching(key, fields(choices()))
+            },
+            allow_nan=False,
+        )  # fmt: skip
+    else:
+        text = "\n\n".join(map(paragraph, matching(key, fields(choices()))))
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `| head` has seen enough; what is left must not be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def matching(key: str, known: Mapping[str, Field]) -> list[Field]:
@@ -57,36 +58,24 @@ def matching(key: str, known: Mapping[str, Field]) -> list[Field]:
         ConfigError: there are none.
     """
     exact = [field for field in known.values() if key in ("", field.section) or field.called(key)]
-    found = exact or [field for field in known.values() if any(plain(key) in plain(name) for name in _names(field))]
-    if not found:
-        near = difflib.get_close_matches(plain(key), [name for field in known.values() for name in _names(field)], n=1)
+    if exact:
+        return exact
+    names = [(plain(name), field) for field in known.values() for name in (field.name, field.key, *field.also)]
+    parts = {field.name: field for name, field in names if plain(key) in name}
+    if not parts:
+        near = difflib.get_close_matches(plain(key), [name for name, _ in names], n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see megascale config"
         raise ConfigError(f"config key {key!r} is unknown; {hint}")
-    return found
+    return list(parts.values())
 
 
-def document(field: Field) -> dict[str, Any]:
-    """Return what is known of a field, for --json."""
-    return {
-        "type": field.kind, "default": field.default, "range": field.range, "meaning": field.meaning,
-        "also": list(field.also), "choices": list(field.choices),
-    }  # fmt: skip
-
-
-def paragraph(field: Field, width: int) -> str:
+def paragraph(field: Field) -> str:
     """Return what is known of a field, for reading."""
     lines = [field.meaning, f"{field.kind}: {field.range}"]
     if field.also:
         lines.append(f"also known as {', '.join(field.also)}")
-    return "\n".join([f"{field.name} = {toml_value(field.default)}", *_wrapped(lines, width)])
-
-
-def _wrapped(lines: Iterable[str], width: int) -> list[str]:
     wrap = textwrap.TextWrapper(
-        width, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False, break_long_words=False
-    )
-    return [part for line in lines for part in wrap.wrap(line)]
-
-
-def _names(field: Field) -> tuple[str, ...]:
-    return (field.name, field.key, *field.also)
+        min(shutil.get_terminal_size().columns, WIDTH), initial_indent=INDENT, subsequent_indent=INDENT,
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+    return "\n".join([f"{field.name} = {toml_value(field.default)}", *map(wrap.fill, lines)])

@@ -221,7 +221,7 @@ def test_passes_have_a_form_without_storage(overlap: OverlapConfig) -> None:
     assert found.agreement.disagreement == ""
     dispatched = {name: sum(w["bytes"] for w in run.rank["wire"] if w["op"].startswith("dispatch"))
                   for name, run in (("plain", plain), ("cut", found))}  # fmt: skip
-    again = 1.5 if overlap.remat == "paper" else 1.0  # forward and backward, and once more for what is made again
+    again = 1.5 if overlap.remat == "paper" else 1.0  # forward and backward, and once more for what is recomputed
     assert dispatched["cut"] == again * dispatched["plain"]
 
 
@@ -264,7 +264,7 @@ def test_all_ranks_agree_on_every_message_of_the_paper_layout() -> None:
     """With two layers in a stage instead of four, which are alike."""
     config = load(CONFIG, ["train.global_batch=180", "model.layers=30"], PRESETS)
     mesh = mesh_of(config.parallel, config.model, 1440)
-    found = check_messages(config, mesh, 1, 15, torch.bfloat16)
+    found = check_messages(config, mesh)
     assert (found.ranks, found.disagreement) == (1440, "")
     assert found.messages > 1440 * 50
 
@@ -279,7 +279,7 @@ def test_a_rank_that_thinks_of_another_layout_is_found(monkeypatch: pytest.Monke
         return whole(replace(config, parallel=parallel), mesh, rank, *rest)
 
     monkeypatch.setattr(messages, "rank_messages", confused)
-    found = check_messages(config, mesh, 1, 2, torch.float32)
+    found = check_messages(config, mesh)
     assert "rank 4" in found.disagreement
     assert "rank 5" in found.disagreement
     assert "dispatch_all" in found.disagreement
@@ -295,7 +295,7 @@ def test_a_message_that_nobody_receives_is_found(monkeypatch: pytest.MonkeyPatch
         return replace(found, receives={}) if rank == 1 else found
 
     monkeypatch.setattr(messages, "rank_messages", forgetful)
-    assert "rank 0 to rank 1: message 0: sends" in check_messages(config, mesh, 1, 4, torch.float32).disagreement
+    assert "rank 0 to rank 1: message 0: sends" in check_messages(config, mesh).disagreement
 
 
 @pytest.mark.parametrize("name", ["qwen3-235b-a22b", "deepseek-v3", "paper-hunyuan-large", "olmoe-1b-7b"])
@@ -348,12 +348,12 @@ def test_table_names_what_matters(tmp_path: Path) -> None:
         assert text in found.stdout
 
 
-def test_table_shows_messages_that_are_made_again(tmp_path: Path) -> None:
+def test_table_shows_recomputed_messages(tmp_path: Path) -> None:
     """Tokens are gathered once more in backward: the table ended in a KeyError, with recomputed messages too."""
     for option in ("--parallel.attention=tp", "--overlap.remat=paper"):
         found = command(tmp_path, "--gpus=8", option)
         assert found.status == 0, found.stderr
-        assert "made again" in found.stdout
+        assert "recomputed" in found.stdout
 
 
 @pytest.mark.parametrize(

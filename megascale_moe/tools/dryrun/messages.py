@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-import torch
-
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config
-from megascale_moe.engine.op import Op, Stream
-from megascale_moe.pipeline.program import StepPlan
+from megascale_moe.engine.op import Stream
 from megascale_moe.pipeline.step import incoming, outgoing
 from megascale_moe.planner.lists import optimizer_of, plan_of
 
@@ -41,14 +38,6 @@ class RankMessages:
     sends: dict[Link, Messages]
     receives: dict[Link, Messages]
 
-    def shared(self, once: dict[object, Any]) -> RankMessages:
-        """The same with every sequence that `once` knows replaced by the one there."""
-
-        def keep(sequences: dict[Any, Any]) -> dict[Any, Any]:
-            return {key: once.setdefault(sequence, sequence) for key, sequence in sequences.items()}
-
-        return RankMessages(keep(self.collectives), keep(self.sends), keep(self.receives))
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -56,84 +45,74 @@ class Agreement:
 
     ranks: int
     messages: int
-    disagreement: str = ""
+    disagreement: str
 
 
-def check_messages(
-    config: Config, mesh: Mesh, rows: int, micros: int, dtype: torch.dtype,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Agreement:
+def check_messages(config: Config, mesh: Mesh, progress: Callable[[int], None] = lambda done: None) -> Agreement:
     """Build and compare the messages of all ranks of a mesh.
 
     Args:
         progress: called with the number of ranks done.
     """
-    found: list[RankMessages] = []
-    once: dict[object, Any] = {}  # thousands of ranks have equal lists: each is kept once
+    job: list[RankMessages] = []
+    known: dict[object, Any] = {}
     for rank in range(mesh.world):
-        found.append(rank_messages(config, mesh, rank, rows, micros, dtype).shared(once))
+        job.append(rank_messages(config, mesh, rank, known))
         progress(rank + 1)
-    count = sum(
-        sum(map(len, messages.collectives.values())) + sum(map(len, messages.sends.values())) for messages in found
-    )
-    disagreement = next(_disagreements(found, mesh), "")
-    return Agreement(mesh.world, count, disagreement)
+    count = sum(len(sequence) for rank in job for kind in (rank.collectives, rank.sends) for sequence in kind.values())
+    return Agreement(mesh.world, count, next(_disagreements(job, mesh), ""))
 
 
-def rank_messages(config: Config, mesh: Mesh, rank: int, rows: int, micros: int, dtype: torch.dtype) -> RankMessages:
-    """The messages of one rank."""
-    plan = replace(plan_of(config, mesh, rank), rows=rows, micros=micros, dtype=dtype)
-    collectives: dict[str, list[Collective]] = defaultdict(list)
-    for stage in plan.stages.values():
-        _collect(collectives, [*stage.forward, *stage.backward])
+def rank_messages(config: Config, mesh: Mesh, rank: int, known: dict[object, Any]) -> RankMessages:
+    """Return the messages of one rank.
+
+    Args:
+        known: sequences of other ranks, added to: thousands of ranks have equal ones, each of which is held once.
+    """
+    plan = plan_of(config, mesh, rank)
     optimizer = optimizer_of(plan, config.train)
-    _collect(collectives, optimizer.hidden([]) if config.overlap.hides_synchronisation else optimizer.ops)
-    return RankMessages(_tuples(collectives), *_transfers(plan, mesh.ranks("pp", rank)))
-
-
-def _collect(found: dict[str, list[Collective]], ops: list[Op]) -> None:
-    for op in ops:
+    collectives: dict[str, list[Collective]] = defaultdict(list)
+    for op in (
+        *(op for stage in plan.stages.values() for op in (*stage.forward, *stage.backward)),
+        *(optimizer.hidden([]) if config.overlap.hides_synchronisation else optimizer.ops),
+    ):
         if op.stream != Stream.COMPUTE:
-            found[op.cost.axis].append((op.name, op.phase, op.cost.wire_bytes))
-
-
-def _transfers(plan: StepPlan, ranks: tuple[int, ...]) -> tuple[dict[Link, Messages], dict[Link, Messages]]:
+            collectives[op.cost.axis].append((op.name, op.phase, op.cost.wire_bytes))
     sends: dict[Link, list[tuple[int, int]]] = defaultdict(list)
     receives: dict[Link, list[tuple[int, int]]] = defaultdict(list)
-    last, pp, size = len(plan.parts) - 1, len(ranks), plan.message.nbytes
+    ranks, last = mesh.ranks("pp", rank), len(plan.parts) - 1
     for action in plan.schedule[plan.axes["pp"].index]:
-        for transfer, into in ((incoming(action, last, pp), receives), (outgoing(action, last, pp), sends)):
+        for transfer, messages in (
+            (incoming(action, last, mesh.pp), receives), (outgoing(action, last, mesh.pp), sends),
+        ):  # fmt: skip
             if transfer is not None:
-                link = (ranks[transfer.sender], ranks[transfer.receiver], transfer.backward)
-                into[link].append((transfer.tag, size))
-    return _tuples(sends), _tuples(receives)
+                link = ranks[transfer.sender], ranks[transfer.receiver], transfer.backward
+                messages[link].append((transfer.tag, plan.message.nbytes))
+
+    def once(lists: Mapping[Any, list[Any]]) -> dict[Any, Any]:
+        sequences = {key: tuple(values) for key, values in lists.items()}
+        return {key: known.setdefault(sequence, sequence) for key, sequence in sequences.items()}
+
+    return RankMessages(once(collectives), once(sends), once(receives))
 
 
-def _tuples(lists: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:
-    return {key: tuple(values) for key, values in lists.items()}
-
-
-def _disagreements(found: list[RankMessages], mesh: Mesh) -> Iterator[str]:
-    axes = sorted({axis for messages in found for axis in messages.collectives} - {"", "pp"})
+def _disagreements(job: Sequence[RankMessages], mesh: Mesh) -> Iterator[str]:
+    axes = sorted({axis for messages in job for axis in messages.collectives} - {"", "pp"})
     for axis in axes:
-        for group in mesh.groups(axis):
-            yield from _group_disagreements(axis, group, found)
-    for rank, messages in enumerate(found):
+        for leader, *others in mesh.groups(axis):
+            first = job[leader].collectives.get(axis, ())
+            for rank in others:
+                other = job[rank].collectives.get(axis, ())
+                if first != other:
+                    yield _mismatch(f"axis {axis}", f"rank {leader} has", first, f"rank {rank}", other)
+    for rank, messages in enumerate(job):
         for link, sent in messages.sends.items():
-            expected = found[link[1]].receives.get(link, ())
+            expected = job[link[1]].receives.get(link, ())
             if sent != expected:
                 yield _mismatch(f"rank {link[0]} to rank {link[1]}", "sends", sent, "expects", expected)
         for link in messages.receives:
-            if link not in found[link[0]].sends:
+            if link not in job[link[0]].sends:
                 yield f"rank {rank} waits for rank {link[0]}, which sends it nothing"
-
-
-def _group_disagreements(axis: str, group: tuple[int, ...], found: list[RankMessages]) -> Iterator[str]:
-    first = found[group[0]].collectives.get(axis, ())
-    for rank in group[1:]:
-        other = found[rank].collectives.get(axis, ())
-        if first != other:
-            yield _mismatch(f"axis {axis}", f"rank {group[0]} has", first, f"rank {rank}", other)
 
 
 def _mismatch(where: str, one: str, first: Sequence[object], two: str, second: Sequence[object]) -> str:

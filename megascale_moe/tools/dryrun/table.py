@@ -8,16 +8,15 @@ from rich.table import Table
 from megascale_moe.tools.dryrun.step import DryRun
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
-PHASES = {"F": "forward", "B": "backward", "R": "made again", "W": "synchronisation"}
-
-
+PHASES = {"F": "forward", "B": "backward", "R": "recomputed", "W": "synchronisation"}
+NOTES = {"activations": "kept between operators", "buffers": "messages and intermediate results at the peak"}
 WIDTH = 110  # columns that the longest operator's name needs
 
 
-def show(run: DryRun, console: Console | None = None) -> None:
+def show(run: DryRun) -> None:
     """Print everything."""
-    console = console or Console(highlight=False, soft_wrap=True)
-    mesh = run.mesh
+    console = Console(highlight=False, soft_wrap=True)
+    mesh, rank, agreement = run.mesh, run.rank, run.agreement
     console.print(
         f"{many(run.parameters_total)} parameters, {many(run.parameters_active)} active, "
         f"{run.flops_per_token / 1e9:,.4g} GFLOP per token, {many(run.tokens_per_step)} tokens per step"
@@ -26,25 +25,23 @@ def show(run: DryRun, console: Console | None = None) -> None:
         f"{run.ranks:,} ranks = pp {mesh['pp']} x dp {mesh['dp']} x node {mesh['node']}; experts over "
         f"ep {mesh['ep']} x etp {mesh['etp']}; {run.micro_batches} micro-batches; pipeline bubble {run.bubble:.1%}"
     )
-    rank = run.rank
-    console.print(f"rank {rank['index']}: {_stages(rank)}; {rank['flops'] / 1e12:,.1f} TFLOP per step\n")
-    console.print(_memory(run))
+    stages, layers = rank["stages"], rank["layers"]
+    held = f"pipeline stages {', '.join(map(str, stages))}, {len(layers)} layers"
+    if len(stages) == 1:
+        held = f"pipeline stage {stages[0]}, layers {layers[0]} to {layers[-1]}"
+    console.print(f"rank {rank['index']}: {held}; {rank['flops'] / 1e12:,.1f} TFLOP per step\n")
+    memory = _table("memory of the rank", "", "", numbers=slice(1, 2))
+    for name, count in rank["memory"].items():
+        memory.add_row(name, size(count), NOTES.get(name, ""), style="bold" if name == "peak" else "")
+    console.print(memory)
     console.print(_wire(run), width=max(console.width, WIDTH))
-    if run.agreement is not None:
-        what = run.agreement.disagreement or "agree on every message"
-        console.print(f"all {run.agreement.ranks:,} ranks ({run.agreement.messages:,} messages compared): {what}")
-
-
-def _stages(rank: dict[str, list[int]]) -> str:
-    numbers = rank["stages"]
-    layers = f"layers {rank['layers'][0]} to {rank['layers'][-1]}"
-    if len(numbers) == 1:
-        return f"pipeline stage {numbers[0]}, {layers}"
-    return f"pipeline stages {', '.join(map(str, numbers))}, {len(rank['layers'])} layers"
+    if agreement is not None:
+        outcome = agreement.disagreement or "agree on every message"
+        console.print(f"all {agreement.ranks:,} ranks ({agreement.messages:,} messages compared): {outcome}")
 
 
 def many(count: float) -> str:
-    """A count with its unit: thousands, million, billion."""
+    """Return a count with its unit: thousands, million, billion."""
     for scale, unit in ((1e9, " billion"), (1e6, " million")):
         if count >= scale:
             return f"{count / scale:,.1f}{unit}"
@@ -52,7 +49,7 @@ def many(count: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that leaves one to three digits before the point; powers of 1,000."""
+    """Return bytes in the unit that leaves one to three digits before the point; powers of 1,000."""
     for unit in UNITS:
         if abs(count) < 1000 or unit == UNITS[-1]:
             break
@@ -60,30 +57,20 @@ def size(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
 
 
-def _memory(run: DryRun) -> Table:
-    table = Table("memory of the rank", "", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.columns[1].justify = "right"
-    notes = {"activations": "kept between operators", "buffers": "messages and intermediate results at the peak"}
-    table.add_column("")
-    for name, count in run.rank["memory"].items():
-        style = "bold" if name == "peak" else ""
-        table.add_row(name, size(count), notes.get(name, ""), style=style)
+def _table(*headers: str, numbers: slice) -> Table:
+    table = Table(*headers, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[numbers]:
+        column.justify = "right"
     return table
 
 
 def _wire(run: DryRun) -> Table:
-    table = Table("\nsent by the rank in a step", "\naxis", "", "\nmessages", "\nbytes", box=None, pad_edge=False,
-                  header_style="bold")  # fmt: skip
-    for column in table.columns[3:]:
-        column.justify = "right"
+    table = _table("\nsent by the rank in a step", "\naxis", "", "\nmessages", "\nbytes", numbers=slice(3, None))
     totals: dict[str, int] = {}
     for wire in run.rank["wire"]:
-        table.add_row(wire["op"], wire["axis"], PHASES[_what(wire)], f"{wire['count']:,}", size(wire["bytes"]))
+        phase = "W" if wire["op"].startswith(("gradients.", "parameters.")) else wire["phase"]
+        table.add_row(wire["op"], wire["axis"], PHASES[phase], f"{wire['count']:,}", size(wire["bytes"]))
         totals[wire["axis"]] = totals.get(wire["axis"], 0) + wire["bytes"]
     for axis, count in totals.items():
         table.add_row("total", axis, "", "", size(count), style="bold")
     return table
-
-
-def _what(wire: dict[str, str]) -> str:
-    return "W" if wire["op"].startswith(("gradients.", "parameters.")) else wire["phase"]

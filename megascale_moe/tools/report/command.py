@@ -27,9 +27,9 @@ from megascale_moe.pipeline.storageless import (
     step_inputs_without_storage,
 )
 from megascale_moe.strategies.fit import mesh_of
+from megascale_moe.tools.dryrun.step import trainer_without_storage
 from megascale_moe.tools.report.page import assemble, page
 from megascale_moe.tools.report.run import read_run
-from megascale_moe.tools.storageless import trainer_without_storage
 from megascale_moe.train import metrics
 from megascale_moe.train.config_file import read_config
 from megascale_moe.train.job import local_rank_count
