@@ -32,11 +32,6 @@ from megascale_moe.config import ConfigError, require
 BLOCK = 1 << 22
 
 
-def data_file(rank: int) -> str:
-    """Return the name of a rank's file."""
-    return f"rank-{rank:05d}.safetensors"
-
-
 class Checksums:
     """CRC-32 of every block of BLOCK bytes (the last may be shorter) of what `add` is given."""
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from megascale_moe.checkpoint.files import data_file, write_pieces
+from megascale_moe.checkpoint.files import write_pieces
 from megascale_moe.checkpoint.manifest import MANIFEST, Manifest, TensorPiece
 from megascale_moe.checkpoint.steps import clear, prune, publish, step_folder
 from megascale_moe.config import ConfigError
@@ -55,7 +55,7 @@ def save(
     then as before.
     """
     partial, target, failed = (step_folder(folder, step, suffix) for suffix in (".partial", "", ".failed"))
-    data, note = partial / data_file(rank), _note(partial, rank, "json")
+    data, note = _file(partial, rank, "safetensors"), _file(partial, rank, "json")
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _attempt(action: Callable[[], object]) -> Exception | None:
 
 def _finish(partial: Path, target: Path, whole: Manifest) -> None:
     """Merge what the ranks noted into the manifest and publish."""
-    notes = [_note(partial, rank, "json") for rank in range(whole.world)]
+    notes = [_file(partial, rank, "json") for rank in range(whole.world)]
     for rank, note in enumerate(notes):
         try:
             whole.merge(Manifest.read(note))
@@ -132,18 +132,18 @@ def _fail(partial: Path, failed: Path, error: Exception) -> None:
     _leave_word(failed, 0, error)
 
 
-def _note(folder: Path, rank: int, kind: str) -> Path:
-    return folder / f"rank-{rank:05d}.{kind}"
+def _file(folder: Path, rank: int, suffix: str) -> Path:
+    return folder / f"rank-{rank:05d}.{suffix}"
 
 
 def _leave_word(folder: Path, rank: int, error: Exception) -> None:
-    _attempt(lambda: _note(folder, rank, "error").write_text(_describe(error)))
+    _attempt(lambda: _file(folder, rank, "error").write_text(_describe(error)))
 
 
 def _reason(folder: Path, rank: int) -> str:
     """Return why a rank failed."""
     try:
-        return _note(folder, rank, "error").read_text()
+        return _file(folder, rank, "error").read_text()
     except OSError:
         return "left no word; do all ranks see the same folder?"
 

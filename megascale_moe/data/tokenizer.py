@@ -117,23 +117,17 @@ def _ordinary(backend: tokenizers.Tokenizer, eos: int) -> Tokenizer:
 
 
 def _find_eos(backend: tokenizers.Tokenizer, file: Path) -> int:
-    for token in (_configured_end_token(file.with_name("tokenizer_config.json")), *_END_TOKENS):
-        eos = backend.token_to_id(token) if token else None
+    settings = file.with_name("tokenizer_config.json")
+    try:
+        token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{settings}: cannot be read as a JSON object ({error})") from error
+    name = token.get("content") if isinstance(token, dict) else token  # an object holds it with its settings
+    for end in (*([name] if isinstance(name, str) else []), *_END_TOKENS):
+        eos = backend.token_to_id(end)
         if eos is not None:
             return eos
     raise ConfigError(
         f"{file}: no end-of-document token; name one as eos_token in a tokenizer_config.json beside it, "
         f"or add one of {', '.join(_END_TOKENS)}"
     )
-
-
-def _configured_end_token(file: Path) -> str | None:
-    """Read `eos_token`, which is written as a string or as an object with its settings."""
-    try:
-        token = json.loads(file.read_text()).get("eos_token")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: cannot be read as a JSON object ({error})") from error
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None

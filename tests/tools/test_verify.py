@@ -373,7 +373,7 @@ def test_own_layout_that_does_not_fit_is_said(verify: Callable[..., Verdict]) ->
 
 @pytest.mark.bulky
 def test_covering_has_every_combination_and_every_meeting() -> None:
-    every = distinct(list(possible(INTERNAL, 8)))
+    every = distinct(list(possible(Config(model=INTERNAL), 8)))
     chosen = covering(every)
     assert {(case.mesh, case.strategy) for case in chosen} == {(case.mesh, case.strategy) for case in every}
     for choices in (
@@ -431,7 +431,7 @@ def test_alike_keeps_common_divisors() -> None:
 
 def test_interleaved_gets_as_many_layers_as_it_has_stages() -> None:
     parallel = replace(Config().parallel, pp=4, schedule="interleaved", virtual_stages=2)
-    case = case_of(parallel, MIXTRAL, 4)
+    case = case_of(parallel, Config(model=MIXTRAL), 4)
     assert case.model.layers == 8
     assert case.micros % 4 == 0
 

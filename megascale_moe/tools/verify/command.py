@@ -23,7 +23,7 @@ from megascale_moe.comm.local_ranks import fork_ranks
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError
 from megascale_moe.tools.verify.explain import first_difference
-from megascale_moe.tools.verify.layouts import ROWS_PER_RANK, all_cases, as_configured, own_case
+from megascale_moe.tools.verify.layouts import ROWS_PER_RANK, all_cases, own_case
 from megascale_moe.tools.verify.rank import RankOfLayout
 from megascale_moe.tools.verify.reference import reference
 from megascale_moe.tools.verify.report import LayoutResult, Verification, show
@@ -82,7 +82,6 @@ def _work(config: Config, ranks: int, only: bool) -> Verification:
             raise ConfigError(f"--only: the config's own layout does not fit {ranks} ranks: {error}") from error
     else:
         cases, note = all_cases(config, ranks)
-    cases = [as_configured(case, config) for case in cases]
     models = dict.fromkeys(case.model for case in cases)
     references = {model: reference(model, ROWS_PER_RANK * ranks, config.train.seed) for model in models}
     return Verification(config, ranks, cases, references, note)

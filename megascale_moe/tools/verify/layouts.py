@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -55,8 +55,8 @@ class Case:
     model: ModelConfig
     rows: int
     micros: int
-    overlap: OverlapConfig = field(default_factory=OverlapConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    overlap: OverlapConfig
+    train: TrainConfig
 
     @property
     def strategy(self) -> tuple[str, str, str]:
@@ -88,29 +88,16 @@ class Case:
         return slices.take(torch.arange(rows.start * length, rows.stop * length), rank % self.mesh.node)
 
 
-def as_configured(case: Case, config: Config) -> Case:
-    """Return the case with a config's optimizer and passes; those that follow from measured times do their most."""
-    overlap = config.overlap
-    split = str(max(case.mesh.node, case.mesh.ffn)) if overlap.split == "auto" else overlap.split
-    remat = "full" if overlap.remat == "budget" else overlap.remat
-    together = 1 if case.parallel.schedule == "zero_bubble" else overlap.micro_batches
-    passes = OverlapConfig(order=overlap.order, split=split, remat=remat, micro_batches=together)
-    return replace(case, overlap=passes, train=config.train)
-
-
-_scaled_down = lru_cache(maxsize=16)(scaled_down)
-
-
-def case_of(parallel: ParallelConfig, model: ModelConfig, ranks: int) -> Case:
-    """Return the case of a layout with all sizes worked out.
+def case_of(parallel: ParallelConfig, config: Config, ranks: int) -> Case:
+    """Return the case of a layout with all sizes worked out, and a config's model, optimizer and passes.
 
     Raises:
         ConfigError: it does not fit the ranks or the model.
     """
-    small = _scaled_down(model, ranks)
+    small = scaled_down(config.model, ranks)
     mesh = mesh_of(parallel, small, ranks)
     stages = mesh.pp * parallel.virtual_stages
-    small = with_layers(small, model, 3 if stages == 2 else max(stages, 2))  # three, so that two stages differ
+    small = with_layers(small, config.model, 3 if stages == 2 else max(stages, 2))  # three, so that two stages differ
     stage_parts(parallel, small)
     micros = max(2, mesh.pp)
     schedule(parallel.schedule, mesh.pp, micros, parallel.virtual_stages)
@@ -118,7 +105,14 @@ def case_of(parallel: ParallelConfig, model: ModelConfig, ranks: int) -> Case:
     if mesh.ep == 1:  # no experts elsewhere: one form only, or nothing to dispatch
         only = ALL_GATHER.name if mesh.etp > 1 else registry.AUTO
         exact = replace(exact, dispatch=only)  # type: ignore[arg-type]
-    return Case(exact, mesh, small, ROWS_PER_RANK * ranks // mesh.dp // micros, micros)
+    asked = config.overlap  # what follows from measured times does the most that it could
+    overlap = OverlapConfig(
+        order=asked.order,
+        split=str(max(mesh.node, mesh.ffn)) if asked.split == "auto" else asked.split,
+        remat="full" if asked.remat == "budget" else asked.remat,
+        micro_batches=1 if parallel.schedule == "zero_bubble" else asked.micro_batches,
+    )
+    return Case(exact, mesh, small, ROWS_PER_RANK * ranks // mesh.dp // micros, micros, overlap, config.train)
 
 
 def own_case(config: Config, ranks: int) -> Case:
@@ -131,10 +125,10 @@ def own_case(config: Config, ranks: int) -> Case:
     mesh = mesh_of(parallel, config.model, ranks)
     layout = Layout.of(parallel, 1, config.model.sequence_length, axes_of(mesh, 0), torch.float32)
     dispatch = registry.dispatch_of(layout, config.model).name
-    return case_of(replace(parallel, dispatch=dispatch), config.model, ranks)  # type: ignore[arg-type]
+    return case_of(replace(parallel, dispatch=dispatch), config, ranks)  # type: ignore[arg-type]
 
 
-def possible(model: ModelConfig, ranks: int) -> Iterator[Case]:
+def possible(config: Config, ranks: int) -> Iterator[Case]:
     """Yield every layout that fits, the same list more than once among them."""
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
     kinds = (registry.ATTENTION, registry.FFN, registry.DISPATCH, registry.VOCABULARY)
@@ -150,7 +144,7 @@ def possible(model: ModelConfig, ranks: int) -> Iterator[Case]:
                     dispatch=dispatch, vocabulary=vocabulary, schedule=name, virtual_stages=virtual,  # type: ignore[arg-type]
                 )  # fmt: skip
                 parallel.check(choices)
-                yield case_of(parallel, model, ranks)
+                yield case_of(parallel, config, ranks)
             except ConfigError:
                 continue
 
@@ -223,5 +217,5 @@ def all_cases(config: Config, ranks: int) -> tuple[list[Case], str]:
         own = own_case(config, ranks)
     except ConfigError as error:
         reason = str(error)
-    cases = distinct([*([own] if own else []), *possible(config.model, ranks)])
+    cases = distinct([*([own] if own else []), *possible(config, ranks)])
     return covering(cases, own), reason

@@ -42,13 +42,13 @@ class LayoutResult:
 
     def document(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        e = self.errors
+        errors = self.errors
         return {
-            "layout": self.case.words, "own": self.own, "passed": e.passed, "output_error": e.output,
-            "loss_error": e.loss, "max_grad_error": e.gradients[self.worst],
+            "layout": self.case.words, "own": self.own, "passed": errors.passed, "output_error": errors.output,
+            "loss_error": errors.loss, "max_grad_error": errors.gradients[self.worst],
             "worst_parameter": self.worst, "worst_group": parameter_group(self.worst),
-            "gradient_errors": largest((parameter_group(name), error) for name, error in e.gradients.items()),
-            "reduced_gradient_errors": e.shards, "grad_norm_error": e.norm, "update_errors": e.update,
+            "gradient_errors": largest((parameter_group(name), error) for name, error in errors.gradients.items()),
+            "reduced_gradient_errors": errors.shards, "grad_norm_error": errors.norm, "update_errors": errors.update,
             "layers": self.case.model.layers, "micro_batches": self.case.micros, "micro_batch": self.case.rows,
             "first_difference": _difference(self.difference), "seconds": self.seconds,
         }  # fmt: skip
@@ -57,12 +57,12 @@ class LayoutResult:
         """Return what is wrong, in a line."""
         if self.difference:
             return self.difference.text
-        e = self.errors
+        errors = self.errors
         sizes = {
-            "output": e.output, "loss": e.loss, f"gradient of {self.worst}": e.gradients[self.worst],
-            "gradient norm": e.norm,
-            **{f"reduced gradients of group {name}": error for name, error in e.shards.items()},
-            **{f"updated weights of group {name}": error for name, error in e.update.items()},
+            "output": errors.output, "loss": errors.loss, f"gradient of {self.worst}": errors.gradients[self.worst],
+            "gradient norm": errors.norm,
+            **{f"reduced gradients of group {name}": error for name, error in errors.shards.items()},
+            **{f"updated weights of group {name}": error for name, error in errors.update.items()},
         }  # fmt: skip
         worst = max(sizes, key=sizes.__getitem__)
         return f"{worst} by {sizes[worst]:.1e}, but run again, every operator's result is right"
@@ -138,39 +138,43 @@ def _table(results: list[LayoutResult]) -> Table:
     for column in (*keys, "output", "loss", "gradient", "worst parameter", "optimizer", "verdict"):
         table.add_column(column, overflow="fold")
     for result in results:
-        e, words = result.errors, result.case.words
-        verdict = Text("ok", style="green") if e.passed else Text("differs", style="bold red")
+        errors, words = result.errors, result.case.words
+        verdict = Text("ok", style="green") if errors.passed else Text("differs", style="bold red")
         if result.own:
             verdict.append(" (yours)", style="")
-        output, loss, gradient, sync = (f"{x:.1e}" for x in (e.output, e.loss, e.gradients[result.worst], e.sync))
+        output, loss, gradient, sync = (
+            f"{x:.1e}" for x in (errors.output, errors.loss, errors.gradients[result.worst], errors.sync)
+        )
         table.add_row(*(str(words[key]) for key in keys), output, loss, gradient, result.worst, sync, verdict)
     return table
 
 
-def _summary(verification: Verification) -> list[str]:
-    v, model, o = verification, verification.cases[0].model, verification.config.overlap
+def _summary(work: Verification) -> list[str]:
+    model, overlap = work.cases[0].model, work.config.overlap
     lines = [
-        f"verified with {v.ranks} ranks and the model scaled down to hidden {model.hidden}, {model.heads} heads, "
+        f"verified with {work.ranks} ranks and the model scaled down to hidden {model.hidden}, {model.heads} heads, "
         f"{model.kv_heads} key heads, {model.experts} experts, top {model.top_k}, {model.sequence_length} tokens, FP32"
     ]
-    if (o.order, o.split, o.remat) != ("serial", "none", "none"):
-        pairs = ", two micro-batches at once" if o.in_pairs else ""
-        lines.append(f"every layout with order {o.order!r}, split {o.split!r} and remat {o.remat!r}{pairs}")
-    if v.config.wire != WireConfig():
+    if (overlap.order, overlap.split, overlap.remat) != ("serial", "none", "none"):
+        pairs = ", two micro-batches at once" if overlap.in_pairs else ""
+        lines.append(
+            f"every layout with order {overlap.order!r}, split {overlap.split!r} and remat {overlap.remat!r}{pairs}"
+        )
+    if work.config.wire != WireConfig():
         lines.append("wire formats are left out: what they round, docs/numerics.md measures")
-    if v.note:
-        lines.append(f"the config's own layout is not among them: {v.note}")
-    if not all(reference.decided for reference in v.references.values()):
+    if work.note:
+        lines.append(f"the config's own layout is not among them: {work.note}")
+    if not all(reference.decided for reference in work.references.values()):
         lines.append("some routing lies within rounding, so a difference may mean nothing: try another train.seed")
-    if v.list_error > TOLERANCE:
-        lines.append(f"the list of one rank differs from the plain model by {v.list_error:.1e}")
-    lines += [f"differs: {result.case.text}: {result.why()}" for result in v.failed]
-    if v.error:
-        lines.append(f"stopped: {v.error}")
-    verdict, good = "all right" if v.passed else "NOT right", len(v.results) - len(v.failed)
+    if work.list_error > TOLERANCE:
+        lines.append(f"the list of one rank differs from the plain model by {work.list_error:.1e}")
+    lines += [f"differs: {result.case.text}: {result.why()}" for result in work.failed]
+    if work.error:
+        lines.append(f"stopped: {work.error}")
+    verdict, good = "all right" if work.passed else "NOT right", len(work.results) - len(work.failed)
     lines.append(
-        f"{verdict}: {good} of {len(v.cases)} layouts within {TOLERANCE:.0e}, largest error {v.worst:.1e}, "
-        f"{v.seconds:.0f} s"
+        f"{verdict}: {good} of {len(work.cases)} layouts within {TOLERANCE:.0e}, largest error {work.worst:.1e}, "
+        f"{work.seconds:.0f} s"
     )
     return lines
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 from megascale_moe.config import ModelConfig
 
@@ -27,19 +28,20 @@ def alike(size: int, ranks: int, least: int) -> int:
     return next((value for value in range(least, size) if math.gcd(value, ranks) == wanted), size)
 
 
-def scaled_down(c: ModelConfig, ranks: int) -> ModelConfig:
+@lru_cache(maxsize=16)
+def scaled_down(model: ModelConfig, ranks: int) -> ModelConfig:
     """Return the small model for `ranks` ranks; how many layers it has is up to the layout (`with_layers`)."""
     small = replace(
-        c, preset="", hidden=alike(c.hidden, ranks, HIDDEN) if c.expert_bias else HIDDEN,
-        vocab=alike(c.vocab, ranks, VOCAB),
-        sequence_length=alike(c.sequence_length, 2 * ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
-        ffn_hidden=alike(c.ffn_hidden, ranks, WIDTH), shared_experts=min(c.shared_experts, 2),
-        shared_ffn_hidden=alike(c.shared_ffn_hidden, ranks, WIDTH + ranks),
-        dense_ffn_hidden=alike(c.dense_ffn_hidden, ranks, WIDTH + ranks),
-        balance_loss=BALANCE if c.balance_loss else 0.0, z_loss=Z if c.z_loss else 0.0,
-        sliding_window=min(c.sliding_window, WINDOW),
+        model, preset="", hidden=alike(model.hidden, ranks, HIDDEN) if model.expert_bias else HIDDEN,
+        vocab=alike(model.vocab, ranks, VOCAB),
+        sequence_length=alike(model.sequence_length, 2 * ranks, max(LENGTH, 2 * ranks)), init_std=INIT_STD,
+        ffn_hidden=alike(model.ffn_hidden, ranks, WIDTH), shared_experts=min(model.shared_experts, 2),
+        shared_ffn_hidden=alike(model.shared_ffn_hidden, ranks, WIDTH + ranks),
+        dense_ffn_hidden=alike(model.dense_ffn_hidden, ranks, WIDTH + ranks),
+        balance_loss=BALANCE if model.balance_loss else 0.0, z_loss=Z if model.z_loss else 0.0,
+        sliding_window=min(model.sliding_window, WINDOW),
     )  # fmt: skip
-    return with_layers(_experts(_heads(small, c, ranks), c, ranks), c, 2)
+    return with_layers(_experts(_heads(small, model, ranks), model, ranks), model, 2)
 
 
 def with_layers(small: ModelConfig, model: ModelConfig, layers: int) -> ModelConfig:
@@ -52,35 +54,40 @@ def with_layers(small: ModelConfig, model: ModelConfig, layers: int) -> ModelCon
     )  # fmt: skip
 
 
-def _heads(small: ModelConfig, c: ModelConfig, ranks: int) -> ModelConfig:
+def _heads(small: ModelConfig, model: ModelConfig, ranks: int) -> ModelConfig:
     """Give it as many key heads as the ranks can tell apart, and as many query heads for each as the model has."""
-    if c.attention == "mla":
-        keys, ratio, theirs, ours = math.gcd(c.heads, ranks), 1, c.qk_nope_head_dim, 8
+    if model.attention == "mla":
+        keys, ratio, theirs, ours = math.gcd(model.heads, ranks), 1, model.qk_nope_head_dim, 8
     else:
-        keys, ratio, theirs, ours = math.gcd(c.kv_heads, ranks), c.heads // c.kv_heads, c.query_dim, HEAD_DIM
+        keys, ratio, theirs, ours = (
+            math.gcd(model.kv_heads, ranks),
+            model.heads // model.kv_heads,
+            model.query_dim,
+            HEAD_DIM,
+        )
     if keys * ratio > HEADS:
         ratio = alike(ratio, ranks, max(2, math.gcd(ratio, ranks)))
     # Values are as wide as the queries' part they belong to where those of the model are.
-    values = (ours if c.v_head_dim == theirs else 6) if c.v_head_dim else 0
+    values = (ours if model.v_head_dim == theirs else 6) if model.v_head_dim else 0
     return replace(
-        small, heads=keys * ratio, kv_heads=keys, head_dim=HEAD_DIM, q_lora_rank=12 if c.q_lora_rank else 0,
+        small, heads=keys * ratio, kv_heads=keys, head_dim=HEAD_DIM, q_lora_rank=12 if model.q_lora_rank else 0,
         kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=values,
     )  # fmt: skip
 
 
-def _experts(small: ModelConfig, c: ModelConfig, ranks: int) -> ModelConfig:
+def _experts(small: ModelConfig, model: ModelConfig, ranks: int) -> ModelConfig:
     """Give it at most 16 experts (or one per rank); groups and top-k still leave something to choose."""
-    most = min(c.experts, max(EXPERTS, ranks))
-    wanted = math.gcd(c.experts, ranks)
+    most = min(model.experts, max(EXPERTS, ranks))
+    wanted = math.gcd(model.experts, ranks)
     experts = next(count for count in range(most, 0, -1) if math.gcd(count, ranks) == wanted)
-    groups = math.gcd(c.expert_groups, experts)
-    while groups > 1 and experts // groups < 2 < c.experts // c.expert_groups:
+    groups = math.gcd(model.expert_groups, experts)
+    while groups > 1 and experts // groups < 2 < model.experts // model.expert_groups:
         groups = next(g for g in range(groups - 1, 0, -1) if experts % g == 0)
-    top_groups = max(1, groups * c.top_groups // c.expert_groups)
+    top_groups = max(1, groups * model.top_groups // model.expert_groups)
     open_ = experts // groups * top_groups
-    all_of_them = c.top_k == c.experts // c.expert_groups * c.top_groups
-    top_k = open_ if all_of_them else min(c.top_k, max(1, open_ // 2))
+    all_of_them = model.top_k == model.experts // model.expert_groups * model.top_groups
+    top_k = open_ if all_of_them else min(model.top_k, max(1, open_ // 2))
     return replace(
         small, experts=experts, top_k=top_k, expert_groups=groups, top_groups=top_groups,
-        device_groups=math.gcd(c.device_groups, experts),
+        device_groups=math.gcd(model.device_groups, experts),
     )  # fmt: skip
