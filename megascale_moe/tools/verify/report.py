@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from megascale_moe.tools.verify.explain import Difference
 from megascale_moe.tools.verify.layouts import KEYS, Case
 from megascale_moe.tools.verify.rank import TOLERANCE, Errors, largest, parameter_group
 from megascale_moe.tools.verify.reference import Reference
+from megascale_moe.train.output import print_json
 
 SIZES = (
     "hidden", "heads", "kv_heads", "experts", "top_k", "ffn_hidden", "vocab", "sequence_length", "attention", "qk_norm",
@@ -128,7 +128,7 @@ def show(verification: Verification, as_json: bool) -> int:
     for line in _summary(verification):
         console.print(Text(line))
     if as_json:
-        print(json.dumps(_finite(verification.document()), allow_nan=False), flush=True)
+        print_json(_finite(verification.document()))
     return 0 if verification.passed else 1
 
 
