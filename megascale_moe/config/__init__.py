@@ -6,15 +6,12 @@ default, meaning, other names. What is refused and in which words, what `megasca
 JSON schema for editors (`json_schema`) are read from there; there is no second table.
 """
 
-from megascale_moe.config.errors import ConfigError, require
-from megascale_moe.config.fields import Choices, Field
-from megascale_moe.config.layers import LayerSpec
+from megascale_moe.config.fields import Choices, ConfigError, Field, require
 from megascale_moe.config.load import from_dict, load, to_toml
-from megascale_moe.config.model import ModelConfig
+from megascale_moe.config.model import LayerSpec, ModelConfig
 from megascale_moe.config.parallel import OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.config.run import DataConfig, RunConfig, TrainConfig
-from megascale_moe.config.schema import json_schema
-from megascale_moe.config.whole import Config, fields
+from megascale_moe.config.whole import Config, fields, json_schema
 
 __all__ = [
     "Choices",

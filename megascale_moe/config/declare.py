@@ -1,4 +1,4 @@
-"""What a field is declared with, inside its `Annotated` type: meaning, other names, special values, ranges.
+"""What a key is declared with: a type with its range, and by `key` its default, meaning and other names.
 
 Ranges are those of the annotated_types package, so that other libraries that read it (pydantic, hypothesis) understand
 our dataclasses. Every number has a lower and an upper bound: far above what anybody trains, low enough that nothing
@@ -7,42 +7,35 @@ hangs or fills the memory before it is refused, and that float32 can hold it.
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from annotated_types import Interval, MaxLen, MinLen
+from annotated_types import Interval, Len
 
-
-@dataclass(frozen=True)
-class Doc:
-    """Say in one sentence what a field means, and which names other libraries, papers and people have for it."""
-
-    meaning: str
-    also: tuple[str, ...] = ()
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Special:
-    """Say what a value stands for that is not meant as it is: 0 for a size that follows from others."""
+def key(default: Value, meaning: str, *also: str, least: str = "") -> Value:
+    """Declare a key of the configuration as a field of a section's dataclass.
 
-    value: object
-    means: str
+    Args:
+        meaning: one sentence. also: the names that other libraries, papers and people have for it.
+        least: what the least value of its range, or the empty one, stands for where it is not meant as it is: 0 for a
+            size that follows from others.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "also": also, "least": least})
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """Ask for a text that matches a regular expression, and say in words what that is."""
+    """Ask for a text that matches a regular expression as a whole, and say in words what that is."""
 
     pattern: str
     words: str
 
-    def fits(self, text: str) -> bool:
-        """Return whether all of the text matches."""
-        return re.fullmatch(self.pattern, text) is not None
 
-
-# --- whole numbers; those "or zero" give 0 a meaning of its own (`Special`), or mean none of something ---------------
+# --- whole numbers; those "or zero" give 0 a meaning of its own (`least`), or mean none of something ------------------
 
 Layers = Annotated[int, Interval(ge=1, le=10_000)]
 LayersOrZero = Annotated[int, Interval(ge=0, le=10_000)]
@@ -71,6 +64,6 @@ Factor = Annotated[float, Interval(gt=0, le=1e30)]
 
 # --- texts, never with a NUL, which no path may have -----------------------------------------------------------------
 
-Text = Annotated[str, MaxLen(4096)]
+Text = Annotated[str, Len(0, 4096)]
 """As long as a path may be on Linux."""
-NeededText = Annotated[str, MinLen(1), MaxLen(4096)]
+NeededText = Annotated[str, Len(1, 4096)]

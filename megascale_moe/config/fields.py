@@ -1,24 +1,25 @@
-"""Reads what fields are declared with: their range in words, and what is wrong with a value.
+"""The keys of the configuration as they are declared: range in words, problems of a value, JSON schema.
 
 A value is looked at twice: when a config is read, where it is also converted (3 to 3.0 for a float), and in
-`Config.check`, for configs that a program made.
+`Section.check`, for configs that a program made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
+from annotated_types import Len
 
-from megascale_moe.config.declare import Doc, Special, TextForm
-from megascale_moe.config.errors import ConfigError
+from megascale_moe.config.declare import TextForm
 
 Choices = Mapping[str, Sequence[str]]
 """By "section.key", the values it may have, where the caller knows them better than the field's own type."""
@@ -27,6 +28,33 @@ AS_DECLARED: Choices = MappingProxyType({})
 LIST = "list of int"
 SHOWN = 100
 """Characters of a value in a refusal."""
+TYPES: dict[str, tuple[tuple[type, ...], Any]] = {
+    "int": ((int,), "integer"),
+    "float": ((float, int), "number"),
+    "bool": ((bool,), "boolean"),
+    "str": ((str,), ["string", "integer"]),
+}
+"""Types in Python and in a JSON schema. A whole number is taken for a text that looks like one: split = 4."""
+BOUNDS = (
+    ("ge", operator.ge, "at least", "minimum"),
+    ("gt", operator.gt, "above", "exclusiveMinimum"),
+    ("le", operator.le, "at most", "maximum"),
+    ("lt", operator.lt, "below", "exclusiveMaximum"),
+)
+"""The attributes of an `Interval`, when a bound holds, and what it is called in refusals and in a JSON schema."""
+
+
+class ConfigError(ValueError):
+    """The user's input is wrong: one line naming what, where and what would be right (exit status 2)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a key or a path may have a line break in it
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +63,8 @@ class Field:
 
     Attributes:
         kind: "int", "float", "bool", "str" or "list of int". choices: the texts it may be, if they are few.
-        rules: ranges, lengths and forms, of the elements if it is a list.
-        meaning: one sentence. also: names that it has elsewhere.
+        rule: an `Interval` of numbers (of the elements if it is a list), the `Len` or the `TextForm` of a text.
+        meaning, also, least: see `key`.
     """
 
     section: str
@@ -44,10 +72,24 @@ class Field:
     kind: str
     default: Any
     choices: tuple[str, ...]
-    rules: tuple[Any, ...]
-    special: Special | None
+    rule: Any
     meaning: str
     also: tuple[str, ...]
+    least: str
+
+    @classmethod
+    def of(cls, section: str, declared: dataclasses.Field[Any], hint: Any) -> Field:
+        """Return the field of a section that a dataclass declares, `hint` being its type."""
+        kind, rule = _split(hint)
+        name, choices = getattr(kind, "__name__", ""), ()
+        if typing.get_origin(kind) is Literal:
+            name, choices = "str", typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            name, (_, rule) = LIST, _split(typing.get_args(kind)[0])
+        return cls(
+            section=section, key=declared.name, kind=name, default=declared.default, choices=choices, rule=rule,
+            **declared.metadata,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -55,22 +97,57 @@ class Field:
         return f"{self.section}.{self.key}"
 
     @cached_property
+    def bounds(self) -> list[tuple[Any, Any, str, str]]:
+        """Return the lower and the upper bound of a number, each with the rest of its line in `BOUNDS`."""
+        bounds = ((getattr(self.rule, attribute, None), *words) for attribute, *words in BOUNDS)
+        return [bound for bound in bounds if bound[0] is not None]  # type: ignore[misc]
+
+    @cached_property
     def range(self) -> str:
         """Say in words what the field may be."""
         if self.choices:
-            words = _listed(list(map(repr, self.choices)))
+            words = " or ".join(filter(None, (", ".join(map(repr, self.choices[:-1])), repr(self.choices[-1]))))
         elif self.kind == "bool":
             words = "true or false"
         elif self.kind == "str":
-            words = self._form.words if self._form else "text" if self._may_be_empty else "text, not empty"
+            words = self.rule.words if isinstance(self.rule, TextForm) else "text"
+            words += ", not empty" if isinstance(self.rule, Len) and self.rule.min_length else ""
         else:
-            words = ("each " if self.kind == LIST else "") + _range_words(self.rules)
-        return f"{words}; {self.exception}" if self.special else words
+            words = ("each " if self.kind == LIST else "") + self._interval
+        return "; ".join(filter(None, (words, self.exception)))
+
+    @property
+    def least_value(self) -> Any:
+        """Return the least value of its range, or the empty one."""
+        lowest = (self.rule.ge,) if self.kind in ("int", "float") else ()
+        return type(self.default)(*lowest)
 
     @cached_property
     def exception(self) -> str:
-        """Say which value has a meaning of its own, and which; "" if none has."""
-        return f"{_written(self.special.value)}: {self.special.means}" if self.special else ""
+        """Say what the least value stands for if that has a meaning of its own; else ""."""
+        return f"{_written(self.least_value)}: {self.least}" if self.least else ""
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the field."""
+        default = list(self.default) if self.kind == LIST else self.default
+        description = self.meaning + self._hint
+        about = {"description": description, "default": default}
+        if self.choices:
+            return {"enum": list(self.choices), **about}
+        rules = {keyword: bound for bound, _, _, keyword in self.bounds}
+        if isinstance(self.rule, TextForm):
+            rules = {"pattern": f"^({self.rule.pattern})$"}
+        elif isinstance(self.rule, Len):
+            rules = {"minLength": self.rule.min_length} if self.rule.min_length else {}
+            rules["maxLength"] = self.rule.max_length
+        if self.kind == LIST:
+            return {"type": "array", "items": {"type": "integer", **rules}, **about}
+        return {"type": TYPES[self.kind][1], **rules, **about}
+
+    @property
+    def _hint(self) -> str:
+        return f" ({self.exception})" if self.least else ""
 
     def called(self, name: str) -> bool:
         """Return whether it has this name here or elsewhere, up to capitals, hyphens and blanks."""
@@ -81,8 +158,10 @@ class Field:
         if self.choices:
             return "" if value in self.choices else f"must be one of {', '.join(map(repr, self.choices))}"
         if self.kind == LIST:
-            return self._problem_of_list(value)
-        if type(value) not in _TYPES[self.kind]:
+            if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
+                return "must be a list of integers, such as [4, 4, 3]"
+            return next(filter(None, map(self._problem_of_number, value)), "").replace("must", "each must", 1)
+        if type(value) not in TYPES[self.kind][0]:
             return f"must be of type {self.kind}"
         if self.kind == "str":
             return self._problem_of_text(str(value))
@@ -91,49 +170,43 @@ class Field:
     def read(self, value: object, where: str = "") -> object:
         """Return a value that was read as the field holds it.
 
+        Numbers become those of the field's kind, lists tuples, and a number a text where a text is wanted.
+
         Args:
             where: comes before the name of the field in a refusal.
 
         Raises:
             ConfigError: there is a problem with it.
         """
-        held = self._converted(value)
+        held = value
+        if self.kind == "float" and type(value) is int and not self.problem(value):
+            held = float(value)
+        elif self.kind == "str" and not self.choices and type(value) is int and value.bit_length() < 64:
+            held = str(value)
+        elif self.kind == LIST and isinstance(value, list):
+            held = tuple(value)
         problem = self.problem(held)
-        if problem:
-            raise ConfigError(f"{where}{self.name} = {shown(value)}: {problem}")
+        require(not problem, f"{where}{self.name} = {shown(value)}: {problem}")
         return held
 
-    def _converted(self, value: object) -> object:
-        """Make numbers those of the field's kind, tuples of lists, and the text of a number where a text is wanted."""
-        if self.kind == "float" and type(value) is int and not self.problem(value):
-            return float(value)
-        if self.kind == "str" and not self.choices and type(value) is int and value.bit_length() < 64:
-            return str(value)
-        return tuple(value) if self.kind == LIST and isinstance(value, list) else value
-
-    @cached_property
-    def _form(self) -> TextForm | None:
-        return next((rule for rule in self.rules if isinstance(rule, TextForm)), None)
-
-    @cached_property
-    def _may_be_empty(self) -> bool:
-        return not any(isinstance(rule, MinLen) for rule in self.rules)
-
-    def _problem_of_list(self, value: object) -> str:
-        if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
-            return "must be a list of integers, such as [4, 4, 3]"
-        problem = next(filter(None, map(self._problem_of_number, value)), "")
-        return problem.replace("must", "each must", 1)
+    @property
+    def _interval(self) -> str:
+        """Return the bounds of a number in words; it always has both (a test sees to it)."""
+        (low, _, least, _), (high, _, most, _) = self.bounds
+        if (least, most) == ("at least", "at most"):
+            return f"{_written(low)} to {_written(high)}"
+        return f"{least} {_written(low)} and {most} {_written(high)}"
 
     def _problem_of_number(self, value: Any) -> str:
-        hint = f" ({self.exception})" if self.special else ""
-        if type(value) is float:
-            if not math.isfinite(value):
-                return f"must be a finite number{hint}"
-            if value == 0 and math.copysign(1, value) < 0:
-                return "must not be negative zero; write 0.0"
-        broken = next((rule for rule in self.rules if not _holds(rule, value)), None)
-        return f"must {_asked(broken, self.rules)}{hint}" if broken else ""
+        (low, above, least, _), (high, below, _, _) = self.bounds
+        if type(value) is float and not math.isfinite(value):
+            return f"must be a finite number{self._hint}"
+        if type(value) is float and value == 0 and math.copysign(1, value) < 0:
+            return "must not be negative zero; write 0.0"
+        if not above(value, low):
+            negative = least == "at least" and low == 0
+            return f"must {'not be negative' if negative else f'be {least} {_written(low)}'}{self._hint}"
+        return "" if below(value, high) else f"must be {self._interval}{self._hint}"
 
     def _problem_of_text(self, value: str) -> str:
         if "\0" in value:
@@ -142,37 +215,39 @@ class Field:
             value.encode()
         except UnicodeEncodeError:  # bytes of a command line that are none
             return "must be text in UTF-8"
-        for rule in self.rules:
-            if isinstance(rule, MinLen) and len(value) < rule.min_length:
-                return "must not be empty"
-            if isinstance(rule, MaxLen) and len(value) > rule.max_length:
-                return f"must have at most {rule.max_length:,} characters"
-            if isinstance(rule, TextForm) and not rule.fits(value):
-                return f"must be {rule.words}"
-        return ""
+        if isinstance(self.rule, TextForm):
+            return "" if re.fullmatch(self.rule.pattern, value) else f"must be {self.rule.words}"
+        if len(value) < self.rule.min_length:
+            return "must not be empty"
+        too_long = len(value) > self.rule.max_length
+        return f"must have at most {self.rule.max_length:,} characters" if too_long else ""
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
+class Section:
+    """A section of the configuration: a dataclass whose fields are declared by `key`."""
 
+    section: ClassVar[str]
 
-def fields_of(section: str, kind: type) -> Mapping[str, Field]:
-    """Return the fields of a section's dataclass by key, in the order of their declaration."""
-    return _fields_of(section, kind)  # type: ignore[arg-type]  # mypy does not take types for hashable
+    @classmethod
+    def fields(cls, choices: Choices = AS_DECLARED) -> dict[str, Field]:
+        """Return the fields by key, in the order of their declaration, with the choices that a caller knows better."""
+        return {
+            key: dataclasses.replace(field, choices=tuple(choices[field.name])) if field.name in choices else field
+            for key, field in _declared(cls).items()  # type: ignore[arg-type]  # mypy does not take types for hashable
+        }
+
+    def check(self, choices: Choices = AS_DECLARED) -> None:
+        """Raise `ConfigError` if a value is not what its field takes, or if values contradict each other."""
+        for key, field in self.fields(choices).items():
+            value = getattr(self, key)
+            problem = field.problem(value)
+            require(not problem, f"{field.name} = {shown(value)}: {problem}")
 
 
 @cache
-def _fields_of(section: str, kind: type) -> Mapping[str, Field]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {each.name: _field(section, each.name, hints[each.name], each.default) for each in dataclasses.fields(kind)}
-
-
-def checked(section: str, values: Any, choices: Choices = AS_DECLARED) -> None:
-    """Raise `ConfigError` if a value of a section's dataclass is not what its field takes."""
-    for key, field in fields_of(section, type(values)).items():
-        value = getattr(values, key)
-        problem = chosen(field, choices).problem(value)
-        if problem:
-            raise ConfigError(f"{field.name} = {shown(value)}: {problem}")
+def _declared(section: Any) -> dict[str, Field]:
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {each.name: Field.of(section.section, each, hints[each.name]) for each in dataclasses.fields(section)}
 
 
 def plain(name: str) -> str:
@@ -180,78 +255,15 @@ def plain(name: str) -> str:
     return name.lower().replace("-", "_").replace(" ", "_").strip("_")
 
 
-def chosen(field: Field, choices: Choices) -> Field:
-    """Return the field with the choices that a caller handed in for it."""
-    return dataclasses.replace(field, choices=tuple(choices[field.name])) if field.name in choices else field
-
-
-def _field(section: str, key: str, hint: Any, default: Any) -> Field:
-    kind, metadata = _split(hint)
-    choices: tuple[str, ...] = ()
-    if typing.get_origin(kind) is Literal:
-        kind, choices = str, typing.get_args(kind)
-    name = LIST if typing.get_origin(kind) is tuple else kind.__name__
-    rules = metadata if name != LIST else _split(typing.get_args(kind)[0])[1]
-    (doc,) = (item for item in metadata if isinstance(item, Doc))
-    special = next((item for item in metadata if isinstance(item, Special)), None)
-    return Field(
-        section=section, key=key, kind=name, default=default, choices=choices, special=special,
-        rules=tuple(rule for rule in rules if not isinstance(rule, Doc | Special)), meaning=doc.meaning, also=doc.also,
-    )  # fmt: skip
-
-
-def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return a type and what it is annotated with."""
-    if typing.get_origin(hint) is not Annotated:
-        return hint, ()
-    return hint.__origin__, tuple(_single(hint.__metadata__))
-
-
-def _single(metadata: Sequence[Any]) -> Iterator[Any]:
-    for item in metadata:
-        if isinstance(item, GroupedMetadata):
-            yield from item
-        else:
-            yield item
-
-
-def _holds(rule: Any, value: Any) -> bool:
-    if isinstance(rule, Ge):
-        return bool(value >= rule.ge)
-    if isinstance(rule, Gt):
-        return bool(value > rule.gt)
-    if isinstance(rule, Le):
-        return bool(value <= rule.le)
-    assert isinstance(rule, Lt)
-    return bool(value < rule.lt)
-
-
-def _asked(broken: Any, rules: Sequence[Any]) -> str:
-    """Return what is wanted where a bound is broken, to stand behind "must": both bounds if it is the upper one."""
-    if isinstance(broken, Ge):
-        return "not be negative" if broken.ge == 0 else f"be at least {_written(broken.ge)}"
-    return f"be above {_written(broken.gt)}" if isinstance(broken, Gt) else f"be {_range_words(rules)}"
-
-
-def _range_words(rules: Sequence[Any]) -> str:
-    """Return bounds in words; a number always has both (a test sees to it)."""
-    low, high = rules
-    if isinstance(low, Ge) and isinstance(high, Le):
-        return f"{_written(low.ge)} to {_written(high.le)}"
-    least = f"at least {_written(low.ge)}" if isinstance(low, Ge) else f"above {_written(low.gt)}"
-    return f"{least} and " + (f"at most {_written(high.le)}" if isinstance(high, Le) else f"below {_written(high.lt)}")
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def _split(hint: Any) -> tuple[Any, Any]:
+    """Return a type and the rule that it is annotated with, None if there is none."""
+    return typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint, None)  # type: ignore[return-value]
 
 
 def _written(value: Any) -> str:
     """Return a bound or a special value as a person reads it."""
-    if type(value) is int:
-        return f"{value:,}"
-    if type(value) is float:
-        return f"{value:g}"
+    if type(value) in (int, float):
+        return format(value, "," if type(value) is int else "g")
     return repr(list(value) if isinstance(value, tuple) else value)
 
 

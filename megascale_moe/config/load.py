@@ -12,14 +12,11 @@ import json
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megascale_moe.config.errors import ConfigError, require
-from megascale_moe.config.fields import AS_DECLARED, Choices, chosen, fields_of, shown
+from megascale_moe.config.fields import AS_DECLARED, Choices, ConfigError, Section, require, shown
 from megascale_moe.config.model import ModelConfig
-from megascale_moe.config.whole import Config, fields, sections
-
-Section = TypeVar("Section")
+from megascale_moe.config.whole import SECTIONS, Config, fields
 
 
 def load(
@@ -57,7 +54,7 @@ def from_dict(
     """Build a checked `Config` from nested dictionaries and dotted overrides; see `load`."""
     values: dict[str, dict[str, Any]] = {}
     for section, entries in raw.items():
-        _known(section, sections(), f"{where}: section [{section}]")
+        _refuse_unknown(section, SECTIONS, f"{where}: section [{section}]")
         require(isinstance(entries, dict), f"{where}: {section} must be a section [{section}]")
         values[section] = dict(entries)
     for override in overrides or []:
@@ -65,57 +62,49 @@ def from_dict(
         values.setdefault(section, {})[key] = value
     built: dict[str, Any] = {}
     for section, entries in values.items():
-        base = _preset(entries, presets or {}, where) if section == "model" else sections()[section]()
-        built[section] = _fill(base, section, entries, where, choices)
+        base = SECTIONS[section]()
+        if section == "model":
+            name = str(ModelConfig.fields()["preset"].read(entries.get("preset", ""), f"{where}: "))
+            if name:
+                _refuse_unknown(name, presets or {}, f"{where}: model.preset = {shown(name)}")
+                base = (presets or {})[name]
+        built[section] = _filled(base, entries, where, choices)
     config = Config(**built)
     config.check(choices)
     return config
-
-
-def _preset(entries: dict[str, Any], presets: dict[str, ModelConfig], where: str) -> ModelConfig:
-    name = str(fields_of("model", ModelConfig)["preset"].read(entries.get("preset", ""), f"{where}: "))
-    if not name:
-        return ModelConfig()
-    _known(name, presets, f"{where}: model.preset = {shown(name)}")
-    return presets[name]
-
-
-def _known(name: str, allowed: Collection[str], what: str, other: str = "") -> None:
-    """Refuse a name that there is not; `other` is what it is called here, if that is known."""
-    if name in allowed:
-        return
-    near = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.5)
-    meant = other or next(iter(near), "")
-    hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(sorted(allowed))}"
-    raise ConfigError(f"{what} is unknown; {hint}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
     name, equals, value = text.removeprefix("--").partition("=")
     section, dot, key = name.partition(".")
     require(bool(equals and dot and key), f"override {text!r}: write it as --section.key=value")
-    _known(section, sections(), f"override {text!r}: section {section!r}")
+    _refuse_unknown(section, SECTIONS, f"override {text!r}: section {section!r}")
     try:
         return section, key.replace("-", "_"), tomllib.loads(f"x = {value}")["x"]
     except (ValueError, RecursionError):
         return section, key.replace("-", "_"), value  # a bare word is a string
 
 
-def _fill(base: Section, section: str, entries: Mapping[str, Any], where: str, choices: Choices) -> Section:
-    known = fields_of(section, type(base))
+def _filled(base: Section, entries: Mapping[str, Any], where: str, choices: Choices) -> Section:
+    """Return a section with its entries in a file; a key that another library or section has is told ours."""
+    known = base.fields(choices)
     changes: dict[str, Any] = {}
     for key, value in entries.items():
         if key not in known:
-            _known(str(key), known, f"{where}: key {section}.{key}", _elsewhere(section, str(key)))
-        changes[key] = chosen(known[key], choices).read(value, f"{where}: ")
+            meant = [field for field in fields().values() if field.called(str(key))]
+            names = [field.key for field in meant if field.section == base.section] + [field.name for field in meant]
+            _refuse_unknown(str(key), known, f"{where}: key {base.section}.{key}", *names[:1])
+        changes[key] = known[key].read(value, f"{where}: ")
     return dataclasses.replace(base, **changes)  # type: ignore[type-var]
 
 
-def _elsewhere(section: str, key: str) -> str:
-    """Return the key that another library, or another section, has under this name; "" if there is none."""
-    found = [field for field in fields().values() if field.called(key)]
-    found.sort(key=lambda field: field.section != section)
-    return next((field.key if field.section == section else field.name for field in found), "")
+def _refuse_unknown(name: str, known: Collection[str], what: str, meant: str = "") -> None:
+    """Raise `ConfigError` for a name that is not known, with `meant` or else the nearest one that is."""
+    if name in known:
+        return
+    meant = meant or next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)), "")
+    hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(sorted(known))}"
+    raise ConfigError(f"{what} is unknown; {hint}")
 
 
 def to_toml(config: Config) -> str:
@@ -131,8 +120,4 @@ def to_toml(config: Config) -> str:
 
 def toml_value(value: object) -> str:
     """Return a value of a field as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value).replace("\x7f", "\\u007f")  # a JSON string is a TOML basic string
-    return repr(list(value) if isinstance(value, tuple) else value)
+    return json.dumps(value).replace("\x7f", "\\u007f")  # a JSON string is a TOML basic string

@@ -1,13 +1,12 @@
-"""A whole config, and all of its fields."""
+"""A whole config, all of its fields, and its JSON schema, for editors that complete and check TOML files."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
-from functools import cache
+from typing import Any
 
-from megascale_moe.config.fields import AS_DECLARED, Choices, Field, chosen, fields_of
+from megascale_moe.config.fields import AS_DECLARED, Choices, Field, Section
 from megascale_moe.config.model import ModelConfig
 from megascale_moe.config.parallel import OverlapConfig, ParallelConfig, WireConfig
 from megascale_moe.config.run import DataConfig, RunConfig, TrainConfig
@@ -31,18 +30,36 @@ class Config:
         Args:
             choices: what else than declared a key may be, by "section.key".
         """
-        for name in sections():
+        for name in SECTIONS:
             getattr(self, name).check(choices)
 
 
-@cache
-def sections() -> dict[str, type]:
-    """Return the dataclass of each section."""
-    hints = typing.get_type_hints(Config)
-    return {each.name: hints[each.name] for each in dataclasses.fields(Config)}
+SECTIONS: dict[str, type[Section]] = {
+    each.name: each.default_factory for each in dataclasses.fields(Config)  # type: ignore[misc]
+}
+"""The dataclass of each section."""
 
 
 def fields(choices: Choices = AS_DECLARED) -> dict[str, Field]:
     """Return every field by its "section.key", in the order of the config."""
-    found = [field for name, kind in sections().items() for field in fields_of(name, kind).values()]
-    return {field.name: chosen(field, choices) for field in found}
+    return {each.name: each for section in SECTIONS.values() for each in section.fields(choices).values()}
+
+
+def json_schema(choices: Choices = AS_DECLARED) -> dict[str, Any]:
+    """Return the schema of a config file: what it takes is what `load` takes, up to what keys say about each other."""
+    sections = {
+        name: {
+            "type": "object",
+            "description": (section.__doc__ or "").partition("\n")[0],
+            "additionalProperties": False,
+            "properties": {key: each.schema for key, each in section.fields(choices).items()},
+        }
+        for name, section in SECTIONS.items()
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "MegaScale-MoE",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": sections,
+    }

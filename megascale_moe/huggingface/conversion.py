@@ -1,6 +1,6 @@
 """Hugging Face configs and weights to ours and back: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, GPT-OSS.
 
-What the families are is data, in `huggingface_families`; here is one small interpreter per direction. Released
+What the families are is data, in `families`; here is one small interpreter per direction. Released
 checkpoints hold one tensor per expert and projection, the modules of transformers 5 hold fused ones; both are read, the
 released form is written. What our model does not compute is refused by name, never approximated: a silently different
 model costs more than an error.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.config import ConfigError, ModelConfig, from_dict, require
-from megascale_moe.huggingface.families import DIRECT_QUERY_RULE, FAMILIES, REQUIRED, ConfigName, Family, NameRule
+from megascale_moe.huggingface.families import DIRECT_QUERY_RULE, FAMILIES, OUTER_RULES, REQUIRED, Family, TensorRule
 from megascale_moe.model.transformer import Transformer
 
 # Fields that train a model but do not change what it computes; capacity is one, because released models drop nothing.
@@ -32,7 +32,7 @@ TRAINING_FIELDS = (
 
 
 def config_from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
-    """Our config for the contents of a `config.json` (of transformers 4 or 5).
+    """Return our config for the contents of a `config.json` (of transformers 4 or 5).
 
     `sequence_length` becomes the longest context the model supports; override it to train on shorter rows.
 
@@ -43,10 +43,15 @@ def config_from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     family = _family(name)
     flat = _flatten(raw)
     for key, allowed in family.supported.items():
-        right = " or ".join(repr(value) for value in allowed if value is not None) or "null"
-        require(flat.get(key) in allowed, f"{name}: {key} = {flat.get(key)!r} is not supported, only {right}")
-    values = {field.ours: _read_field(field, flat, name) for field in family.fields} | dict(family.implied)
-    _check_yarn(flat, family, name)
+        right = " or ".join(map(repr, allowed)) or "null"
+        require(flat.get(key) in (*allowed, None), f"{name}: {key} = {flat.get(key)!r} is not supported, only {right}")
+    values = dict(family.implied)
+    for ours, field in family.keys.items():
+        theirs = next((key for key in (field.theirs, field.also) if key in flat), None)
+        require(bool(theirs) or field.default is not REQUIRED, f"{name} config: key {field.theirs!r} is missing")
+        values[ours] = field.read(flat[theirs]) if theirs else field.default
+    if flat["rope_type"] == "yarn":
+        _check_yarn(flat, name, latent=values.get("attention") == "mla")
     return from_dict({"model": values}, where=f"{name} config").model
 
 
@@ -56,7 +61,7 @@ def _family(name: str) -> Family:
 
 
 def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One level without nulls: the rotary dictionary of either transformers version merged in, defaults filled."""
+    """Return one level without nulls: the rotary dictionary of either transformers merged in, defaults filled."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     flat = {key: value for key, value in {**raw, **rope}.items() if value is not None}
@@ -68,24 +73,15 @@ def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _read_field(field: ConfigName, flat: Mapping[str, Any], name: str) -> Any:
-    found = [flat[key] for key in field.theirs if key in flat]
-    require(bool(found) or field.default is not REQUIRED, f"{name} config: key {field.theirs[0]!r} is missing")
-    return field.read(found[0]) if found else field.default
-
-
-def _check_yarn(flat: Mapping[str, Any], family: Family, name: str) -> None:
+def _check_yarn(flat: Mapping[str, Any], name: str, *, latent: bool) -> None:
     """Refuse the forms of YaRN whose attention factor is not ours."""
-    if flat["rope_type"] != "yarn":
-        return
     for key in ("factor", "original_max_position_embeddings"):
         require(key in flat, f"{name}: YaRN needs {key!r} in rope_scaling")
     all_dim, factor = flat.get("mscale_all_dim", 0.0), flat["factor"]
-    if all_dim:
-        require(
-            family.implied.get("attention") == "mla" and flat.get("mscale") == all_dim,
-            f"{name}: mscale = {flat.get('mscale')!r} with mscale_all_dim = {all_dim!r} is not supported",
-        )
+    require(
+        not all_dim or (latent and flat.get("mscale") == all_dim),
+        f"{name}: mscale = {flat.get('mscale')!r} with mscale_all_dim = {all_dim!r} is not supported",
+    )
     ours = 1.0 if all_dim or factor <= 1 else 0.1 * math.log(factor) + 1.0
     given = flat.get("attention_factor", ours)
     same = math.isclose(given, ours, rel_tol=1e-6)
@@ -93,18 +89,18 @@ def _check_yarn(flat: Mapping[str, Any], family: Family, name: str) -> None:
 
 
 def config_to_huggingface(config: ModelConfig, family: str = "") -> dict[str, Any]:
-    """The contents of a `config.json` that transformers 4 and 5 read; `family` is found from the config by default.
+    """Return the contents of a `config.json` that transformers 4 and 5 read.
+
+    Args:
+        family: found from the config by default.
 
     Raises:
-        ConfigError: the family cannot express this model; the message names the fields.
+        ConfigError: the family cannot express this model, whose config would not come back the same; the message names
+            the fields.
     """
     name = family or family_of(config)
-    table = _family(name)
-    config = _resolved(config)
-    raw = {
-        field.theirs[0]: field.write_of(config) if field.write_of else field.write(getattr(config, field.ours))
-        for field in table.fields
-    }
+    table, config = _family(name), _resolved(config)
+    raw = {key.theirs: key.write(getattr(config, ours), config) for ours, key in table.keys.items()}
     keys = ("factor", "original_max_position_embeddings", "mscale_all_dim", "truncate")
     stretch = {key: raw.pop(key) for key in keys if key in raw}
     stretch |= {"rope_type": "yarn", "type": "yarn", "beta_fast": 32, "beta_slow": 1}
@@ -119,19 +115,15 @@ def config_to_huggingface(config: ModelConfig, family: str = "") -> dict[str, An
     }
     if raw.get("sliding_window"):
         raw["use_sliding_window"] = True
-    _check_expressed(config, config_from_huggingface(raw), name)
+    ours, theirs = _essence(config), _essence(config_from_huggingface(raw))
+    values = ((field.name, getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours))
+    changed = [f"model.{key} = {value!r}" for key, value, read in values if value != read]
+    require(not changed, f"Hugging Face {name} cannot express {', '.join(changed)}")
     return raw
 
 
-def _check_expressed(ours: ModelConfig, back: ModelConfig, name: str) -> None:
-    """A table expresses a config if it comes back the same."""
-    a, b = _essence(ours), _essence(back)
-    lost = [f"model.{f.name} = {getattr(a, f.name)!r}" for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
-    require(not lost, f"Hugging Face {name} cannot express {', '.join(lost)}")
-
-
 def family_of(config: ModelConfig) -> str:
-    """The family whose tensors have the shape of this config's."""
+    """Return the family whose tensors have the shape of this config's."""
     if config.attention == "mla":
         return "deepseek_v3"
     if config.attention_sinks:
@@ -140,7 +132,7 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _resolved(config: ModelConfig) -> ModelConfig:
-    """Every width that follows from others written out; shared experts counted in units of one routed expert."""
+    """Write out every width that follows from others; count shared experts in units of one routed expert."""
     return replace(
         config,
         head_dim=0 if config.attention == "mla" else config.query_dim,
@@ -152,110 +144,99 @@ def _resolved(config: ModelConfig) -> ModelConfig:
 
 
 def _essence(config: ModelConfig) -> ModelConfig:
-    """What is computed: widths resolved, and fields that have no effect here set to their defaults."""
-    inert = list(TRAINING_FIELDS)
-    latent = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"]
-    inert += [] if config.attention == "mla" else latent
-    stretch = ["rope_factor", "rope_original_length", "rope_mscale_all_dim", "rope_truncate"]
-    inert += [] if config.rope_factor > 1 else stretch
-    inert += [] if config.activation == "clamped_swiglu" else ["swiglu_alpha", "swiglu_limit"]
-    inert += [] if config.dense_layers else ["dense_ffn_hidden"]
-    inert += [] if config.expert_groups > 1 else ["group_score"]
+    """Return what is computed: widths resolved, and fields that have no effect here set to their defaults."""
+    unused = (
+        (True, TRAINING_FIELDS),
+        (config.attention != "mla", ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")),
+        (config.rope_factor <= 1, ("rope_factor", "rope_original_length", "rope_mscale_all_dim", "rope_truncate")),
+        (config.activation != "clamped_swiglu", ("swiglu_alpha", "swiglu_limit")),
+        (not config.dense_layers, ("dense_ffn_hidden",)),
+        (config.expert_groups == 1, ("group_score",)),
+    )
     default = ModelConfig()
-    return replace(_resolved(config), **{name: getattr(default, name) for name in inert})
+    inert = {key: getattr(default, key) for without_effect, keys in unused if without_effect for key in keys}
+    return replace(_resolved(config), **inert)
 
 
 def parameters_from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our parameters (and the router's correction bias) from a checkpoint, as they came: dtype and device kept.
+    """Return our parameters (and the router's correction bias) from a checkpoint, in its dtype and on its device.
 
     `state` is read one tensor at a time, so it may be a lazy mapping; unfused tensors are not copied.
 
     Raises:
         ConfigError: a tensor is missing, has another shape than the config says, or is left over.
     """
-    rules, used = _rules(config), set[str]()
+    used = set[str]()
     parameters = {}
-    for name, shape in tensor_shapes(config).items():
-        rule, layer = _match(name, rules, config)
-        if rule.whole and rule.whole.format(layer=layer) in state:
-            rule = replace(rule, parts=(rule.whole,))
-        sources = _sources(rule, layer, config)
-        tensor = _as_ours(_assemble(state, sources, _stacked(rule)), rule)
-        used.update(source for group in sources for source in group)
-        found = tuple(tensor.shape)
-        require(found == shape, f"{sources[0][0]} makes {name} {found}, the config says {shape}")
+    for name, shape, rule, sources in _tensors(config, present=state):
+        experts = []
+        for group in sources:
+            parts = [_fetch(state, source) for source in group]
+            experts.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            used.update(group)
+        tensor = torch.stack(experts) if rule.by_expert else experts[0]
+        if rule.interleaved:
+            tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
+        if rule.transposed:
+            tensor = tensor.transpose(-1, -2).contiguous()
+        read = tuple(tensor.shape)
+        require(read == shape, f"{sources[0][0]} makes {name} {read}, the config says {shape}")
         parameters[name] = tensor
-    _check_nothing_left(set(state) - used, config)
+    left = sorted(name for name in state if name not in used and not _ignorable(name, config))
+    if left:
+        raise ConfigError(f"the checkpoint has {len(left)} tensors that the config does not know, first {left[0]}")
     return parameters
 
 
 def parameters_to_huggingface(
     parameters: Mapping[str, Tensor], config: ModelConfig, family: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors of a released checkpoint: views of ours where the family has the same order of elements."""
+    """Return the tensors of a released checkpoint: views of ours where the family has the same order of elements."""
     config_to_huggingface(config, family)  # refuses what the family cannot hold
-    rules, state = _rules(config, family), dict[str, Tensor]()
-    for name, shape in tensor_shapes(config).items():
+    state: dict[str, Tensor] = {}
+    for name, shape, rule, sources in _tensors(config, family):
         require(name in parameters, f"parameter {name} is missing")
         tensor = parameters[name]
         require(tuple(tensor.shape) == shape, f"parameter {name} is {tuple(tensor.shape)}, the config says {shape}")
-        rule, layer = _match(name, rules, config)
-        sources = _sources(rule, layer, config)
-        tensor = _as_theirs(tensor, rule)
-        for group, rows in zip(sources, tensor if _stacked(rule) else (tensor,), strict=True):
-            state.update(zip(group, rows.split(_part_rows(name, len(rows), len(group), config)), strict=True))
+        if rule.transposed:
+            tensor = tensor.transpose(-1, -2).contiguous()
+        if rule.interleaved:
+            tensor = torch.stack(tensor.chunk(2, dim=-1), dim=-1).flatten(-2)
+        for group, rows in zip(sources, tensor if rule.by_expert else (tensor,), strict=True):
+            sizes = [len(rows) // len(group)] * len(group)
+            if len(group) == 3:  # queries, keys and values
+                c = config
+                sizes = [c.heads * c.query_dim, c.kv_heads * c.query_dim, c.kv_heads * c.value_dim]
+            state.update(zip(group, rows.split(sizes), strict=True))
     return state
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter and buffer of our model."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+def _tensors(
+    config: ModelConfig, family: str = "", present: Container[str] = ()
+) -> Iterator[tuple[str, tuple[int, ...], TensorRule, list[list[str]]]]:
+    """Yield of every parameter and buffer of our model its name, its shape, its rule and the tensors it is made of.
 
-
-def _rules(config: ModelConfig, family: str = "") -> dict[str, NameRule]:
-    rules = {rule.ours: rule for rule in _family(family or family_of(config)).rules}
+    These are one group per expert, or one group in all where nothing is stacked; a fused one that is `present` goes
+    before its parts.
+    """
+    family = family or family_of(config)
+    rules = {**OUTER_RULES, **_family(family).layer_rules}
     if config.attention == "mla" and not config.q_lora_rank:
-        rules[DIRECT_QUERY_RULE.ours] = DIRECT_QUERY_RULE
-    return rules
-
-
-def _match(name: str, rules: Mapping[str, NameRule], config: ModelConfig) -> tuple[NameRule, str]:
-    """The rule for one of our tensors, and its layer."""
-    layer = re.match(r"layers\.(\d+)\.(.*)", name)
-    pattern = f"layers.{{layer}}.{layer[2]}" if layer else name
-    require(pattern in rules, f"Hugging Face {family_of(config)} has no place for {name}")
-    return rules[pattern], layer[1] if layer else ""
-
-
-def _stacked(rule: NameRule) -> bool:
-    return "{expert}" in rule.parts[0]
-
-
-def _sources(rule: NameRule, layer: str, config: ModelConfig) -> list[list[str]]:
-    """Their names, one group per expert (one group in all where nothing is stacked)."""
-    experts: Iterable[int] = range(config.experts) if _stacked(rule) else (0,)
-    return [[part.format(layer=layer, expert=expert) for part in rule.parts] for expert in experts]
-
-
-def _assemble(state: Mapping[str, Tensor], sources: list[list[str]], stacked: bool) -> Tensor:
-    rows = [[_fetch(state, name) for name in group] for group in sources]
-    joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in rows]
-    return torch.stack(joined) if stacked else joined[0]
-
-
-def _as_ours(tensor: Tensor, rule: NameRule) -> Tensor:
-    """From their order of elements: outputs last and halves of them alternating, where the rule says so."""
-    if rule.interleaved:
-        tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
-    return tensor.transpose(-1, -2).contiguous() if rule.transposed else tensor
-
-
-def _as_theirs(tensor: Tensor, rule: NameRule) -> Tensor:
-    """The inverse of `_as_ours`."""
-    if rule.transposed:
-        tensor = tensor.transpose(-1, -2).contiguous()
-    return torch.stack(tensor.chunk(2, dim=-1), dim=-1).flatten(-2) if rule.interleaved else tensor
+        rules |= DIRECT_QUERY_RULE
+    with torch.device("meta"):
+        tensors = Transformer(config).state_dict()
+    for name, tensor in tensors.items():
+        layer, key = re.match(r"(layers\.\d+\.)?(.*)", name).groups("")  # type: ignore[union-attr]
+        require(key in rules, f"Hugging Face {family} has no place for {name}")
+        rule = rules[key]
+        if isinstance(rule, str):
+            rule = TensorRule((rule,))
+        prefix = layer and f"model.{layer}"
+        if rule.fused and prefix + rule.fused in present:
+            rule = replace(rule, parts=(rule.fused,))
+        experts = range(config.experts) if rule.by_expert else range(1)
+        sources = [[prefix + part.format(expert=expert) for part in rule.parts] for expert in experts]
+        yield name, tuple(tensor.shape), rule, sources
 
 
 def _fetch(state: Mapping[str, Tensor], name: str) -> Tensor:
@@ -268,22 +249,8 @@ def _fetch(state: Mapping[str, Tensor], name: str) -> Tensor:
     return tensor
 
 
-def _part_rows(name: str, rows: int, parts: int, config: ModelConfig) -> list[int]:
-    """How the rows of one of our tensors divide into theirs: equally, but for queries, keys and values."""
-    if parts == 3:
-        return [config.heads * config.query_dim, config.kv_heads * config.query_dim, config.kv_heads * config.value_dim]
-    return [rows // parts] * parts
-
-
-def _check_nothing_left(names: set[str], config: ModelConfig) -> None:
-    """Refuse unknown tensors, but for those that hold nothing of the model we build."""
-    left = sorted(name for name in names if not _ignorable(name, config))
-    if left:
-        raise ConfigError(f"the checkpoint has {len(left)} tensors that the config does not know, first {left[0]}")
-
-
 def _ignorable(name: str, config: ModelConfig) -> bool:
-    """Cached rotary tables, the copy of tied embeddings, and DeepSeek's extra layers for multi-token prediction."""
+    """Recognise rotary tables, the copy of tied embeddings, and DeepSeek's layers for multi-token prediction."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = layer is not None and int(layer[1]) >= config.layers and config.attention == "mla"
     return extra or name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")

@@ -1,7 +1,7 @@
 """The Hugging Face families as data: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, GPT-OSS.
 
 A family says which config key is which field, which values of the other keys we compute, and which of their tensors
-make up each of ours. `huggingface` interprets the tables; a new family is a new table.
+make up each of ours. `conversion` interprets the tables; a new family is a new table.
 """
 
 from __future__ import annotations
@@ -16,266 +16,274 @@ REQUIRED = object()
 
 
 @dataclass(frozen=True)
-class ConfigName:
-    """One of our config fields: their keys (the first is written, any is read) and what an absent or null key means.
+class ConfigKey:
+    """Where one of our config fields stands in theirs.
 
-    `write_of` makes what is written of the whole config, where the field alone does not say it.
+    Attributes:
+        theirs: the key that is written. also: another that is read.
+        default: what an absent or null key means.
+        write: from the field's value and the whole config to what is written.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    theirs: str
     default: Any = REQUIRED
+    also: str = ""
     read: Callable[[Any], Any] = lambda value: value
-    write: Callable[[Any], Any] = lambda value: value
-    write_of: Callable[[ModelConfig], Any] | None = None
+    write: Callable[[Any, ModelConfig], Any] = lambda value, config: value
 
 
 @dataclass(frozen=True)
-class NameRule:
-    """One of our tensors: the released tensors it concatenates along rows, `{expert}` stacked on a new first axis.
+class TensorRule:
+    """Which released tensors one of ours concatenates along rows, those of `{expert}` stacked on a new first axis.
 
-    `whole` is the name of the same tensor inside a module of transformers 5, where that is another one. `transposed`
-    and `interleaved` say how theirs differs from it: its last two dimensions are exchanged, and two halves of the
+    `fused` is the name of the whole tensor inside a module of transformers 5, where that is another one. `transposed`
+    and `interleaved` say how theirs differs from ours: its last two dimensions are exchanged, and two halves of the
     output dimension alternate element by element.
     """
 
-    ours: str
     parts: tuple[str, ...]
-    whole: str = ""
+    fused: str = ""
     transposed: bool = False
     interleaved: bool = False
+
+    @property
+    def by_expert(self) -> bool:
+        """Return whether every expert has tensors of its own."""
+        return "{expert}" in self.parts[0]
+
+
+Rules = Mapping[str, str | TensorRule]
+"""By the name of our tensor; a name of theirs stands for that tensor as it is."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its class in transformers, config fields, implied fields, supported values, and tensors."""
+    """One architecture.
+
+    Attributes:
+        architecture: its class in transformers.
+        keys: by our field. implied: fields that all models of the family have in common.
+        supported: by their key, the values that we compute; an absent or null key is one, too.
+        layer_rules: the tensors of a layer, without "layers.N." in front of ours and "model.layers.N." of theirs.
+    """
 
     architecture: str
-    fields: tuple[ConfigName, ...]
+    keys: Mapping[str, ConfigKey]
     implied: Mapping[str, Any]
     supported: Mapping[str, tuple[Any, ...]]
-    rules: tuple[NameRule, ...]
+    layer_rules: Rules
 
 
-def _leading(layers: list[int]) -> int:
-    """[0, 1, 2] -> 3: dense layers come first or not at all."""
+def _keys(**keys: str | ConfigKey) -> dict[str, ConfigKey]:
+    """Return the keys by our field; a name alone is required and written as it is."""
+    return {ours: ConfigKey(key) if isinstance(key, str) else key for ours, key in keys.items()}
+
+
+def _count_leading(layers: list[int]) -> int:
+    """Return how many dense layers there are ([0, 1, 2] -> 3), which come first or not at all."""
     first = list(range(len(layers)))
     require(sorted(layers) == first, f"mlp_only_layers = {layers}: only the first layers can be dense, as in {first}")
     return len(layers)
 
 
-COMMON_FIELDS = (
-    ConfigName("layers", ("num_hidden_layers",)),
-    ConfigName("hidden", ("hidden_size",)),
-    ConfigName("heads", ("num_attention_heads",)),
-    ConfigName("kv_heads", ("num_key_value_heads",)),
-    ConfigName("vocab", ("vocab_size",)),
-    ConfigName("sequence_length", ("max_position_embeddings",)),
-    ConfigName("norm_eps", ("rms_norm_eps",)),
-    ConfigName("top_k", ("num_experts_per_tok",)),
-    ConfigName("tied_embeddings", ("tie_word_embeddings",), False),
-    ConfigName("init_std", ("initializer_range",), 0.02),
-    ConfigName("rope_theta", ("rope_theta",), 10_000.0),
-    ConfigName("rope_factor", ("factor",), 1.0),
-    ConfigName("rope_original_length", ("original_max_position_embeddings",), 4096),
-    ConfigName("rope_mscale_all_dim", ("mscale_all_dim",), 0.0),
-)
-HEAD_DIM = ConfigName("head_dim", ("head_dim",), 0)
-WINDOW = ConfigName("sliding_window", ("sliding_window",), 0, write=lambda window: window or None)
-BALANCE = ConfigName("balance_loss", ("router_aux_loss_coef",), 0.0)
-NORM_TOP_K = ConfigName("norm_top_k", ("norm_topk_prob",), False)
-
-# `None` stands for an absent or null key. Dropout and jitter act in training only; we train without.
-COMMON_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "attention_dropout": (0.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_type": ("default", "yarn"),
-    "beta_fast": (32, None),
-    "beta_slow": (1, None),
-    "truncate": (True, None),
-}
-
-LAYER = "model.layers.{layer}."
-ATTENTION = LAYER + "self_attn."
-COMMON_RULES = (
-    NameRule("embedding.weight", ("model.embed_tokens.weight",)),
-    NameRule("norm.weight", ("model.norm.weight",)),
-    NameRule("head.weight", ("lm_head.weight",)),
-    NameRule("layers.{layer}.attention_norm.weight", (LAYER + "input_layernorm.weight",)),
-    NameRule("layers.{layer}.ffn_norm.weight", (LAYER + "post_attention_layernorm.weight",)),
-    NameRule("layers.{layer}.attention.out.weight", (ATTENTION + "o_proj.weight",)),
-)
-GROUPED_QUERY_RULES = (
-    NameRule(
-        "layers.{layer}.attention.qkv.weight",
-        (ATTENTION + "q_proj.weight", ATTENTION + "k_proj.weight", ATTENTION + "v_proj.weight"),
-    ),
-    NameRule("layers.{layer}.attention.q_norm.weight", (ATTENTION + "q_norm.weight",)),
-    NameRule("layers.{layer}.attention.k_norm.weight", (ATTENTION + "k_norm.weight",)),
-)
-LATENT_RULES = (
-    NameRule("layers.{layer}.attention.q_down.weight", (ATTENTION + "q_a_proj.weight",)),
-    NameRule("layers.{layer}.attention.q_norm.weight", (ATTENTION + "q_a_layernorm.weight",)),
-    NameRule("layers.{layer}.attention.q_up.weight", (ATTENTION + "q_b_proj.weight",)),
-    NameRule("layers.{layer}.attention.kv_down.weight", (ATTENTION + "kv_a_proj_with_mqa.weight",)),
-    NameRule("layers.{layer}.attention.kv_norm.weight", (ATTENTION + "kv_a_layernorm.weight",)),
-    NameRule("layers.{layer}.attention.kv_up.weight", (ATTENTION + "kv_b_proj.weight",)),
-)
-# Without a query latent their direct projection has the name that grouped-query attention gives it.
-DIRECT_QUERY_RULE = NameRule("layers.{layer}.attention.q_up.weight", (ATTENTION + "q_proj.weight",))
-DENSE_RULES = (
-    NameRule("layers.{layer}.ffn.w13.weight", (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight")),
-    NameRule("layers.{layer}.ffn.w2.weight", (LAYER + "mlp.down_proj.weight",)),
-)
-SHARED_RULES = (
-    NameRule(
-        "layers.{layer}.ffn.shared.w13.weight",
-        (LAYER + "mlp.shared_experts.gate_proj.weight", LAYER + "mlp.shared_experts.up_proj.weight"),
-    ),
-    NameRule("layers.{layer}.ffn.shared.w2.weight", (LAYER + "mlp.shared_experts.down_proj.weight",)),
-)
-CORRECTION_RULE = NameRule("layers.{layer}.ffn.router.bias", (LAYER + "mlp.gate.e_score_correction_bias",))
-
-
-def _expert_rules(block: str, gate: str, up: str, down: str) -> tuple[NameRule, ...]:
-    expert = LAYER + block + ".experts.{expert}."
-    return (
-        NameRule("layers.{layer}.ffn.router.weight", (LAYER + block + ".gate.weight",), LAYER + "mlp.gate.weight"),
-        NameRule(
-            "layers.{layer}.ffn.experts.w13",
-            (expert + gate + ".weight", expert + up + ".weight"),
-            LAYER + "mlp.experts.gate_up_proj",
-        ),
-        NameRule("layers.{layer}.ffn.experts.w2", (expert + down + ".weight",), LAYER + "mlp.experts.down_proj"),
-    )
-
-
-PROJECTED_EXPERTS = _expert_rules("mlp", "gate_proj", "up_proj", "down_proj")
-
-GPT_OSS_EXPERTS = LAYER + "mlp.experts."
-GPT_OSS_RULES = (
-    NameRule(
-        "layers.{layer}.attention.qkv.bias",
-        (ATTENTION + "q_proj.bias", ATTENTION + "k_proj.bias", ATTENTION + "v_proj.bias"),
-    ),
-    NameRule("layers.{layer}.attention.out.bias", (ATTENTION + "o_proj.bias",)),
-    NameRule("layers.{layer}.attention.sinks", (ATTENTION + "sinks",)),
-    NameRule("layers.{layer}.ffn.router.weight", (LAYER + "mlp.router.weight",)),
-    NameRule("layers.{layer}.ffn.router.logits_bias", (LAYER + "mlp.router.bias",)),
-    NameRule(
-        "layers.{layer}.ffn.experts.w13", (GPT_OSS_EXPERTS + "gate_up_proj",), transposed=True, interleaved=True
-    ),
-    NameRule("layers.{layer}.ffn.experts.b13", (GPT_OSS_EXPERTS + "gate_up_proj_bias",), interleaved=True),
-    NameRule("layers.{layer}.ffn.experts.w2", (GPT_OSS_EXPERTS + "down_proj",), transposed=True),
-    NameRule("layers.{layer}.ffn.experts.b2", (GPT_OSS_EXPERTS + "down_proj_bias",)),
-)
-
-
 def _layer_types(layers: int, every: int) -> list[str]:
-    """Full attention in every so many layers (0: in none), sliding windows in the others."""
+    """Return the names of full attention in every so many layers (0: in none), of windows in the others."""
     kinds = ("sliding_attention", "full_attention")
     return [kinds[every > 0 and (index + 1) % every == 0] for index in range(layers)]
 
 
-def _every(kinds: list[str]) -> int:
-    """["sliding_attention", "full_attention", ...] -> 2: every how many layers there is full attention; 0: none."""
+def _full_attention_every(kinds: list[str]) -> int:
+    """Return every how many layers there is full attention; 0: none. The inverse of `_layer_types`."""
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
     right = _layer_types(len(kinds), every)
     require(kinds == right, f"layer_types = {kinds}: full attention has to be in every n-th layer, as in {right}")
     return every
 
 
+COMMON_KEYS = _keys(
+    layers="num_hidden_layers",
+    hidden="hidden_size",
+    heads="num_attention_heads",
+    kv_heads="num_key_value_heads",
+    vocab="vocab_size",
+    sequence_length="max_position_embeddings",
+    norm_eps="rms_norm_eps",
+    top_k="num_experts_per_tok",
+    tied_embeddings=ConfigKey("tie_word_embeddings", False),
+    init_std=ConfigKey("initializer_range", 0.02),
+    rope_theta=ConfigKey("rope_theta", 10_000.0),
+    rope_factor=ConfigKey("factor", 1.0),
+    rope_original_length=ConfigKey("original_max_position_embeddings", 4096),
+    rope_mscale_all_dim=ConfigKey("mscale_all_dim", 0.0),
+)
+WINDOWED_KEYS = COMMON_KEYS | _keys(
+    head_dim=ConfigKey("head_dim", 0),
+    sliding_window=ConfigKey("sliding_window", 0, write=lambda window, config: window or None),
+)
+BALANCE = ConfigKey("router_aux_loss_coef", 0.0)
+NORM_TOP_K = ConfigKey("norm_topk_prob", False)
+LOCAL_EXPERTS = ConfigKey("num_local_experts", also="num_experts")
+EXPERTS = ConfigKey("num_experts", also="num_local_experts")
+DENSE_FFN_HIDDEN = ConfigKey("intermediate_size", 0)
+
+# Dropout and jitter act in training only; we train without.
+COMMON_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "rope_type": ("default", "yarn"),
+    "beta_fast": (32,),
+    "beta_slow": (1,),
+    "truncate": (True,),
+}
+
+OUTER_RULES: Rules = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+COMMON_RULES: Rules = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+}
+GROUPED_QUERY_RULES: Rules = {
+    **COMMON_RULES,
+    "attention.qkv.weight": TensorRule(
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    ),
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+}
+LATENT_RULES: Rules = {
+    **COMMON_RULES,
+    "attention.q_down.weight": "self_attn.q_a_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.q_up.weight": "self_attn.q_b_proj.weight",
+    "attention.kv_down.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.kv_up.weight": "self_attn.kv_b_proj.weight",
+}
+# Without a query latent their direct projection has the name that grouped-query attention gives it.
+DIRECT_QUERY_RULE: Rules = {"attention.q_up.weight": "self_attn.q_proj.weight"}
+
+
+def _ffn_rules(ours: str, theirs: str) -> Rules:
+    return {
+        f"{ours}.w13.weight": TensorRule((f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")),
+        f"{ours}.w2.weight": f"{theirs}.down_proj.weight",
+    }
+
+
+def _expert_rules(block: str, gate: str, up: str, down: str) -> Rules:
+    expert = block + ".experts.{expert}."
+    return {
+        "ffn.router.weight": TensorRule((f"{block}.gate.weight",), "mlp.gate.weight"),
+        "ffn.experts.w13": TensorRule((f"{expert}{gate}.weight", f"{expert}{up}.weight"), "mlp.experts.gate_up_proj"),
+        "ffn.experts.w2": TensorRule((f"{expert}{down}.weight",), "mlp.experts.down_proj"),
+    }
+
+
+PROJECTED_EXPERTS = _expert_rules("mlp", "gate_proj", "up_proj", "down_proj")
+DENSE_RULES = _ffn_rules("ffn", "mlp")
+GPT_OSS_RULES: Rules = {
+    **GROUPED_QUERY_RULES,
+    "attention.qkv.bias": TensorRule(("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+    "attention.out.bias": "self_attn.o_proj.bias",
+    "attention.sinks": "self_attn.sinks",
+    "ffn.router.weight": "mlp.router.weight",
+    "ffn.router.logits_bias": "mlp.router.bias",
+    "ffn.experts.w13": TensorRule(("mlp.experts.gate_up_proj",), transposed=True, interleaved=True),
+    "ffn.experts.b13": TensorRule(("mlp.experts.gate_up_proj_bias",), interleaved=True),
+    "ffn.experts.w2": TensorRule(("mlp.experts.down_proj",), transposed=True),
+    "ffn.experts.b2": "mlp.experts.down_proj_bias",
+}
+
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         architecture="MixtralForCausalLM",
-        fields=(
-            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE,
-            ConfigName("experts", ("num_local_experts", "num_experts")),
-            ConfigName("ffn_hidden", ("intermediate_size",)),
-        ),
+        keys=WINDOWED_KEYS | _keys(balance_loss=BALANCE, experts=LOCAL_EXPERTS, ffn_hidden="intermediate_size"),
         implied={},
-        supported={**COMMON_SUPPORTED, "router_jitter_noise": (0.0, None)},
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *_expert_rules("block_sparse_moe", "w1", "w3", "w2")),
+        supported={**COMMON_SUPPORTED, "router_jitter_noise": (0.0,)},
+        layer_rules={**GROUPED_QUERY_RULES, **_expert_rules("block_sparse_moe", "w1", "w3", "w2")},
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        fields=(
-            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE, NORM_TOP_K,
-            ConfigName("experts", ("num_experts", "num_local_experts")),
-            ConfigName("ffn_hidden", ("moe_intermediate_size",)),
-            ConfigName("dense_layers", ("mlp_only_layers",), 0, read=_leading, write=lambda count: list(range(count))),
-            ConfigName("dense_ffn_hidden", ("intermediate_size",), 0),
+        keys=WINDOWED_KEYS
+        | _keys(
+            balance_loss=BALANCE,
+            norm_top_k=NORM_TOP_K,
+            experts=EXPERTS,
+            ffn_hidden="moe_intermediate_size",
+            dense_layers=ConfigKey(
+                "mlp_only_layers", 0, read=_count_leading, write=lambda count, config: list(range(count))
+            ),
+            dense_ffn_hidden=DENSE_FFN_HIDDEN,
         ),
         implied={"qk_norm": "head"},
-        supported={**COMMON_SUPPORTED, "decoder_sparse_step": (1, None)},
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *PROJECTED_EXPERTS, *DENSE_RULES),
+        supported={**COMMON_SUPPORTED, "decoder_sparse_step": (1,)},
+        layer_rules={**GROUPED_QUERY_RULES, **PROJECTED_EXPERTS, **DENSE_RULES},
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
-        fields=(
-            *COMMON_FIELDS, BALANCE, NORM_TOP_K,
-            ConfigName("experts", ("num_experts", "num_local_experts")),
-            ConfigName("ffn_hidden", ("intermediate_size",)),
-        ),
+        keys=COMMON_KEYS
+        | _keys(balance_loss=BALANCE, norm_top_k=NORM_TOP_K, experts=EXPERTS, ffn_hidden="intermediate_size"),
         implied={"qk_norm": "full"},
-        supported={**COMMON_SUPPORTED, "clip_qkv": (None,)},
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *PROJECTED_EXPERTS),
+        supported={**COMMON_SUPPORTED, "clip_qkv": ()},
+        layer_rules={**GROUPED_QUERY_RULES, **PROJECTED_EXPERTS},
     ),
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
-        fields=(
-            *COMMON_FIELDS,
-            ConfigName("norm_top_k", ("norm_topk_prob",), True),
-            ConfigName("rope_interleaved", ("rope_interleave",), True),
-            ConfigName("q_lora_rank", ("q_lora_rank",), 0, write=lambda rank: rank or None),
-            ConfigName("kv_lora_rank", ("kv_lora_rank",)),
-            ConfigName("qk_nope_head_dim", ("qk_nope_head_dim",)),
-            ConfigName("qk_rope_head_dim", ("qk_rope_head_dim",)),
-            ConfigName("v_head_dim", ("v_head_dim",)),
-            ConfigName("experts", ("n_routed_experts", "num_local_experts")),
-            ConfigName("routed_scaling", ("routed_scaling_factor",), 1.0),
-            ConfigName("expert_groups", ("n_group",), 1),
-            ConfigName("top_groups", ("topk_group",), 1),
-            ConfigName("ffn_hidden", ("moe_intermediate_size",)),
-            ConfigName("shared_experts", ("n_shared_experts",), 0),
-            ConfigName("dense_layers", ("first_k_dense_replace",), 0),
-            ConfigName("dense_ffn_hidden", ("intermediate_size",), 0),
+        keys=COMMON_KEYS
+        | _keys(
+            norm_top_k=ConfigKey("norm_topk_prob", True),
+            rope_interleaved=ConfigKey("rope_interleave", True),
+            q_lora_rank=ConfigKey("q_lora_rank", 0, write=lambda rank, config: rank or None),
+            kv_lora_rank="kv_lora_rank",
+            qk_nope_head_dim="qk_nope_head_dim",
+            qk_rope_head_dim="qk_rope_head_dim",
+            v_head_dim="v_head_dim",
+            experts=ConfigKey("n_routed_experts", also="num_local_experts"),
+            routed_scaling=ConfigKey("routed_scaling_factor", 1.0),
+            expert_groups=ConfigKey("n_group", 1),
+            top_groups=ConfigKey("topk_group", 1),
+            ffn_hidden="moe_intermediate_size",
+            shared_experts=ConfigKey("n_shared_experts", 0),
+            dense_layers=ConfigKey("first_k_dense_replace", 0),
+            dense_ffn_hidden=DENSE_FFN_HIDDEN,
         ),
         implied={"attention": "mla", "score": "sigmoid", "group_score": "top2", "correction_bias": True},
         supported={
-            **COMMON_SUPPORTED,
-            "scoring_func": ("sigmoid", None),
-            "topk_method": ("noaux_tc", None),
-            "moe_layer_freq": (1, None),
+            **COMMON_SUPPORTED, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
         },
-        rules=(*COMMON_RULES, *LATENT_RULES, CORRECTION_RULE, *PROJECTED_EXPERTS, *SHARED_RULES, *DENSE_RULES),
+        layer_rules={
+            **LATENT_RULES, **PROJECTED_EXPERTS, **DENSE_RULES, **_ffn_rules("ffn.shared", "mlp.shared_experts"),
+            "ffn.router.bias": "mlp.gate.e_score_correction_bias",
+        },
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
-        fields=(
-            *COMMON_FIELDS, HEAD_DIM, WINDOW, BALANCE,
-            ConfigName("rope_theta", ("rope_theta",), 150_000.0),
-            ConfigName("rope_truncate", ("truncate",), True),
-            ConfigName(
-                "full_attention_every", ("layer_types",), 2, read=_every,
-                write_of=lambda config: _layer_types(config.layers, config.full_attention_every),
+        keys=WINDOWED_KEYS
+        | _keys(
+            balance_loss=BALANCE,
+            rope_theta=ConfigKey("rope_theta", 150_000.0),
+            rope_truncate=ConfigKey("truncate", True),
+            full_attention_every=ConfigKey(
+                "layer_types", 2, read=_full_attention_every,
+                write=lambda every, config: _layer_types(config.layers, every),
             ),
-            ConfigName("experts", ("num_local_experts", "num_experts")),
-            ConfigName("ffn_hidden", ("intermediate_size",)),
-            ConfigName("swiglu_alpha", ("swiglu_alpha",), 1.702),
-            ConfigName("swiglu_limit", ("swiglu_limit",), 7.0),
+            experts=LOCAL_EXPERTS,
+            ffn_hidden="intermediate_size",
+            swiglu_alpha=ConfigKey("swiglu_alpha", 1.702),
+            swiglu_limit=ConfigKey("swiglu_limit", 7.0),
         ),
         implied={
             "attention_bias": True, "attention_sinks": True, "router_bias": True, "expert_bias": True,
             "activation": "clamped_swiglu",
         },
-        supported={
-            **{key: values for key, values in COMMON_SUPPORTED.items() if key != "truncate"},
-            "attention_bias": (True, None),
-            "rope_type": ("yarn",),  # transformers stretches this family where nothing is said
-        },
-        rules=(*COMMON_RULES, *GROUPED_QUERY_RULES, *GPT_OSS_RULES),
+        # transformers stretches this family where nothing is said.
+        supported={**COMMON_SUPPORTED, "attention_bias": (True,), "rope_type": ("yarn",), "truncate": (True, False)},
+        layer_rules=GPT_OSS_RULES,
     ),
-}
+}  # fmt: skip

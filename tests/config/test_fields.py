@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Interval
 from pydantic import TypeAdapter, ValidationError
 
 from megascale_moe.config import Config, ConfigError, Field, ParallelConfig, fields, from_dict, json_schema
 from megascale_moe.config.fields import LIST
-from megascale_moe.config.whole import sections
+from megascale_moe.config.whole import SECTIONS
 from megascale_moe.huggingface.families import FAMILIES
 
 FIELDS = fields()
@@ -30,16 +30,17 @@ def test_every_field_says_in_one_sentence_what_it_means(field: Field) -> None:
 
 @pytest.mark.parametrize("field", NUMBERS.values(), ids=NUMBERS)
 def test_every_number_has_a_lower_and_an_upper_bound(field: Field) -> None:
-    low, high = field.rules
-    assert isinstance(low, Ge | Gt)
-    assert isinstance(high, Le | Lt)
+    rule: Interval = field.rule
+    assert (rule.ge is None) + (rule.gt is None) == 1
+    assert (rule.le is None) + (rule.lt is None) == 1
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
 def test_defaults_and_special_values_are_in_their_range(field: Field) -> None:
     assert field.problem(field.default) == ""
-    assert field.special is None or field.problem(field.special.value) == ""
-    assert field.special is None or type(field.special.value) is type(field.default)
+    if field.least:
+        assert field.problem(field.least_value) == ""
+        assert type(field.least_value) is type(field.default)
 
 
 def test_a_name_from_elsewhere_means_one_key() -> None:
@@ -52,9 +53,10 @@ def test_a_name_from_elsewhere_means_one_key() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_names_are_among_the_names_from_elsewhere(family: str) -> None:
-    for field in FAMILIES[family].fields:
-        if field.ours != "ffn_hidden":  # "intermediate_size" where there are no dense layers, which have it elsewhere
-            assert [name for name in field.theirs if not FIELDS[f"model.{field.ours}"].called(name)] == []
+    for ours, key in FAMILIES[family].keys.items():
+        if ours != "ffn_hidden":  # "intermediate_size" where there are no dense layers, which have it elsewhere
+            assert FIELDS[f"model.{ours}"].called(key.theirs)
+            assert not key.also or FIELDS[f"model.{ours}"].called(key.also)
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ CANDIDATES: list[Any] = [
 
 @pytest.mark.parametrize("field", NUMBERS.values(), ids=NUMBERS)
 def test_pydantic_takes_the_same_numbers(field: Field) -> None:
-    hint = typing.get_type_hints(sections()[field.section], include_extras=True)[field.key]
+    hint = typing.get_type_hints(SECTIONS[field.section], include_extras=True)[field.key]
     reader: TypeAdapter[Any] = TypeAdapter(hint)
     taken = [value for value in CANDIDATES if field.problem(value) == ""]
     assert 0 < len(taken) < len(CANDIDATES)
@@ -133,10 +135,10 @@ def accepts(reader: TypeAdapter[Any], value: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("section", sections())
+@pytest.mark.parametrize("section", SECTIONS)
 def test_the_schema_is_pydantics(section: str) -> None:
     """But for its titles, our descriptions, and what TOML has no types for."""
-    wanted = TypeAdapter(sections()[section]).json_schema()["properties"]
+    wanted = TypeAdapter(SECTIONS[section]).json_schema()["properties"]
     found = json_schema()["properties"][section]["properties"]
     assert list(found) == list(wanted)
     for key, theirs in wanted.items():
