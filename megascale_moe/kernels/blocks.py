@@ -46,12 +46,12 @@ class Rowwise:
 
     @cached_property
     def fused(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The formula compiled, made when first asked for: torch.compile takes 2.7 s to import."""
+        """Return the formula compiled, made when first asked for: torch.compile takes 2.7 s to import."""
         return torch.compile(self.formula, dynamic=True)
 
     @cached_property
     def fused_by_width(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The formula compiled for the widths that it meets, each with any number of rows."""
+        """Return the formula compiled for the widths that it meets, each with any number of rows."""
         from torch import _dynamo as dynamo
 
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, WIDTHS)
@@ -80,15 +80,15 @@ class Rowwise:
         split = len(arguments) - self.shared
         out: list[Tensor] = []
         for start in range(0, rows, step):
-            part = slice(start, start + step)
-            results = self.formula(*(a if a is None else a[part] for a in arguments[:split]), *arguments[split:])
+            block = slice(start, start + step)
+            results = self.formula(*(a if a is None else a[block] for a in arguments[:split]), *arguments[split:])
             by_row = len(results) - self.sums
             if not out:
                 out = [r.new_empty(rows, *r.shape[1:]) for r in results[:by_row]]
                 out += [torch.zeros_like(r) for r in results[by_row:]]
             for index, result in enumerate(results):
                 if index < by_row:
-                    out[index][part] = result
+                    out[index][block] = result
                 else:
                     out[index] += result
         return tuple(out)

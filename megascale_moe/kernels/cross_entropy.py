@@ -7,7 +7,7 @@ it is in cache; it is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,15 @@ from megascale_moe.kernels.blocks import Rowwise
 BLOCK_TOKENS = {"cpu": 256, "cuda": 4096, "meta": 4096}  # a block of logits in the cache; enough rows to fill a GPU
 
 
+def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return the same rows of all tensors, as views, block by block."""
+    return zip(*(each.split(BLOCK_TOKENS[x.device.type]) for each in (x, *others)), strict=True)
+
+
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, scale: float, add_weight_gradient: Callable[[Tensor, Tensor], None]
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradients of the output layer.
+    """Compute loss and gradients of the output layer.
 
     Args:
         x: [T, D]. weight: [V, D]. targets: int64 [T], -100 does not count.
@@ -33,18 +38,16 @@ def linear_cross_entropy(
     """
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(x)
-    block = BLOCK_TOKENS[x.device.type]
-    for start in range(0, x.shape[0], block):
-        part, target = x[start : start + block], targets[start : start + block]
-        slope, losses = _loss_and_slope(part @ weight.t(), target, scale)
+    for rows, target, dx in _blocks(x, targets, gradient):
+        slope, losses = _slope_and_loss(rows @ weight.t(), target, scale)
         total += losses.sum()
-        torch.mm(slope, weight, out=gradient[start : start + block])
-        add_weight_gradient(slope.t(), part)
+        torch.mm(slope, weight, out=dx)
+        add_weight_gradient(slope.t(), rows)
     return total, gradient
 
 
 def _slope_formula(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradient of a block's logits, scaled, and the loss of each token."""
+    """Return the gradient of a block's logits, scaled, and the loss of each token."""
     counts = (target >= 0)[:, None]
     chosen = target.clamp(min=0)[:, None]
     log_p = logits.float().log_softmax(-1)
@@ -53,15 +56,14 @@ def _slope_formula(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor
     return slope.to(logits.dtype), losses
 
 
-_loss_and_slope = Rowwise(_slope_formula, shared=1)
+_slope_and_loss = Rowwise(_slope_formula, shared=1)
 
 
 def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss alone, for evaluation."""
+    """Return the summed loss alone, for evaluation."""
     total = torch.zeros((), dtype=torch.float32, device=x.device)
-    block = BLOCK_TOKENS[x.device.type]
-    for part, target in zip(x.split(block), targets.split(block), strict=True):
-        total += F.cross_entropy((part @ weight.t()).float(), target, ignore_index=-100, reduction="sum")
+    for rows, target in _blocks(x, targets):
+        total += F.cross_entropy((rows @ weight.t()).float(), target, ignore_index=-100, reduction="sum")
     return total
 
 
@@ -69,54 +71,45 @@ def linear_cross_entropy_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def partial_statistics(logits: Tensor, targets: Tensor, first: int) -> Tensor:
-    """What a part of the vocabulary, from token `first` on, says of each row's softmax.
+    """Return what a part of the vocabulary, from token `first` on, says of each row's softmax.
 
     logits [T, V / n], targets int64 [T] -> float32 [T, 3]: largest logit, sum of exp(logit - largest), the target's
     logit (0 where it lies in another part).
     """
-    parts = [_statistics_formula(part, target, first) for part, target in _blocks(logits, targets)]
-    return torch.cat(parts)
+    statistics = []
+    for rows, target in _blocks(logits, targets):
+        values = rows.float()
+        largest = values.amax(-1)
+        total = (values - largest[:, None]).exp_().sum(-1)
+        chosen, mine = _columns(target, first, logits.shape[1])
+        statistics.append(torch.stack((largest, total, values.gather(1, chosen).squeeze(1) * mine), dim=-1))
+    return torch.cat(statistics)
 
 
-def _statistics_formula(logits: Tensor, targets: Tensor, first: int) -> Tensor:
-    values = logits.float()
-    largest = values.amax(-1)
-    total = (values - largest[:, None]).exp_().sum(-1)
-    chosen, mine = _local(targets, first, logits.shape[1])
-    return torch.stack((largest, total, values.gather(1, chosen).squeeze(1) * mine), dim=-1)
-
-
-def _local(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Targets as columns of this part, [T, 1], and whether they lie in it, [T]."""
+def _columns(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return targets as columns of a part of the vocabulary, [T, 1], and whether they lie in it, [T]."""
     local = targets - first
     mine = (local >= 0) & (local < size) & (targets >= 0)
     return local.clamp(0, size - 1)[:, None], mine
 
 
-def _blocks(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    block = BLOCK_TOKENS[logits.device.type]
-    return list(zip(logits.split(block), targets.split(block), strict=True))
-
-
 def combine_statistics(parts: Tensor) -> Tensor:
-    """float32 [n, T, 3] of all parts -> [T, 2]: log of the sum of all exponentials, the target's logit."""
+    """Reduce float32 [n, T, 3] of all parts -> [T, 2]: log of the sum of all exponentials, the target's logit."""
     largest = parts[..., 0].amax(0)
     total = (parts[..., 1] * (parts[..., 0] - largest).exp()).sum(0)
     return torch.stack((largest + total.log(), parts[..., 2].sum(0)), dim=-1)
 
 
 def sharded_slope(logits: Tensor, log_sum: Tensor, targets: Tensor, first: int, scale: float) -> Tensor:
-    """Gradient of a part's logits [T, V / n], times `scale`; overwrites nothing.
+    """Return the gradient of a part's logits [T, V / n], times `scale`; overwrites nothing.
 
     Args:
         log_sum: of the exponentials of the whole vocabulary, float32 [T].
     """
-    out = torch.empty_like(logits)
-    block = BLOCK_TOKENS[logits.device.type]
-    for start in range(0, len(logits), block):
-        part = slice(start, start + block)
-        p = (logits[part].float() - log_sum[part, None]).exp_()
-        chosen, mine = _local(targets[part], first, logits.shape[1])
+    gradient = torch.empty_like(logits)
+    for rows, log_total, target, slope in _blocks(logits, log_sum, targets, gradient):
+        p = (rows.float() - log_total[:, None]).exp_()
+        chosen, mine = _columns(target, first, logits.shape[1])
         p.scatter_add_(1, chosen, -mine.float()[:, None])
-        out[part] = p.mul_(((targets[part] >= 0) * scale)[:, None])
-    return out
+        slope.copy_(p.mul_(((target >= 0) * scale)[:, None]))
+    return gradient

@@ -26,18 +26,18 @@ class Groups:
 
     @classmethod
     def of(cls, counts: list[int], device: torch.device | None = None) -> Groups:
-        """Of known sizes."""
+        """Make groups of known sizes."""
         return Groups(torch.tensor(counts, device=device).cumsum(0).int())
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each group. The host waits for a GPU to know them."""
+        """Return the rows of each group, for which the host waits for a GPU."""
         ends: list[int] = self.offsets.tolist()
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def grouped_mm(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """x [R, K] times weight [G, K, N], row group g with weight g -> [R, N]."""
+    """Multiply x [R, K] with weight [G, K, N], row group g with weight g -> [R, N]."""
     if x.shape[0] and _library_takes(x, weight):
         return F.grouped_mm(x, weight, offs=groups.offsets)
     out = x.new_empty(x.shape[0], weight.shape[2])
@@ -50,7 +50,7 @@ def grouped_mm(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 
 
 def grouped_outer(a: Tensor, b: Tensor, groups: Groups) -> Tensor | None:
-    """a [R, N] and b [R, K] -> [G, N, K], of each group a.T @ b, zero without rows; None where a loop does better.
+    """Return a.T @ b of each group, [G, N, K], zero without rows; None where a loop does better.
 
     On a CPU the loop adds into float32 buffers, without rounding each product to BF16.
     """
@@ -60,12 +60,12 @@ def grouped_outer(a: Tensor, b: Tensor, groups: Groups) -> Tensor | None:
 
 
 def rows_of_groups(values: Tensor, groups: Groups, count: int) -> Tensor:
-    """values [G, N] -> for each of `count` rows those of its group, [count, N]."""
+    """Return for each of `count` rows the values [G, N] of its group, [count, N]."""
     return values[_group_of_rows(groups, count)]
 
 
 def sums_of_groups(x: Tensor, groups: Groups) -> Tensor:
-    """x [R, N] -> the sum over the rows of each group, [G, N] of x's dtype, zero without rows.
+    """Return the sum over the rows of each group of x [R, N], [G, N] of x's dtype, zero without rows.
 
     A product with zeros and ones: it sums in float32 and, unlike an addition by index on a GPU, in the same order every
     time.
@@ -76,11 +76,11 @@ def sums_of_groups(x: Tensor, groups: Groups) -> Tensor:
 
 
 def _group_of_rows(groups: Groups, count: int) -> Tensor:
-    """The group of each row, int64 [count]."""
+    """Return the group of each row, int64 [count]."""
     return torch.searchsorted(groups.offsets, torch.arange(count, device=groups.offsets.device), right=True)
 
 
 def _library_takes(x: Tensor, weight: Tensor) -> bool:
-    """torch's grouped_mm wants rows that are multiples of 16 bytes, and on CUDA bfloat16."""
+    """Return whether torch's grouped_mm runs: on rows that are multiples of 16 bytes, and on CUDA bfloat16."""
     aligned = all(size * x.itemsize % 16 == 0 for size in (x.shape[-1], weight.shape[-1]))
     return aligned and (x.device.type == "cpu" or x.dtype == torch.bfloat16)

@@ -18,14 +18,14 @@ COLUMNS = 64
 
 @triton.jit
 def _exponent(largest):
-    """The scale's byte for numbers up to `largest`, as int32: the power of two above largest / 448; 255 if infinite."""
+    """Return the byte of the scale for numbers up to `largest`, int32: the power of two above largest / 448, or 255."""
     bits = (largest / 448.0).to(tl.int32, bitcast=True)
     return tl.minimum(((bits >> 23) & 255) + 1, 255)
 
 
 @triton.jit
 def _rounded(x, exponent):
-    """x / 2^(exponent - 127) to the nearest E4M3, ties to even, as int32 from 0 to 255."""
+    """Round x / 2^(exponent - 127) to the nearest E4M3, ties to even, as int32 from 0 to 255."""
     y = x * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     bits = y.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
@@ -38,7 +38,7 @@ def _rounded(x, exponent):
 
 @triton.jit
 def _value(code, exponent):
-    """E4M3 times its scale, float32: float16 has one bit more of exponent, a factor of 2^8."""
+    """Return E4M3 times its scale, float32: float16 has one bit more of exponent, a factor of 2^8."""
     half = (((code & 0x7F) << 7) | ((code & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
     return half.to(tl.float32) * 256.0 * (exponent << 23).to(tl.float32, bitcast=True)
 
@@ -56,17 +56,23 @@ def _encode_rows(x, numbers, scales, width, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _largest(values, axis: tl.constexpr):
-    """The largest magnitude; what is not a number counts as infinite, which a maximum could lose."""
+    """Return the largest magnitude; what is not a number counts as infinite, which a maximum could lose."""
     size = tl.abs(values)
     return tl.max(tl.where(size == size, size, float("inf")), axis)
 
 
 @triton.jit
-def _encode_channels(x, numbers, scales, rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return this program's rows, its columns, which elements of them exist, and its group of rows."""
     group = tl.program_id(0).to(tl.int64)
     row = group * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = (row < rows) & (column < width)
+    return row, column, (row < rows) & (column < width), group
+
+
+@triton.jit
+def _encode_channels(x, numbers, scales, rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column, there, group = _tile(rows, width, ROWS, COLUMNS)
     values = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
     exponent = _exponent(_largest(values, 0))[None, :]
     tl.store(numbers + row * width + column, _rounded(values, exponent).to(tl.uint8), mask=there)
@@ -77,10 +83,7 @@ def _encode_channels(x, numbers, scales, rows, width, stride, ROWS: tl.constexpr
 def _decode(
     numbers, scales, out, rows, width, stride, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    group = tl.program_id(0).to(tl.int64)
-    row = group * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = (row < rows) & (column < width)
+    row, column, there, group = _tile(rows, width, ROWS, COLUMNS)
     code = tl.load(numbers + row * width + column, mask=there, other=0).to(tl.int32)
     if PER_ROW:
         exponent = tl.load(scales + row, mask=row < rows, other=127).to(tl.int32)
@@ -89,29 +92,25 @@ def _decode(
     tl.store(out + row * stride + column, _value(code, exponent).to(out.dtype.element_ty), mask=there)
 
 
-def encode_rows(x: Tensor, numbers: Tensor, scales: Tensor) -> None:
-    """x [R, w], rows of unit stride -> numbers uint8 [R, w] and scales uint8 [R]."""
+def encode(x: Tensor, numbers: Tensor, scales: Tensor, *, per_row: bool) -> None:
+    """Encode x [R, w], rows of unit stride, into numbers uint8 [R, w] and scales uint8 [R] or [ceil(R / 128), w]."""
     rows, width = x.shape
-    if x.numel():
+    if not x.numel():
+        return
+    if per_row:
         _encode_rows[(rows,)](x, numbers, scales, width, x.stride(0), BLOCK=triton.next_power_of_2(width))
-
-
-def encode_channels(x: Tensor, numbers: Tensor, scales: Tensor) -> None:
-    """x [R, w], rows of unit stride -> numbers uint8 [R, w] and scales uint8 [ceil(R / 128), w]."""
-    rows, width = x.shape
-    if x.numel():
-        grid = (triton.cdiv(rows, GROUP), triton.cdiv(width, COLUMNS))
-        _encode_channels[grid](x, numbers, scales, rows, width, x.stride(0), ROWS=GROUP, COLUMNS=COLUMNS)
+    else:
+        _encode_channels[_grid(x)](x, numbers, scales, rows, width, x.stride(0), ROWS=GROUP, COLUMNS=COLUMNS)
 
 
 def decode(numbers: Tensor, scales: Tensor, out: Tensor, *, per_row: bool) -> None:
-    """The inverse of both, into out [R, w], rows of unit stride."""
+    """Fill out [R, w], rows of unit stride; the inverse of `encode`."""
     rows, width = out.shape
     if out.numel():
-        grid = (triton.cdiv(rows, GROUP), triton.cdiv(width, COLUMNS))
-        _decode[grid](
+        _decode[_grid(out)](
             numbers, scales, out, rows, width, out.stride(0), PER_ROW=per_row, ROWS=GROUP, COLUMNS=COLUMNS
         )
 
 
-__all__ = ["decode", "encode_channels", "encode_rows"]
+def _grid(x: Tensor) -> tuple[int, int]:
+    return triton.cdiv(x.shape[0], GROUP), triton.cdiv(x.shape[1], COLUMNS)

@@ -11,9 +11,9 @@ from megascale_moe.kernels.blocks import Rowwise
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    part = x.float()
-    scale = part.square().mean(-1, keepdim=True).add(eps).rsqrt()
-    return (part * scale * weight.float()).to(x.dtype), scale
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    return (wide * scale * weight.float()).to(x.dtype), scale
 
 
 def _backward(
@@ -34,19 +34,19 @@ _run_backward = Rowwise(_backward, shared=1, sums=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, D] -> (x / rms * weight [T, D], 1 / rms float32 [T, 1])."""
+    """Return (x / rms * weight [T, D], 1 / rms float32 [T, 1]) of x [T, D]."""
     return _run_forward(x, weight.clone(), eps)  # type: ignore[return-value]
 
 
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, skip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `rms_norm`: (of x, with `skip` added, [T, D]; of weight, float32 [D])."""
+    """Return the gradients of `rms_norm`: (of x, with `skip` added, [T, D]; of weight, float32 [D])."""
     return _run_backward(gradient, x, scale, skip, weight.clone())  # type: ignore[return-value]
 
 
 def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """a + b and its RMSNorm: (sum [T, D], normed [T, D], 1 / rms float32 [T, 1])."""
+    """Return a + b and its RMSNorm: (sum [T, D], normed [T, D], 1 / rms float32 [T, 1])."""
     return _run_add(a, b, weight.clone(), eps)  # type: ignore[return-value]
 
 

@@ -26,6 +26,8 @@ class RowMap(Groups):
         slot: index of each routed row's assignment in the flattened [T, k] routing, int64 [R].
         by_token: routed rows sorted by token, int64 [R]; token_start the first of each token's, int64 [T].
         per_token: rows of every token, where all have equally many; else 0.
+        table: rows by sender and expert, one tuple per sender, of a routing without storage: how many rows there are is
+            known, which ones is not.
     """
 
     source: Tensor
@@ -33,35 +35,20 @@ class RowMap(Groups):
     by_token: Tensor
     token_start: Tensor
     per_token: int = 0
-
-    def rows_from(self, sender: Tensor, senders: int) -> list[int]:
-        """Return how many rows each sender has, `sender` naming that of every row, int64 [R] of 0 .. senders - 1."""
-        return count(sender, senders).tolist()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class BalancedRowMap(RowMap):
-    """Rows of a routing without storage: how many there are is known, which ones is not.
-
-    Attributes:
-        table: rows by sender and expert, one tuple per sender.
-    """
-
     table: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each expert."""
-        return [sum(rows) for rows in zip(*self.table, strict=True)]
+        """Return the rows of each expert, for which the host waits for a GPU."""
+        return [sum(rows) for rows in zip(*self.table, strict=True)] if self.table else super().counts
 
     def rows_from(self, sender: Tensor, senders: int) -> list[int]:
-        """Return how many rows each sender has."""
-        assert senders == len(self.table)
-        return [sum(rows) for rows in self.table]
+        """Return how many rows each sender has, `sender` naming that of every row, int64 [R] of 0 .. senders - 1."""
+        return [sum(rows) for rows in self.table] if self.table else count(sender, senders).tolist()
 
 
 def count(values: Tensor, kinds: int) -> Tensor:
-    """How often each of 0 .. kinds - 1 occurs in int64 `values`: int64 [kinds].
+    """Count how often each of 0 .. kinds - 1 occurs in int64 `values`: int64 [kinds].
 
     Not bincount: on a GPU that waits for the device to learn the size it was told, and it has no form without storage.
     """
@@ -72,7 +59,7 @@ def count(values: Tensor, kinds: int) -> Tensor:
 def row_map(
     choice: Tensor, first: int, experts: int, kept: Tensor | None = None, of: int = 0, senders: Sequence[int] = (0,)
 ) -> RowMap:
-    """Rows for the experts `first` .. `first + experts - 1`.
+    """Return the rows for the experts `first` .. `first + experts - 1`.
 
     Args:
         choice: int64 [T, k], the experts of each token. Without storage (a dry run): routing counts as balanced.
@@ -106,7 +93,7 @@ def row_map(
 
 
 def _whole_row_map(choice: Tensor, experts: int) -> RowMap:
-    """Rows for all experts: as many as there are assignments, so that the host need not wait to learn how many."""
+    """Return the rows for all experts: one per assignment, so that the host need not wait to learn how many."""
     T, k = choice.shape
     expert = choice.flatten()
     slot = expert.short().argsort(stable=True)  # a GPU sorts by bits: 35 us for 82 with all 64 of them
@@ -123,7 +110,7 @@ def _whole_row_map(choice: Tensor, experts: int) -> RowMap:
 
 
 def _balanced_row_map(choice: Tensor, experts: range, of: int, senders: Sequence[int]) -> RowMap:
-    """Rows for some experts when assignment i of the group's tokens goes to expert i modulo `of`.
+    """Return the rows for some experts if assignment i of the group's tokens goes to expert i modulo `of`.
 
     That is a routing that could be: the k experts of a token differ, and whoever counts rows of it, by expert, sender
     or receiver, on whichever rank, finds numbers that fit each other. Indices have no storage.
@@ -131,26 +118,22 @@ def _balanced_row_map(choice: Tensor, experts: range, of: int, senders: Sequence
     T, k = choice.shape
     each = T // len(senders) * k
     table = tuple(
-        tuple(_dealt(sender * each, (sender + 1) * each, expert, of) for expert in experts) for sender in senders
+        tuple(len(range(start + (expert - start) % of, start + each, of)) for expert in experts)
+        for start in (sender * each for sender in senders)
     )
     index = choice.new_empty(sum(map(sum, table)))
     offsets = choice.new_empty(len(experts), dtype=torch.int32)
     slot, by_token = torch.empty_like(index), torch.empty_like(index)
-    return BalancedRowMap(offsets, index, slot, by_token, choice.new_empty(T), table=table)
-
-
-def _dealt(start: int, end: int, place: int, places: int) -> int:
-    """Return how many of the numbers start .. end - 1 are `place` modulo `places`."""
-    return (end - place - 1) // places - (start - place - 1) // places
+    return RowMap(offsets, index, slot, by_token, choice.new_empty(T), table=table)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Row copy: x [T, D], index int64 [R] -> [R, D]."""
+    """Copy rows: x [T, D], index int64 [R] -> [R, D]."""
     return x.index_select(0, index)
 
 
 def sum_rows(rows: Tensor, of: RowMap) -> Tensor:
-    """Sum of each token's routed rows: rows [R, D] -> [T, D]; tokens without a row get zero.
+    """Return the sum of each token's routed rows: rows [R, D] -> [T, D]; tokens without a row get zero.
 
     The dual of `take_rows(x, source)`. An embedding bag is exactly this sum, fused, in a fixed order. On a GPU it is
     slow (0.25 ms for 67 MB on an H100): if all tokens have equally many rows, these are put side by side there.

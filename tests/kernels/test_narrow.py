@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megascale_moe.kernels import reference
-from megascale_moe.kernels.narrow import BLOCK, GROUP, BFloat16, Float8, Format, error_bound
+from megascale_moe.kernels.narrow import BLOCK, GROUP, BFloat16, Float8, Format
 
 ROWS, WIDTH = 300, 96  # two whole groups of rows and a part of one
 
@@ -55,6 +55,12 @@ def largest(x: Tensor, sharing: str) -> Tensor:
     if sharing == "channels":
         return torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in magnitude.split(GROUP)])
     return magnitude.amax().expand_as(x)
+
+
+def error_bound(x: Tensor, largest: Tensor) -> Tensor:
+    """The largest error of FP8 for each element of x, `largest` being the largest magnitude that shares its scale."""
+    scale = (largest.float() / (448 / 2)).clamp(min=2.0**-126)
+    return torch.maximum(x.abs().float() / 16, scale / 1024)
 
 
 def back(form: Format, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
