@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megascale_moe.kernels.activation import swiglu_backward
 from megascale_moe.kernels.allocator import keep_freed_memory
-from megascale_moe.kernels.attention import causal_attention, causal_attention_backward
+from megascale_moe.kernels.attention import QueryBlock, attention_backward, causal_attention
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.kernels.norm import rms_norm, rms_norm_backward
 from megascale_moe.kernels.reference import swiglu as plain_swiglu
@@ -45,10 +45,11 @@ def attention_sides(dtype: torch.dtype, rows: int, heads: int, groups: int, widt
     q, d = (torch.randn(rows, length, heads, width).to(dtype) for _ in range(2))
     k, v = (torch.randn(rows, length, groups, width).to(dtype) for _ in range(2))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = causal_attention(leaves[0], leaves[1], leaves[2], (), width**-0.5, 0)
+    out = causal_attention(leaves[0], leaves[1], leaves[2], width**-0.5, 0)
+    blocks = [QueryBlock(slice(0, rows), slice(0, length), slice(0, length))]
     return {
         "torch": lambda: torch.autograd.grad(out, leaves, d, retain_graph=True),
-        "ours": lambda: causal_attention_backward(d, (q, k, v), d, None, (), width**-0.5, 0),
+        "ours": lambda: attention_backward(d, (q, k, v), d, None, blocks, width**-0.5, 0),
     }
 
 

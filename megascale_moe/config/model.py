@@ -38,9 +38,8 @@ class LayerSpec:
             logit per head takes a share of every softmax.
         dense: whether its feed-forward network is a plain one instead of experts. router_bias, expert_bias: whether
             the router's logits and both products of every expert have biases.
-        activation: between the two products of an FFN, for gate a and up b: silu(a) * b ("swiglu"), or
-            a * sigmoid(alpha * a) * (b + 1) with a <= limit and -limit <= b <= limit ("clamped_swiglu").
-        swiglu_alpha, swiglu_limit: of a clamped SwiGLU.
+        clamp: between the two products of an FFN, for gate a and up b: None for silu(a) * b, or (alpha, limit) for
+            a * sigmoid(alpha * a) * (b + 1) with a <= limit and -limit <= b <= limit.
     """
 
     attention: Literal["gqa", "mla"]
@@ -51,9 +50,7 @@ class LayerSpec:
     dense: bool
     router_bias: bool
     expert_bias: bool
-    activation: Literal["swiglu", "clamped_swiglu"]
-    swiglu_alpha: float
-    swiglu_limit: float
+    clamp: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +277,7 @@ class ModelConfig(Section):
             attention=self.attention, qk_norm=self.qk_norm, window=0 if full else self.sliding_window,
             attention_bias=self.attention_bias, sinks=self.attention_sinks, dense=dense,
             router_bias=self.router_bias and not dense, expert_bias=self.expert_bias and not dense,
-            activation=self.activation, swiglu_alpha=self.swiglu_alpha, swiglu_limit=self.swiglu_limit,
+            clamp=None if self.activation == "swiglu" else (self.swiglu_alpha, self.swiglu_limit),
         )  # fmt: skip
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Splitting the fused projection into heads with rotary embedding, and back, each in one pass."""
+"""Rotary embedding, and the fused projection split into heads with it, and back, each in one pass."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from torch import Tensor
 from megascale_moe.kernels.blocks import Rowwise
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    c, s = cos[:, None], sin[:, None]
-    part = x.float()
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate pairs of the last axis of x [T, heads, width] in its dtype; the inverse is `rotate(x, cos, -sin, ...)`."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     if interleaved:
-        a, b = part[..., 0::2], part[..., 1::2]
-        return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2).to(x.dtype)
-    a, b = part.chunk(2, dim=-1)
-    return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return rotate(x.float(), cos, sin, interleaved).to(x.dtype)
 
 
 def _split(x: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int], interleaved: bool) -> tuple[Tensor, ...]:
@@ -37,7 +41,7 @@ _run_join = Rowwise(_join, shared=1)
 def split_heads(
     qkv: Tensor, rope: tuple[Tensor, Tensor], sizes: tuple[int, int, int], interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Projection qkv [T, ...] to rotated q [T, H, w], rotated k [T, G, w] and v [T, G, u].
+    """Turn the projection qkv [T, ...] into rotated q [T, H, w], rotated k [T, G, w] and v [T, G, u].
 
     Args:
         rope: cos and sin, float32 [T, w / 2].
@@ -49,5 +53,5 @@ def split_heads(
 def split_heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool
 ) -> Tensor:
-    """The gradient of qkv [T, ...] from those of the heads."""
+    """Return the gradient of qkv [T, ...] from those of the heads."""
     return _run_join(dq, dk, dv, *rope, interleaved)[0]

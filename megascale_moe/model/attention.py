@@ -6,55 +6,57 @@ Grouped-query and multi-head latent attention differ only in `heads`; both hand 
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale_moe.config import LayerSpec, ModelConfig
-from megascale_moe.model.rotary import rotate, softmax_scale
+from megascale_moe.kernels.reference import masked_attention
+from megascale_moe.kernels.rotary import rotate
+from megascale_moe.model.rotary import softmax_scale
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.weights import Kind
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis."""
-
-    kinds: ClassVar = {"weight": Kind.NORM}
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention; heads are rows of one fused projection, queries first, then keys, then values."""
+    """Attention whatever the form of its heads."""
 
     kinds: ClassVar = {"sinks": Kind.BIAS}
     sinks: Tensor | None
+    out: nn.Linear
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.config, self.spec = config, spec
+        self.register_parameter("sinks", nn.Parameter(torch.empty(config.heads)) if spec.sinks else None)
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Map x [T, hidden] to q [T, heads, width], k [T, key heads, width], v [T, key heads, value width]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        """Map x [T, hidden] -> [T, hidden]."""
+        heads = core(*self.heads(x, rope), segments, self.config, self.spec, self.sinks)
+        return self.out(heads)  # type: ignore[no-any-return]
+
+
+class GroupedQueryAttention(Attention):
+    """Grouped-query attention; heads are rows of one fused projection, queries first, then keys, then values."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
+        super().__init__(config, spec)
         c, width = config, config.query_dim
         parts = (c.heads * width, c.kv_heads * width, c.kv_heads * c.value_dim)
         self.stacked = {"qkv.weight": parts, "qkv.bias": parts}
         self.qkv = nn.Linear(c.hidden, sum(parts), bias=spec.attention_bias)
         self.out = nn.Linear(c.heads * c.value_dim, c.hidden, bias=spec.attention_bias)
-        self.register_parameter("sinks", nn.Parameter(torch.empty(c.heads)) if spec.sinks else None)
         if spec.qk_norm != "none":
             per_head = spec.qk_norm == "head"
-            self.q_norm = RMSNorm(width if per_head else c.heads * width, c.norm_eps)
-            self.k_norm = RMSNorm(width if per_head else c.kv_heads * width, c.norm_eps)
+            self.q_norm = nn.RMSNorm(width if per_head else c.heads * width, c.norm_eps)
+            self.k_norm = nn.RMSNorm(width if per_head else c.kv_heads * width, c.norm_eps)
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, hidden] -> q [T, heads, width], k [T, kv heads, width], v [T, kv heads, value width]."""
         c, T = self.config, x.shape[0]
         q, k, v = self.qkv(x).split(self.stacked["qkv.weight"], dim=-1)
         if self.spec.qk_norm == "full":
@@ -64,39 +66,28 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope, c.rope_interleaved), rotate(k, *rope, c.rope_interleaved), v
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
-        heads = core(*self.heads(x, rope), segments, self.config, self.spec, self.sinks)
-        return self.out(heads)  # type: ignore[no-any-return]
 
-
-class LatentAttention(nn.Module):
+class LatentAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values come from a low-rank latent."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
-        super().__init__()
-        self.config, self.spec = config, spec
+        super().__init__(config, spec)
         c = config
         if c.q_lora_rank:
             self.q_down = nn.Linear(c.hidden, c.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(c.q_lora_rank, 1e-6)
+            self.q_norm = nn.RMSNorm(c.q_lora_rank, 1e-6)
         self.stacked = {"kv_down.weight": (c.kv_lora_rank, c.qk_rope_head_dim)}
         self.q_up = nn.Linear(c.q_lora_rank or c.hidden, c.heads * c.query_dim, bias=False)
         self.kv_down = nn.Linear(c.hidden, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
-        self.kv_norm = RMSNorm(c.kv_lora_rank, 1e-6)
+        self.kv_norm = nn.RMSNorm(c.kv_lora_rank, 1e-6)
         self.kv_up = nn.Linear(c.kv_lora_rank, c.heads * (c.qk_nope_head_dim + c.value_dim), bias=False)
         self.out = nn.Linear(c.heads * c.value_dim, c.hidden, bias=False)
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, hidden] -> q, k [T, heads, nope + rope width], v [T, heads, value width]."""
         c = self.config
         q = self.q_up(self.q_norm(self.q_down(x)) if c.q_lora_rank else x)
         latent, k_rope = self.kv_down(x).split(self.stacked["kv_down.weight"], dim=-1)
         return latent_heads(q, self.kv_up(self.kv_norm(latent)), k_rope, rope, c)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
-        return self.out(core(*self.heads(x, rope), segments, self.config, self.spec))  # type: ignore[no-any-return]
 
 
 def latent_heads(
@@ -115,27 +106,20 @@ def core(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, config: ModelConfig, spec: LayerSpec,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Causal attention inside each document: q [T, H, w], k [T, G, w], v [T, G, u] -> [T, H * u], H a multiple of G.
+    """Compute causal attention inside each document: q [T, H, w], k [T, G, w], v [T, G, u] -> [T, H * u].
 
     Args:
         sinks: a logit per head, [H], that takes its share of every softmax and adds nothing to the result.
     """
-    q, k, v = (x.view(segments.rows, segments.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    mask, scale = visible(segments, spec.window).to(q.device), softmax_scale(config)
-    if sinks is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -math.inf)
-        with_sinks = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
-        out = with_sinks.softmax(-1)[..., :-1] @ v
-    return out.transpose(1, 2).reshape(segments.rows * segments.length, -1)
+    q, k, v = (x.view(segments.rows, segments.length, *x.shape[1:]) for x in (q, k, v))
+    mask = visible(segments, spec.window).to(q.device)
+    return masked_attention(q, k, v, mask, softmax_scale(config), sinks).flatten(0, 1).flatten(1)
 
 
 def visible(segments: Segments, window: int) -> Tensor:
-    """Which key (last axis) a query may see: bool [rows, 1, length, length]."""
+    """Return which key (last axis) a query may see: bool [rows, length, length]."""
     documents = segments.documents().view(segments.rows, 1, -1)
     index = torch.arange(segments.length)
     distance = index[:, None] - index
     allowed = (distance >= 0) & (distance < (window or segments.length))
-    return (documents.transpose(1, 2) == documents)[:, None] & allowed
+    return (documents.transpose(1, 2) == documents) & allowed

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 from types import MappingProxyType
 
 import torch
@@ -69,8 +70,7 @@ def attention_flops_per_token(config: ModelConfig, spec: LayerSpec | None = None
         spec: of the layer; None: the mean over all layers of the model.
     """
     if spec is None:
-        kinds = zip(config.layer_kinds, map(config.kind_of_layer.count, range(len(config.layer_kinds))), strict=True)
-        return sum(count * attention_flops_per_token(config, kind) for kind, count in kinds) / config.layers
+        return fmean(attention_flops_per_token(config, spec) for spec in config.layer_specs)
     length = config.sequence_length
     seen = length / 2
     if 0 < spec.window < length:

@@ -5,55 +5,32 @@ This is the semantics that the grouped, distributed forms are compared with; it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale_moe.config import LayerSpec, ModelConfig
+from megascale_moe.kernels.activation import Clamp
+from megascale_moe.kernels.reference import swiglu
 from megascale_moe.model.router import Router, balance_sum, balance_weights, within_capacity, z_sum
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.weights import Kind
-
-Activation = Callable[[Tensor], Tensor]
-"""From [T, 2 * width], gate and up side by side, to [T, width]."""
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(a) * b for x = [a, b]."""
-    a, b = x.chunk(2, dim=-1)
-    return F.silu(a) * b
-
-
-def activation_of(spec: LayerSpec) -> Activation:
-    """Return the activation of a layer."""
-    if spec.activation == "swiglu":
-        return swiglu
-    alpha, limit = spec.swiglu_alpha, spec.swiglu_limit
-
-    def clamped_swiglu(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        a, b = a.clamp(max=limit), b.clamp(-limit, limit)
-        return a * (alpha * a).sigmoid() * (b + 1)
-
-    return clamped_swiglu
 
 
 class DenseFFN(nn.Module):
     """A SwiGLU every token passes: the FFN of dense layers, and the shared experts (which may have a sigmoid gate)."""
 
-    def __init__(self, hidden: int, width: int, gated: bool, activation: Activation = swiglu) -> None:
+    def __init__(self, hidden: int, width: int, gated: bool, clamp: Clamp = None) -> None:
         super().__init__()
-        self.stacked, self.activation = {"w13.weight": (width, width)}, activation
+        self.stacked, self.clamp = {"w13.weight": (width, width)}, clamp
         self.w13 = nn.Linear(hidden, 2 * width, bias=False)
         self.w2 = nn.Linear(width, hidden, bias=False)
         self.gate = nn.Linear(hidden, 1, bias=False) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
-        out: Tensor = self.w2(self.activation(self.w13(x)))
+        """Map x [T, hidden] -> [T, hidden]."""
+        out: Tensor = self.w2(swiglu(self.w13(x), None, self.clamp))
         return out if self.gate is None else out * self.gate(x).sigmoid()
 
 
@@ -69,7 +46,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        c, self.activation = config, activation_of(spec)
+        c, self.clamp = config, spec.clamp
         self.stacked = {"w13": (c.ffn_hidden, c.ffn_hidden), "b13": (c.ffn_hidden, c.ffn_hidden)}
         self.w13 = nn.Parameter(torch.empty(c.experts, 2 * c.ffn_hidden, c.hidden))
         self.w2 = nn.Parameter(torch.empty(c.experts, c.hidden, c.ffn_hidden))
@@ -78,7 +55,7 @@ class Experts(nn.Module):
             self.register_parameter(name, bias)
 
     def forward(self, x: Tensor, choice: Tensor, gate: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Weighted sum of each token's experts: x [T, hidden], choice and gate [T, k], kept bool [T, k]."""
+        """Return the weighted sum of each token's experts: x [T, hidden], choice and gate [T, k], kept bool [T, k]."""
         out = torch.zeros_like(x)
         for e in range(len(self.w13)):
             hit = choice == e if kept is None else (choice == e) & kept
@@ -88,7 +65,7 @@ class Experts(nn.Module):
             up = x[token] @ self.w13[e].T
             if self.b13 is not None:
                 up = up + self.b13[e]
-            down = (self.activation(up) * weight) @ self.w2[e].T
+            down = (swiglu(up, None, self.clamp) * weight) @ self.w2[e].T
             if self.b2 is not None:
                 down = down + weight * self.b2[e]
             out = out.index_add(0, token, down)
@@ -103,13 +80,11 @@ class MoE(nn.Module):
         self.config = config
         self.router = Router(config, spec)
         self.experts = Experts(config, spec)
-        c = config
-        self.shared = (
-            DenseFFN(c.hidden, c.shared_hidden, c.shared_gate, activation_of(spec)) if c.shared_hidden else None
-        )
+        shared = config.shared_hidden
+        self.shared = DenseFFN(config.hidden, shared, config.shared_gate, spec.clamp) if shared else None
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> ([T, hidden], auxiliary loss summed over tokens, a scalar)."""
+        """Map x [T, hidden] -> ([T, hidden], auxiliary loss summed over tokens, a scalar)."""
         c = self.config
         gate, choice, probabilities, logits = self.router(x)
         kept = within_capacity(choice, gate, segments.rows, c) if c.capacity_factor else None

@@ -15,7 +15,7 @@ from megascale_moe.config import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair, float64 [rotary width / 2]."""
+    """Return the angle per position of each pair, float64 [rotary width / 2]."""
     width = config.qk_rope_head_dim if config.attention == "mla" else config.query_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
     plain = config.rope_theta**-exponents
@@ -30,7 +30,7 @@ def frequencies(config: ModelConfig) -> Tensor:
 
 
 def _yarn_dim(config: ModelConfig, width: int, turns: float) -> float:
-    """The pair that makes `turns` full turns within the original context."""
+    """Return the pair that makes `turns` full turns within the original context."""
     return width * math.log(config.rope_original_length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
 
@@ -39,22 +39,12 @@ def _mscale(factor: float, scale: float) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Factor on the attention scores: 1 / sqrt(width), corrected for YaRN as in DeepSeek."""
+    """Return the factor on the attention scores: 1 / sqrt(width), corrected for YaRN as in DeepSeek."""
     return 1 / math.sqrt(config.query_dim) * _mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
 
 
 def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, rotary width / 2] each, for int64 positions [T]."""
+    """Return cos and sin, [T, rotary width / 2] each, for int64 positions [T]."""
     angles = positions.to(torch.float64)[:, None] * frequencies(config).to(positions.device)
     scale = 1.0 if config.rope_mscale_all_dim else _mscale(config.rope_factor, 1.0)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate pairs of the last axis of x [T, heads, width]; the inverse is `rotate(x, cos, -sin, ...)`."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    if interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -36,7 +36,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.experts) if config.correction_bias else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [T, hidden] -> gate [T, k], choice [T, k], probabilities [T, E], logits [T, E]."""
+        """Map x [T, hidden] -> gate [T, k], choice [T, k], probabilities [T, E], logits [T, E]."""
         logits = x.float() @ self.weight.float().T
         if self.logits_bias is not None:
             logits = logits + self.logits_bias.float()
@@ -64,7 +64,7 @@ def route(logits: Tensor, bias: Tensor | None, c: ModelConfig) -> tuple[Tensor, 
 
 
 def choose(scores: Tensor, bias: Tensor | None, c: ModelConfig) -> Tensor:
-    """The k experts of each token, int64 [T, k], best first; limited to the best groups where the model has groups."""
+    """Return the k experts of each token, int64 [T, k], best first, of its best groups where the model has groups."""
     ranked = scores if bias is None else scores + bias
     if c.expert_groups > 1:
         grouped = ranked.view(len(ranked), c.expert_groups, -1)
@@ -75,7 +75,7 @@ def choose(scores: Tensor, bias: Tensor | None, c: ModelConfig) -> Tensor:
 
 
 def balance_sum(probabilities: Tensor, documents: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tokens and experts of probability x `weights` [documents, E]: the balance loss before its normaliser.
+    """Sum probability x `weights` [documents, E] over tokens and experts: the balance loss before its normaliser.
 
     Linear in the probabilities, so ranks that hold parts of a document add their sums.
     """
@@ -83,7 +83,7 @@ def balance_sum(probabilities: Tensor, documents: Tensor, weights: Tensor) -> Te
 
 
 def balance_weights(choice: Tensor, documents: Tensor, lengths: Tensor, c: ModelConfig) -> Tensor:
-    """How crowded each expert is within each document, float32 [documents, E]; 1 everywhere when balanced.
+    """Return how crowded each expert is within each document, float32 [documents, E]; 1 everywhere when balanced.
 
     Args:
         choice: int64 [T, k], the experts of *all* tokens of these documents.
@@ -102,12 +102,12 @@ def balance_weights(choice: Tensor, documents: Tensor, lengths: Tensor, c: Model
 
 
 def z_sum(logits: Tensor) -> Tensor:
-    """Sum over tokens of logsumexp(logits)^2: the z-loss before its normaliser."""
+    """Sum logsumexp(logits)^2 over tokens: the z-loss before its normaliser."""
     return logits.logsumexp(-1).square().sum()
 
 
 def within_capacity(choice: Tensor, gate: Tensor, rows: int, c: ModelConfig) -> Tensor:
-    """Which assignments survive device-level dropping, bool [T, k].
+    """Return which assignments survive device-level dropping, bool [T, k].
 
     In each row (sequence) a device group takes at most capacity_factor x its fair share; those with the lowest
     gate leave first, earlier tokens win ties. The unit is the row, so the layout does not change what is dropped.
@@ -119,13 +119,13 @@ def within_capacity(choice: Tensor, gate: Tensor, rows: int, c: ModelConfig) -> 
     by_gate = gate.detach().flatten().argsort(descending=True, stable=True)
     order = by_gate[bucket[by_gate].argsort(stable=True)]
     sizes = count(bucket, rows * c.device_groups)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(T * k, device=order.device)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(T * k, device=order.device)
     start = sizes.cumsum(0) - sizes
-    return (place - start[bucket] < capacity).view(T, k)
+    return (position - start[bucket] < capacity).view(T, k)
 
 
 def updated_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
-    """One step of auxiliary-loss-free balancing: experts above the mean load go down by `rate`, those below up."""
+    """Take one step of auxiliary-loss-free balancing: experts above the mean load go down by `rate`, others up."""
     counts = counts.float()
     return bias + rate * torch.sign(counts.mean() - counts)

@@ -28,7 +28,7 @@ class Segments:
 
     @classmethod
     def whole_rows(cls, rows: int, length: int) -> Segments:
-        """One document per row."""
+        """Make one document of each row."""
         return cls(rows, length, tuple(range(0, rows * length + 1, length)))
 
     def __post_init__(self) -> None:
@@ -40,30 +40,30 @@ class Segments:
 
     @property
     def count(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return len(self.boundaries) - 1
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int, int], ...]:
-        """(row, first, last + 1) of every document, positions counted inside its row."""
+        """Return (row, first, last + 1) of every document, positions counted inside its row."""
         pairs = itertools.pairwise(self.boundaries)
         return tuple((a // self.length, a % self.length, a % self.length + b - a) for a, b in pairs)
 
     @cached_property
     def is_whole_rows(self) -> bool:
-        """True if every row is one document, so one batched kernel serves all."""
+        """Return whether every row is one document, so that one batched kernel serves all."""
         return self.count == self.rows
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens per document, int64 [count]."""
+        """Return the tokens of each document, int64 [count]."""
         return torch.tensor(self.boundaries).diff()
 
     def documents(self) -> Tensor:
-        """Document index of each token, int64 [rows * length]."""
+        """Return the document of each token, int64 [rows * length]."""
         return torch.repeat_interleave(torch.arange(self.count), self.lengths)
 
     def positions(self) -> Tensor:
-        """Position of each token in its document, int64 [rows * length]."""
+        """Return the position of each token in its document, int64 [rows * length]."""
         starts = torch.repeat_interleave(torch.tensor(self.boundaries[:-1]), self.lengths)
         return torch.arange(self.rows * self.length) - starts

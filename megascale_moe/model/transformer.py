@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale_moe.config import LayerSpec, ModelConfig
-from megascale_moe.model.attention import Attention, LatentAttention, RMSNorm
-from megascale_moe.model.experts import DenseFFN, MoE, activation_of
+from megascale_moe.model.attention import GroupedQueryAttention, LatentAttention
+from megascale_moe.model.experts import DenseFFN, MoE
 from megascale_moe.model.rotary import rotary_table
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.weights import Kind, Weight, weights_of
@@ -28,15 +28,13 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         c = config
-        self.attention_norm = RMSNorm(c.hidden, c.norm_eps)
-        self.attention = LatentAttention(c, spec) if spec.attention == "mla" else Attention(c, spec)
-        self.ffn_norm = RMSNorm(c.hidden, c.norm_eps)
-        self.ffn = (
-            DenseFFN(c.hidden, c.dense_ffn_hidden, False, activation_of(spec)) if spec.dense else MoE(c, spec)
-        )
+        self.attention_norm = nn.RMSNorm(c.hidden, c.norm_eps)
+        self.attention = LatentAttention(c, spec) if spec.attention == "mla" else GroupedQueryAttention(c, spec)
+        self.ffn_norm = nn.RMSNorm(c.hidden, c.norm_eps)
+        self.ffn = DenseFFN(c.hidden, c.dense_ffn_hidden, False, spec.clamp) if spec.dense else MoE(c, spec)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Tensor]:
-        """hidden [T, hidden] -> (hidden, auxiliary loss summed over tokens)."""
+        """Map hidden [T, hidden] -> (hidden, auxiliary loss summed over tokens)."""
         hidden = hidden + self.attention(self.attention_norm(hidden), rope, segments)
         x = self.ffn_norm(hidden)
         if isinstance(self.ffn, DenseFFN):
@@ -57,11 +55,11 @@ class Transformer(nn.Module):
         # No constructor: it draws values that `initialise` replaces, which on the meta device imports torch's compiler.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.hidden), freeze=False)
         self.layers = nn.ModuleList(Block(c, spec) for spec in c.layer_specs)
-        self.norm = RMSNorm(c.hidden, c.norm_eps)
+        self.norm = nn.RMSNorm(c.hidden, c.norm_eps)
         self.head = None if c.tied_embeddings else nn.Linear(c.hidden, c.vocab, bias=False)
 
     def hidden(self, tokens: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """tokens int64 [T] -> (last hidden state after the norm [T, hidden], auxiliary loss summed over tokens)."""
+        """Map tokens int64 [T] -> (last hidden state after the norm [T, hidden], auxiliary loss summed over tokens)."""
         rope = rotary_table(self.config, segments.positions().to(tokens.device))
         x = self.embedding(tokens)
         auxiliary = x.new_zeros((), dtype=torch.float32)
@@ -71,17 +69,17 @@ class Transformer(nn.Module):
         return self.norm(x), auxiliary
 
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
-        """tokens int64 [rows, length] -> logits [rows, length, vocab]."""
+        """Map tokens int64 [rows, length] -> logits [rows, length, vocab]."""
         segments = segments or Segments.whole_rows(*tokens.shape)
         x, _ = self.hidden(tokens.flatten(), segments)
         return self.logits(x).view(*tokens.shape, -1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, vocab]."""
+        """Map x [T, hidden] -> [T, vocab]."""
         return F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
 
     def losses(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
-        """Sums over tokens of (cross-entropy, auxiliary losses); targets of -100 do not count."""
+        """Return sums over tokens of (cross-entropy, auxiliary losses); targets of -100 do not count."""
         segments = segments or Segments.whole_rows(*tokens.shape)
         x, auxiliary = self.hidden(tokens.flatten(), segments)
         loss = F.cross_entropy(self.logits(x).float(), targets.flatten(), ignore_index=-100, reduction="sum")
@@ -104,14 +102,14 @@ def initialise(
         return
     writes_residual = name.endswith(("attention.out.weight", ".w2", ".w2.weight"))
     std = config.init_std / (math.sqrt(2 * config.layers) if writes_residual else 1.0)
-    for index, part in enumerate(parameter.unbind() if weight.by_expert else (parameter,)):
+    for index, matrix in enumerate(parameter.unbind() if weight.by_expert else (parameter,)):
         key = f"{seed}/{name}/{first_expert + index if weight.by_expert else ''}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        part.copy_(torch.empty(part.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+        matrix.copy_(torch.empty(matrix.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model with its initial weights, float32, on the CPU."""
+    """Return a model with its initial weights, float32, on the CPU."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")

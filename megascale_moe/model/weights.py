@@ -27,12 +27,12 @@ class Kind(StrEnum):
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay acts on it."""
+        """Return whether weight decay acts on it."""
         return self not in (Kind.BIAS, Kind.NORM)
 
     @property
     def multiplies(self) -> bool:
-        """Whether every token is multiplied with it, 2 FLOPs for each of its elements."""
+        """Return whether every token is multiplied with it, 2 FLOPs for each of its elements."""
         return self in (Kind.MATRIX, Kind.HEAD)
 
 
@@ -53,7 +53,7 @@ class Weight:
 
     @property
     def matrices(self) -> tuple[int, ...]:
-        """Heights in rows of the matrices that its last two dimensions stack on top of each other.
+        """Return the heights in rows of the matrices that its last two dimensions stack on top of each other.
 
         What is no matrix that maps one hidden state to another has none: biases and norms, products with a vector, the
         embedding (a table of vectors) and the head.
@@ -63,6 +63,7 @@ class Weight:
 
 TORCH: Mapping[type[nn.Module], Mapping[str, Kind]] = {
     nn.Linear: {"weight": Kind.MATRIX, "bias": Kind.BIAS}, nn.Embedding: {"weight": Kind.EMBEDDING},
+    nn.RMSNorm: {"weight": Kind.NORM},
 }  # fmt: skip
 
 
@@ -82,9 +83,9 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
         outputs |= {path + name: sizes for name, sizes in getattr(module, "stacked", {}).items()}
         if getattr(module, "by_expert", False):
             by_expert |= {path + name for name, _ in module.named_parameters()}
-    found = {}
+    weights = {}
     for name, parameter in model.named_parameters():
         kind, shape = kinds[name], tuple(parameter.shape)
         whole = shape[-1] if kind in (Kind.BIAS, Kind.NORM) else shape[-2]
-        found[name] = Weight(shape, kind, name in by_expert, outputs.get(name, (whole,)))
-    return found
+        weights[name] = Weight(shape, kind, name in by_expert, outputs.get(name, (whole,)))
+    return weights

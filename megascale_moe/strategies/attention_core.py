@@ -10,19 +10,13 @@ from torch import Tensor
 from megascale_moe.engine.names import suffixed
 from megascale_moe.engine.op import Cost, Op, Phase, Work
 from megascale_moe.engine.value import Keep, Value
-from megascale_moe.kernels.attention import (
-    QueryBlock,
-    Spans,
-    block_attention_backward,
-    block_attention_forward,
-    causal_attention_backward,
-    causal_attention_forward,
-)
+from megascale_moe.kernels.attention import QueryBlock, attention_backward, attention_forward
 from megascale_moe.model.counts import attention_flops_per_token
 from megascale_moe.model.rotary import softmax_scale
 from megascale_moe.model.segments import Segments
 from megascale_moe.strategies.heads import pack, unpack, unpack_keys
 from megascale_moe.strategies.layer import Layer
+from megascale_moe.strategies.slices import Slices
 
 
 def core(
@@ -56,28 +50,22 @@ def core(
         return [x.reshape(rows, -1, *x.shape[1:]) for x in split]
 
     def blocks(segments: Segments) -> list[QueryBlock]:
+        if not sliced:
+            return Slices(rows, layout.length, 1).blocks(0, segments, window)
         return layer.slices.blocks(layout.node.index, segments, window)
 
     def run(*args: object) -> tuple[Tensor, object]:
         values, (segments, *more) = args[: len(heads)], args[len(heads) :]
         mine = [w[own] for w in more]  # type: ignore
-        out: Tensor
-        graph: object
-        if sliced:
-            out, graph = block_attention_forward(*by_row(values), blocks(segments), scale, window, *mine)  # type: ignore
-        else:
-            out, graph = causal_attention_forward(*by_row(values), _spans(segments), scale, window, *mine)  # type: ignore
-        return out.flatten(0, 1).flatten(1), graph
+        out, graphs = attention_forward(*by_row(values), blocks(segments), scale, window, *mine)  # type: ignore
+        return out.flatten(0, 1).flatten(1), graphs
 
     def run_backward(*args: object) -> tuple[Tensor, ...] | Tensor:
-        values, (segments, graph, out, d, *more) = args[: len(heads)], args[len(heads) :]
+        values, (segments, graphs, out, d, *more) = args[: len(heads)], args[len(heads) :]
         mine = [w[own] for w in more[:1]]  # type: ignore
         gradient, result = (x.view(rows, len(x) // rows, -1, c.value_dim) for x in (d, out))  # type: ignore
-        given = (gradient, by_row(values), result, graph)  # type: ignore
-        if sliced:
-            parts = block_attention_backward(*given, blocks(segments), scale, window, *mine)  # type: ignore
-        else:
-            parts = causal_attention_backward(*given, _spans(segments), scale, window, *mine)  # type: ignore
+        given = (gradient, by_row(values), result, graphs)  # type: ignore
+        parts = attention_backward(*given, blocks(segments), scale, window, *mine)  # type: ignore
         for sink, slope in zip(more[1:], parts[3:], strict=True):
             sink.value()[own] += slope  # type: ignore
         dq, dk, dv = (part.flatten(0, 1) for part in parts[:3])
@@ -97,8 +85,3 @@ def core(
         name=name, reads=(*heads, "segments"), writes=(y, graph), weights=sinks, run=run, cost=cost,
         backward=(backward,),
     )
-
-
-def _spans(segments: Segments) -> Spans:
-    """The documents; none where every row is one."""
-    return () if segments.is_whole_rows else segments.spans

@@ -27,7 +27,7 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig
 from megascale_moe.engine.op import Cost, Op, Phase
 from megascale_moe.engine.value import Keep, Shard, Value
-from megascale_moe.model.rotary import rotate
+from megascale_moe.kernels.rotary import rotate
 from megascale_moe.strategies.attention_core import core
 from megascale_moe.strategies.attention_sp import sequence_parallel_attention
 from megascale_moe.strategies.collective import gather_tokens

@@ -16,7 +16,7 @@ from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad, suffixed
 from megascale_moe.engine.op import Cost, Op, Phase, product
 from megascale_moe.engine.value import Keep, Value
-from megascale_moe.kernels.activation import activation_of
+from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 
 
@@ -177,13 +177,13 @@ def add(name: str, terms: tuple[Value, ...], total: Value) -> Op:
 
 def activation(name: str, x: Value, y: Value, spec: LayerSpec) -> Op:
     """The layer's activation, [T, 2 * width] -> [T, width]."""
-    cost, kernel = Cost(5.0 * y.elements, 3 * y.nbytes), activation_of(spec)
+    cost, clamp = Cost(5.0 * y.elements, 3 * y.nbytes), spec.clamp
     backward = Op(
         name=name, phase=Phase.B, reads=(x, grad(y)), writes=(x.gradient,),
-        run=lambda x, dy: kernel.backward(dy, x, None)[0], cost=Cost(2 * cost.flops, 5 / 3 * cost.memory_bytes),
+        run=lambda x, dy: swiglu_backward(dy, x, None, clamp)[0], cost=Cost(2 * cost.flops, 5 / 3 * cost.memory_bytes),
     )
     return Op(
-        name=name, reads=(x,), writes=(y,), run=lambda x: kernel.forward(x, None), cost=cost, backward=(backward,)
+        name=name, reads=(x,), writes=(y,), run=lambda x: swiglu(x, None, clamp), cost=cost, backward=(backward,)
     )
 
 

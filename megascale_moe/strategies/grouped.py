@@ -13,7 +13,7 @@ from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, Phase, Work
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
-from megascale_moe.kernels.activation import activation_of
+from megascale_moe.kernels.activation import swiglu, swiglu_backward
 from megascale_moe.kernels.grouped import grouped_mm, rows_of_groups, sums_of_groups
 from megascale_moe.kernels.rows import RowMap, sum_rows, take_rows
 from megascale_moe.strategies.layer import Layer, Piece, columns
@@ -189,14 +189,14 @@ def _with_gates(linear: Op, gates: Value) -> Op:
 def _gated_swiglu(layer: Layer, name: str, rows: Value, x: Value, y: Value, gates: Value) -> Op:
     """fc2_in = activation of fc13_out * gating weight."""
     cost = Cost(6.0 * y.elements, 3 * y.nbytes)
-    gates_last, kernel = layer.layout.gates_last, activation_of(layer.spec)
+    gates_last, clamp = layer.layout.gates_last, layer.spec.clamp
 
     def forward(x: Tensor, gates: Tensor, rows: PieceRows) -> Tensor:
-        return kernel.forward(x, None if gates_last else gates.flatten()[rows.experts.slot])
+        return swiglu(x, None if gates_last else gates.flatten()[rows.experts.slot], clamp)
 
     def backward(x: Tensor, gates: Tensor, rows: PieceRows, dy: Tensor) -> tuple[Tensor, Tensor]:
         slot = rows.experts.slot
-        dx, dgate = kernel.backward(dy, x, gates.flatten()[slot])
+        dx, dgate = swiglu_backward(dy, x, gates.flatten()[slot], clamp)
         assert dgate is not None  # there was a gate
         dgates = torch.zeros_like(gates)
         dgates.view(-1)[slot] = dgate

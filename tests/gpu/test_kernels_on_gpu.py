@@ -13,14 +13,14 @@ from torch import Tensor
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.kernels import reference
 from megascale_moe.kernels.activation import swiglu, swiglu_backward
-from megascale_moe.kernels.attention import Spans, causal_attention_backward, causal_attention_forward
+from megascale_moe.kernels.attention import attention_backward, attention_forward
 from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.kernels.cross_entropy import linear_cross_entropy
 from megascale_moe.kernels.grouped import Groups, grouped_mm
 from megascale_moe.kernels.narrow import Float8
 from megascale_moe.kernels.norm import rms_norm, rms_norm_backward
 from megascale_moe.kernels.rows import row_map, sum_rows, take_rows
-from tests.kernels.compare import assert_near, gradients, leaves
+from tests.kernels.compare import Spans, assert_near, documents, gradients, leaves
 from tests.kernels.test_narrow import INPUTS, input_of
 
 DEVICE = torch.device("cuda")
@@ -83,12 +83,13 @@ def test_grouped_weight_gradient_in_float32() -> None:
 def test_attention(heads: tuple[int, int], spans: Spans, window: int, dtype: torch.dtype) -> None:
     q = randn(2, 70, heads[0], 16, dtype=dtype)
     k, v = randn(2, 70, heads[1], 16, dtype=dtype), randn(2, 70, heads[1], 16, dtype=dtype)
-    out, graph = causal_attention_forward(q, k, v, spans, 0.3, window)
+    blocks = documents(spans, 2, 70)
+    out, graphs = attention_forward(q, k, v, blocks, 0.3, window)
     inputs = leaves(q, k, v)
-    wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.3, window)
+    wanted = reference.attention(inputs[0], inputs[1], inputs[2], blocks, 0.3, window)
     assert_near(out, wanted.detach().to(dtype), ATTENTION[dtype])
     slope = randn(*out.shape, dtype=dtype)
-    found = causal_attention_backward(slope, (q, k, v), out, graph, spans, 0.3, window)
+    found = attention_backward(slope, (q, k, v), out, graphs, blocks, 0.3, window)
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert_near(value, gradient.to(dtype), 2 * ATTENTION[dtype], terms=1.0)
 

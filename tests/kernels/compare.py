@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megascale_moe.kernels.attention import QueryBlock
+
+Spans = tuple[tuple[int, int, int], ...]
+"""(row, first, last + 1) of each document, covering all rows; empty: every row is one document."""
+
 # Both sides work in float32 (6e-8 per operation) and sum at most a few hundred terms in another order: sqrt(300) x 6e-8
 # is 1e-6, relative to the largest entry; twice that for chains of a few operations.
 FP32 = 2e-6
@@ -38,3 +43,10 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 def gradients(outputs: Sequence[Tensor], slopes: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Torch autograd of the twin."""
     return torch.autograd.grad(list(outputs), list(inputs), [slope.float() for slope in slopes])
+
+
+def documents(spans: Spans, rows: int, length: int) -> list[QueryBlock]:
+    """The queries of whole sequences, document by document."""
+    if not spans:
+        return [QueryBlock(slice(0, rows), slice(0, length), slice(0, length))]
+    return [QueryBlock(slice(row, row + 1), slice(first, last), slice(first, last)) for row, first, last in spans]

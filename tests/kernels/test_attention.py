@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 
 from megascale_moe.kernels import attention, reference
-from megascale_moe.kernels.attention import (
-    QueryBlock,
-    Spans,
-    block_attention_backward,
-    block_attention_forward,
-    causal_attention_backward,
-    causal_attention_forward,
-)
-from tests.kernels.compare import FP32, assert_near, gradients, leaves
+from megascale_moe.kernels.attention import QueryBlock, attention_backward, attention_forward
+from tests.kernels.compare import FP32, Spans, assert_near, documents, gradients, leaves
 
 # BF16: q, k, v are read alike by both sides; then scores, probabilities and their gradients are rounded to 8 bits
 # (2^-8 each), scores of size 3 move a probability by up to 3 x 2^-8, and the output is rounded once more.
@@ -33,15 +26,15 @@ def check(
     width = 8
     q, k = torch.randn(rows, length, heads[0], width).to(dtype), torch.randn(rows, length, heads[1], width).to(dtype)
     v = torch.randn(rows, length, heads[1], value_width).to(dtype)
-    tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
-    out, graph = causal_attention_forward(q, k, v, spans, 0.4, window)
-    assert (graph is None) is ours
+    tolerance, blocks = FP32 if dtype == torch.float32 else BF16_CHAIN, documents(spans, rows, length)
+    out, graphs = attention_forward(q, k, v, blocks, 0.4, window)
+    assert (graphs is None) is ours
     assert not out.requires_grad
     inputs = leaves(q, k, v)
-    wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window)
+    wanted = reference.attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window)
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = causal_attention_backward(slope, (q, k, v), out, graph, spans, 0.4, window)
+    found = attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window)
     # A single token sees only itself: its q and k gradients are zero, what is left is rounding of terms of size one.
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -74,14 +67,14 @@ def test_bfloat16(length: int, window: int) -> None:
 def test_sinks(spans: Spans, dtype: torch.dtype, heads: tuple[int, int], window: int) -> None:
     q, k = torch.randn(2, 97, heads[0], 8).to(dtype), torch.randn(2, 97, heads[1], 8).to(dtype)
     v, sinks = torch.randn(2, 97, heads[1], 6).to(dtype), torch.randn(heads[0]).to(dtype)
-    tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
-    out, graph = causal_attention_forward(q, k, v, spans, 0.4, window, sinks)
-    assert graph is None
+    tolerance, blocks = FP32 if dtype == torch.float32 else BF16_CHAIN, documents(spans, 2, 97)
+    out, graphs = attention_forward(q, k, v, blocks, 0.4, window, sinks)
+    assert graphs is None
     inputs = leaves(q, k, v, sinks)
-    wanted = reference.causal_attention(inputs[0], inputs[1], inputs[2], spans, 0.4, window, inputs[3])
+    wanted = reference.attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window, inputs[3])
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = causal_attention_backward(slope, (q, k, v), out, graph, spans, 0.4, window, sinks)
+    found = attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window, sinks)
     *of_inputs, of_sinks = gradients([wanted], [slope], inputs)
     for value, gradient in zip(found[:3], of_inputs, strict=True):
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -91,8 +84,8 @@ def test_sinks(spans: Spans, dtype: torch.dtype, heads: tuple[int, int], window:
 
 def test_a_sink_that_is_far_below_changes_nothing_and_one_far_above_takes_all() -> None:
     q, k, v = (torch.randn(1, 9, 2, 4) for _ in range(3))
-    plain, _ = causal_attention_forward(q, k, v, (), 0.5, 0)
-    out, _ = causal_attention_forward(q, k, v, (), 0.5, 0, torch.tensor([-1e4, 1e4]))
+    plain, _ = attention_forward(q, k, v, documents((), 1, 9), 0.5, 0)
+    out, _ = attention_forward(q, k, v, documents((), 1, 9), 0.5, 0, torch.tensor([-1e4, 1e4]))
     assert_near(out[:, :, 0], plain[:, :, 0], FP32)
     assert torch.equal(out[:, :, 1], torch.zeros(1, 9, 4))
 
@@ -122,11 +115,11 @@ def test_documents_do_not_see_each_other(threads: int, monkeypatch: pytest.Monke
     """Not within a tolerance: other documents change no bit of the output or of a gradient."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q, k, v, slope = (torch.randn(1, 20, 2, 4) for _ in range(4))
-    spans = ((0, 0, 8), (0, 8, 20))
+    blocks = documents(((0, 0, 8), (0, 8, 20)), 1, 20)
 
     def run() -> tuple[Tensor, ...]:
-        out, graph = causal_attention_forward(q, k, v, spans, 1.0, 0)
-        return out, *causal_attention_backward(slope, (q, k, v), out, graph, spans, 1.0, 0)
+        out, graphs = attention_forward(q, k, v, blocks, 1.0, 0)
+        return out, *attention_backward(slope, (q, k, v), out, graphs, blocks, 1.0, 0)
 
     before = [value.clone() for value in run()]
     for tensor in (q, k, v, slope):
@@ -167,14 +160,14 @@ def check_blocks(
     q, kv = torch.randn(2, count, heads[0], width), torch.randn(2, 150, heads[1] * (width + value_width))
     q, kv = q.to(dtype), kv.to(dtype)
     k, v = (x.unflatten(2, (heads[1], -1)) for x in kv.split([heads[1] * width, heads[1] * value_width], dim=2))
-    out, graphs = block_attention_forward(q, k, v, blocks, 0.4, window)
+    out, graphs = attention_forward(q, k, v, blocks, 0.4, window)
     assert (graphs is None) is ours
     inputs = leaves(q, k, v)
-    wanted = reference.block_attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window)
+    wanted = reference.attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window)
     tolerance = FP32 if dtype == torch.float32 else BF16_CHAIN
     assert_near(out, wanted.detach().to(dtype), tolerance)
     slope = torch.randn(out.shape).to(dtype)
-    found = block_attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window)
+    found = attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window)
     for value, gradient in zip(found, gradients([wanted], [slope], inputs), strict=True):
         assert value.dtype == dtype
         assert_near(value, gradient.to(dtype), 2 * tolerance, terms=1.0)
@@ -211,12 +204,12 @@ def test_blocks_with_sinks(blocks: list[QueryBlock], window: int) -> None:
     count = max(block.queries.stop for block in blocks)
     q, k, v = torch.randn(2, count, 4, 8), torch.randn(2, 150, 2, 8), torch.randn(2, 150, 2, 6)
     sinks = torch.randn(4)
-    out, graphs = block_attention_forward(q, k, v, blocks, 0.4, window, sinks)
+    out, graphs = attention_forward(q, k, v, blocks, 0.4, window, sinks)
     inputs = leaves(q, k, v, sinks)
-    wanted = reference.block_attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window, inputs[3])
+    wanted = reference.attention(inputs[0], inputs[1], inputs[2], blocks, 0.4, window, inputs[3])
     assert_near(out, wanted.detach().to(q.dtype), FP32)
     slope = torch.randn(out.shape)
-    found = block_attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window, sinks)
+    found = attention_backward(slope, (q, k, v), out, graphs, blocks, 0.4, window, sinks)
     *of_inputs, of_sinks = gradients([wanted], [slope], inputs)
     for value, gradient in zip(found[:3], of_inputs, strict=True):
         assert_near(value, gradient.to(q.dtype), 2 * FP32, terms=1.0)
@@ -224,20 +217,10 @@ def test_blocks_with_sinks(blocks: list[QueryBlock], window: int) -> None:
     assert_near(found[3], of_sinks, 2 * FP32, terms=14.0)
 
 
-def test_one_block_of_everything_is_attention_of_whole_rows() -> None:
-    """Bit for bit: the same loop, with nothing skipped."""
-    q, k, v, slope = (torch.randn(2, 70, 2, 4) for _ in range(4))
-    blocks = part_of_rows(2, 70, [range(70)])
-    out, graphs = block_attention_forward(q, k, v, blocks, 1.0, 0)
-    found = block_attention_backward(slope, (q, k, v), out, graphs, blocks, 1.0, 0)
-    wanted = causal_attention_backward(slope, (q, k, v), out, None, (), 1.0, 0)
-    assert all(torch.equal(value, expected) for value, expected in zip(found, wanted, strict=True))
-
-
 def test_blocks_without_storage() -> None:
     q, kv = torch.empty(2, 96, 4, 8, device="meta"), torch.empty(2, 150, 2, 8, device="meta")
-    out, graphs = block_attention_forward(q, kv, kv[..., :6], PACKED, 1.0, 0)
+    out, graphs = attention_forward(q, kv, kv[..., :6], PACKED, 1.0, 0)
     assert graphs is None
     assert out.shape == (2, 96, 4, 6)
-    found = block_attention_backward(out, (q, kv, kv[..., :6]), out, None, PACKED, 1.0, 0)
+    found = attention_backward(out, (q, kv, kv[..., :6]), out, None, PACKED, 1.0, 0)
     assert [tuple(value.shape) for value in found] == [(2, 96, 4, 8), (2, 150, 2, 8), (2, 150, 2, 6)]

@@ -15,13 +15,7 @@ from torch import Tensor
 
 from megascale_moe.engine.memory import Meter
 from megascale_moe.kernels import blocks, reference
-from megascale_moe.kernels.activation import (
-    _backward,
-    clamped_swiglu,
-    clamped_swiglu_backward,
-    swiglu,
-    swiglu_backward,
-)
+from megascale_moe.kernels.activation import _backward, swiglu, swiglu_backward
 from megascale_moe.kernels.blocks import Fusion, Rowwise
 from megascale_moe.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from megascale_moe.kernels.rotary import split_heads, split_heads_backward
@@ -111,12 +105,12 @@ def test_swiglu_equals_its_twin(rows: int, width: int, dtype: torch.dtype, gated
 def test_clamped_swiglu_equals_its_twin(rows: int, width: int, dtype: torch.dtype, gated: bool) -> None:
     x, slope = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
     gate = torch.rand(rows) if gated else None
-    alpha, limit = 1.702, 0.75  # a quarter of the gates and half of the others are clamped
-    out = clamped_swiglu(x, gate, alpha, limit)
-    assert_near(out, reference.clamped_swiglu(x, gate, alpha, limit), NEAR[dtype])
-    dx, dgate = clamped_swiglu_backward(slope, x, gate, alpha, limit)
+    clamp = 1.702, 0.75  # a quarter of the gates and half of the others are clamped
+    out = swiglu(x, gate, clamp)
+    assert_near(out, reference.swiglu(x, gate, clamp), NEAR[dtype])
+    dx, dgate = swiglu_backward(slope, x, gate, clamp)
     inputs = leaves(x) if gate is None else leaves(x, gate)
-    wanted = gradients([reference.clamped_swiglu(inputs[0], *(inputs[1:] or [None]), alpha, limit)], [slope], inputs)
+    wanted = gradients([reference.swiglu(inputs[0], *(inputs[1:] or [None]), clamp)], [slope], inputs)
     assert_near(dx, wanted[0].to(dtype), NEAR[dtype])
     assert (dgate is None) is (gate is None)
     if dgate is not None:
@@ -251,11 +245,11 @@ def test_a_width_has_one_fused_kernel_for_any_number_of_rows(monkeypatch: pytest
     counter = CompileCounter()
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda formula, **options: compiled(formula, backend=counter, **options))
-    kernel = Rowwise(_backward)
+    kernel = Rowwise(_backward, shared=1)
     for kernels, width in ((1, 16), (2, 8), (3, 12)):
         for rows in (7, 9, 300):
             x, gradient, gate = torch.randn(rows, 2 * width), torch.randn(rows, width), torch.rand(rows)
-            found, wanted = kernel.fused_by_width(gradient, x, gate), _backward(gradient, x, gate)
+            found, wanted = kernel.fused_by_width(gradient, x, gate, None), _backward(gradient, x, gate, None)
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
             assert counter.frame_count == kernels
 

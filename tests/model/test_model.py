@@ -206,7 +206,8 @@ def test_sliding_window_is_that_many_tokens(window: int) -> None:
     tokens = packed()[0][:1]
     before = model(tokens)
     tokens[0, 6] = (tokens[0, 6] + 1) % 31
-    changed = (model(tokens) != before).any(-1)[0].nonzero().flatten().tolist()
+    # Not bit by bit: who shares an expert with a token decides how its product is rounded.
+    changed = ((model(tokens) - before).abs() > 1e-6).any(-1)[0].nonzero().flatten().tolist()
     assert changed == list(range(6, 6 + window))
 
 

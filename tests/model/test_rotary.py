@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megascale_moe.config import ModelConfig
-from megascale_moe.model.rotary import frequencies, rotary_table, rotate, softmax_scale
+from megascale_moe.kernels.rotary import rotate
+from megascale_moe.model.rotary import frequencies, rotary_table, softmax_scale
 
 PLAIN = ModelConfig(hidden=64, heads=1, kv_heads=1, rope_theta=10_000.0)
 YARN = replace(PLAIN, rope_factor=4.0, rope_original_length=2048)
