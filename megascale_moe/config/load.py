@@ -6,6 +6,7 @@ and what would be right.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -58,8 +59,14 @@ def from_dict(
         require(isinstance(entries, dict), f"{where}: {section} must be a section [{section}]")
         values[section] = dict(entries)
     for override in overrides or []:
-        section, key, value = _parse_override(override)
-        values.setdefault(section, {})[key] = value
+        name, equals, text = override.removeprefix("--").partition("=")
+        section, dot, key = name.partition(".")
+        require(bool(equals and dot and key), f"override {override!r}: write it as --section.key=value")
+        _refuse_unknown(section, SECTIONS, f"override {override!r}: section {section!r}")
+        value: Any = text  # a bare word is a string
+        with contextlib.suppress(ValueError, RecursionError):
+            value = tomllib.loads(f"x = {text}")["x"]
+        values.setdefault(section, {})[key.replace("-", "_")] = value
     built: dict[str, Any] = {}
     for section, entries in values.items():
         base = SECTIONS[section]()
@@ -72,17 +79,6 @@ def from_dict(
     config = Config(**built)
     config.check(choices)
     return config
-
-
-def _parse_override(text: str) -> tuple[str, str, Any]:
-    name, equals, value = text.removeprefix("--").partition("=")
-    section, dot, key = name.partition(".")
-    require(bool(equals and dot and key), f"override {text!r}: write it as --section.key=value")
-    _refuse_unknown(section, SECTIONS, f"override {text!r}: section {section!r}")
-    try:
-        return section, key.replace("-", "_"), tomllib.loads(f"x = {value}")["x"]
-    except (ValueError, RecursionError):
-        return section, key.replace("-", "_"), value  # a bare word is a string
 
 
 def _filled(base: Section, entries: Mapping[str, Any], where: str, choices: Choices) -> Section:

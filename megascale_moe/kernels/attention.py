@@ -52,7 +52,10 @@ def attention_forward(
     shape = (*q.shape[:3], v.shape[3])
     if q.is_meta:
         return q.new_empty(shape), None
-    graphs: list[Graph] | None = None if _own_backward(q, v, sinks) else []
+    # torch has no fused kernel on a CPU for values of another width than keys: its graph would hold all scores.
+    alone = torch.get_num_threads() == 1 or q.shape[3] != v.shape[3]
+    own_backward = sinks is not None or (q.device.type == "cpu" and (q.dtype == torch.bfloat16 or alone))
+    graphs: list[Graph] | None = None if own_backward else []
     own = graphs is None and (sinks is not None or q.dtype == torch.bfloat16 or not _is_whole(blocks))
     out = None if len(blocks) == 1 and not own else q.new_empty(shape)
     for rows, queries, keys in _by_thread(blocks) if own else blocks:
@@ -108,12 +111,6 @@ def attention_backward(
         for total, slope in zip(dsinks, slopes[3:], strict=True):
             total += slope
     return dq, dk.to(k.dtype), dv.to(v.dtype), *dsinks
-
-
-def _own_backward(q: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
-    # torch has no fused kernel on a CPU for values of another width than keys: its graph would hold all scores.
-    alone = torch.get_num_threads() == 1 or q.shape[3] != v.shape[3]
-    return sinks is not None or (q.device.type == "cpu" and (q.dtype == torch.bfloat16 or alone))
 
 
 def _is_whole(blocks: Sequence[QueryBlock]) -> bool:

@@ -21,17 +21,14 @@ def frequencies(config: ModelConfig) -> Tensor:
     plain = config.rope_theta**-exponents
     if config.rope_factor <= 1:
         return plain
-    low, high = (_yarn_dim(config, width, turns) for turns in (32.0, 1.0))
+    # The pairs that make 32 full turns and one within the original context.
+    turns = (math.log(config.rope_original_length / (count * 2 * math.pi)) for count in (32.0, 1.0))
+    low, high = (width * turn / (2 * math.log(config.rope_theta)) for turn in turns)
     if config.rope_truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain / config.rope_factor * ramp + plain * (1 - ramp)
-
-
-def _yarn_dim(config: ModelConfig, width: int, turns: float) -> float:
-    """Return the pair that makes `turns` full turns within the original context."""
-    return width * math.log(config.rope_original_length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
 
 def _mscale(factor: float, scale: float) -> float:
