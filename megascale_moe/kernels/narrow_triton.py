@@ -44,17 +44,6 @@ def _value(code, exponent):
 
 
 @triton.jit
-def _encode_rows(x, numbers, scales, width, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    there = column < width
-    values = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    exponent = _exponent(_largest(values, 0))
-    tl.store(numbers + row * width + column, _rounded(values, exponent).to(tl.uint8), mask=there)
-    tl.store(scales + row, exponent.to(tl.uint8))
-
-
-@triton.jit
 def _largest(values, axis: tl.constexpr):
     """Return the largest magnitude; what is not a number counts as infinite, which a maximum could lose."""
     size = tl.abs(values)
@@ -71,12 +60,18 @@ def _tile(rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _encode_channels(x, numbers, scales, rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _encode(
+    x, numbers, scales, rows, width, stride, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     row, column, there, group = _tile(rows, width, ROWS, COLUMNS)
     values = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    exponent = _exponent(_largest(values, 0))[None, :]
+    if PER_ROW:  # all columns are in the tile
+        exponent = _exponent(_largest(values, 1))[:, None]
+        tl.store(scales + row, exponent.to(tl.uint8), mask=row < rows)
+    else:
+        exponent = _exponent(_largest(values, 0))[None, :]
+        tl.store(scales + group * width + column, exponent.to(tl.uint8), mask=column < width)
     tl.store(numbers + row * width + column, _rounded(values, exponent).to(tl.uint8), mask=there)
-    tl.store(scales + group * width + column, exponent.to(tl.uint8), mask=column < width)
 
 
 @triton.jit
@@ -95,22 +90,17 @@ def _decode(
 def encode(x: Tensor, numbers: Tensor, scales: Tensor, *, per_row: bool) -> None:
     """Encode x [R, w], rows of unit stride, into numbers uint8 [R, w] and scales uint8 [R] or [ceil(R / 128), w]."""
     rows, width = x.shape
-    if not x.numel():
-        return
-    if per_row:
-        _encode_rows[(rows,)](x, numbers, scales, width, x.stride(0), BLOCK=triton.next_power_of_2(width))
-    else:
-        _encode_channels[_grid(x)](x, numbers, scales, rows, width, x.stride(0), ROWS=GROUP, COLUMNS=COLUMNS)
+    if x.numel():
+        tile = (1, triton.next_power_of_2(width)) if per_row else (GROUP, COLUMNS)
+        _encode[_grid(x, *tile)](x, numbers, scales, rows, width, x.stride(0), per_row, *tile)
 
 
 def decode(numbers: Tensor, scales: Tensor, out: Tensor, *, per_row: bool) -> None:
     """Fill out [R, w], rows of unit stride; the inverse of `encode`."""
     rows, width = out.shape
     if out.numel():
-        _decode[_grid(out)](
-            numbers, scales, out, rows, width, out.stride(0), PER_ROW=per_row, ROWS=GROUP, COLUMNS=COLUMNS
-        )
+        _decode[_grid(out, GROUP, COLUMNS)](numbers, scales, out, rows, width, out.stride(0), per_row, GROUP, COLUMNS)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.shape[0], GROUP), triton.cdiv(x.shape[1], COLUMNS)
+def _grid(x: Tensor, rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(x.shape[0], rows), triton.cdiv(x.shape[1], columns)
