@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from megascale_moe.comm.axis import Axis, connect
-from megascale_moe.comm.collectives import Pending, all_gather, all_to_all, reduce_scatter
+from megascale_moe.comm.collectives import Pending, all_gather, exchange, reduce_scatter
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.hardware import cpu_model
@@ -33,9 +33,8 @@ def forms(axis: Axis, tokens: int, hidden: int) -> dict[str, Callable[[], list[P
     everyone = torch.randn(tokens * axis.size, hidden)
 
     def swap(k: int) -> list[Pending]:
-        rows = torch.randn(1, hidden).expand(tokens * k, hidden).contiguous()
-        sizes = [tokens * k // axis.size] * axis.size
-        out, back = (all_to_all(rows, sizes, sizes, axis, tag) for tag in (1, 2))
+        rows = torch.randn(1, hidden).expand(tokens * k, hidden).contiguous().split(tokens * k // axis.size)
+        out, back = (exchange(rows, [torch.empty_like(part) for part in rows], axis, tag) for tag in (1, 2))
         out.wait()
         back.wait()
         return [out, back]

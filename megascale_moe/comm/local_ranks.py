@@ -64,7 +64,10 @@ def fork_ranks(
 def _rank(
     rank: int, store: Path, world: int, function: Callable[[int], object], threads: int, timeout: float, parent: int
 ) -> None:
-    _die_with(parent)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the signal was armed
+        os._exit(1)
     if hasattr(os, "sched_getaffinity"):
         _job.update(os.sched_getaffinity(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,7 +83,10 @@ def _rank(
         _keep_to_a_processor(rank, world)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
             timeout=timedelta(seconds=timeout),
         )
         function(rank)
@@ -95,25 +101,17 @@ def _rank(
     dist.destroy_process_group()
 
 
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the signal was armed
-        os._exit(1)
-
-
 def _keep_to_a_processor(rank: int, world: int) -> None:
-    """Where ranks are as many as processors or more, each keeps to one and does not interrupt others (Linux).
+    """Bind this rank to one processor where ranks are as many as processors or more, so that none interrupts others.
 
     gloo's receiving thread spins on the lock that a rank holds while it sends. A rank that is interrupted there, by
     another or by its own receiving thread, lets that thread burn time slices on the other processor: four ranks on two
     processors polled 1.8 million times for 5 thousand events, which took more than half of all their time.
     """
-    if not hasattr(os, "sched_setaffinity") or world < len(_job):
-        return
-    with contextlib.suppress(OSError):  # a container may forbid it
-        os.sched_setaffinity(0, {sorted(_job)[rank % len(_job)]})
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if hasattr(os, "sched_setaffinity") and world >= len(_job):  # Linux
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setaffinity(0, {sorted(_job)[rank % len(_job)]})
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 _job: set[int] = set()
@@ -121,13 +119,13 @@ _job: set[int] = set()
 
 
 def job_processors() -> set[int]:
-    """Those that this process, or the job that it is a rank of, may run on; Linux tells."""
+    """Return the processors that this process, or the job that it is a rank of, may run on (Linux)."""
     return _job or os.sched_getaffinity(0)
 
 
 @contextlib.contextmanager
 def on_all_processors() -> Iterator[None]:
-    """For what one rank does with several threads while the others wait: it does not keep to its own processor."""
+    """Let a rank leave its processor, for work with several threads while the others wait."""
     if not _job:
         yield
         return
@@ -140,7 +138,7 @@ def on_all_processors() -> Iterator[None]:
 
 
 def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
-    """Until all ranks are done, or one has failed."""
+    """Wait until all ranks are done, or one has failed; return the exit status."""
     while True:
         if poll is not None:
             poll()
@@ -154,7 +152,7 @@ def _wait(ranks: Sequence[BaseProcess], poll: Callable[[], None] | None) -> int:
 
 
 def _cause(codes: list[int | None], first: list[int]) -> int:
-    """The exit status to blame, and a line about it unless the rank explained itself (status 2).
+    """Return the exit status to blame, and print a line about it unless the rank explained itself (status 2).
 
     A killed or stopped rank comes before others: they fail because it is gone. So does a rank that was `first` to fail.
     """
@@ -171,7 +169,7 @@ def _cause(codes: list[int | None], first: list[int]) -> int:
 
 
 def stopped(process: BaseProcess) -> bool:
-    """True for one that is there but does not run (Linux tells): it can end only by being killed."""
+    """Return whether a process is there but does not run (Linux tells): it can end only by being killed."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
     return False

@@ -39,7 +39,11 @@ class LostPeer(RuntimeError):
 
 @contextlib.contextmanager
 def waiting(axis: Axis, peer: int | None = None) -> Iterator[None]:
-    """A communication with one peer (its index on the axis), or with all of them: its failure is a `LostPeer`."""
+    """Turn the failure of a communication with one peer (its index on the axis), or with all (None), into a `LostPeer`.
+
+    Raises:
+        LostPeer: the communication failed.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -51,32 +51,29 @@ class Traffic:
     def start(self, *reads: Any) -> Pending:
         """Send what is read as it is."""
         send = self.pack(*reads)
-        whole, parts = self._room(self.shapes(*self.planned(reads)), self.dtype, send[0].device)
+        shapes = self.shapes(*(reads[place] for place in self.plan))
+        whole, parts = self._room(shapes, self.dtype, send[0].device)
         return self.move(send, parts).then(lambda _: self.finish(whole, parts))
 
-    def planned(self, reads: Sequence[Any]) -> list[Any]:
-        """Those of the reads that say the sizes."""
-        return [reads[place] for place in self.plan]
-
     def move(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Pending:
-        """Tensors of any form to where the matrices go."""
+        """Send tensors of any form to where the matrices go."""
         if self.distances:
             return shift(send, receive, self.distances, self.axis, self.tag)
         return exchange(send, receive, self.axis, self.tag)
 
     def own(self, place: int) -> bool:
-        """Whether a matrix stays on this rank."""
+        """Return whether a matrix stays on this rank."""
         return not self.distances and place == self.axis.index
 
     def unpack(self, fill: Callable[[int, Tensor], object], device: torch.device, plan: Sequence[Any]) -> Any:
-        """The result of matrices that `fill(place, matrix)` writes."""
+        """Return the result of matrices that `fill(place, matrix)` writes."""
         whole, parts = self._room(self.shapes(*plan), torch.float32 if self.sums else self.dtype, device)
         for place, part in enumerate(parts):
             fill(place, part)
         return self.finish(whole, parts)
 
     def _room(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Matrices]:
-        """Memory for what comes. What is summed has separate parts, so that the sum does not keep all of them alive."""
+        """Allocate what is received; what is summed in parts of their own, which the sum does not keep alive."""
         if self.sums:
             return torch.empty(0, device=device), [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         whole = torch.empty(sum(rows * width for rows, width in shapes), dtype=dtype, device=device)
@@ -85,10 +82,10 @@ class Traffic:
 
 
 def sum_to(dtype: torch.dtype) -> Callable[[Tensor, Matrices], Tensor]:
-    """`finish` of a reduce-scatter: the sum in the order of ranks."""
+    """Return the `finish` of a reduce-scatter: the sum in the order of ranks, in `dtype`."""
     return lambda _, parts: sum_in_order(parts).to(dtype)
 
 
 def as_rows(whole: Tensor, parts: Matrices) -> Tensor:
-    """`finish` of matrices of equal width: all of them as one, [sum of R, w]."""
+    """Return matrices of equal width as one, [sum of R, w]; a `finish`."""
     return whole.view(-1, parts[0].shape[1])

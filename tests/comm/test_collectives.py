@@ -16,7 +16,6 @@ from megascale_moe.comm.collectives import (
     all_gather,
     all_gather_in_place,
     all_reduce_sum,
-    all_to_all,
     exchange,
     reduce_scatter,
     sum_in_order,
@@ -25,6 +24,13 @@ from megascale_moe.comm.collectives import (
 from megascale_moe.comm.mesh import AXES, Mesh
 from megascale_moe.testing import run_ranks
 from tests.pairs import Case, name_of, pairs
+
+
+def all_to_all(x: Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis, tag: int) -> Pending:
+    """Rows of x [sum(send_rows), ...] to the ranks in order; finishes with [sum(receive_rows), ...]."""
+    out = x.new_empty(sum(receive_rows), *x.shape[1:])
+    return exchange(x.split(send_rows), out.split(receive_rows), axis, tag).then(lambda _: out)
+
 
 DTYPES = [torch.float32, torch.int32, torch.bfloat16]
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megascale_moe.comm.axis import Axis
-from megascale_moe.comm.collectives import all_gather, all_reduce_sum, all_to_all, exchange, reduce_scatter, tag_of
+from megascale_moe.comm.collectives import all_gather, all_reduce_sum, exchange, reduce_scatter, tag_of
+from tests.comm.test_collectives import all_to_all
 
 DEVICE = torch.device("cuda")
 
