@@ -390,7 +390,7 @@ def random_weights(groups: Iterable[FlatWeights], deviation: float) -> None:
     """Fill weights where they lie, vectors with ones: a CPU would draw the billions of a GPU's for minutes."""
     for group in groups:
         for slot in group.slots:
-            value = torch.ones(slot.shape, device=group.master.device)
+            value = torch.ones(slot.placement.shape, device=group.master.device)
             group.set(slot, value if value.dim() == 1 else value.normal_(0.0, deviation))
 
 

@@ -61,9 +61,9 @@ class Meter(TorchDispatchMode):
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors of a value, also inside tuples and lists."""
+    """The tensors of a value, also inside tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(part)

@@ -32,12 +32,12 @@ class AdamW(Rule):
 
     def plain(self, whole: Whole, rate: float, config: TrainConfig) -> Tensor:
         """See `Rule.plain`."""
-        c, gradient, steps = config, whole.gradient, whole.count + 1
-        mean = c.beta1 * whole.state["exp_avg"] + (1 - c.beta1) * gradient
-        square = c.beta2 * whole.state["exp_avg_sq"] + (1 - c.beta2) * gradient.square()
-        mean, square = mean / (1 - c.beta1**steps), square / (1 - c.beta2**steps)
-        kept = 1.0 - rate * c.weight_decay if whole.decay else 1.0
-        return whole.weight * kept - rate * mean / (square.sqrt() + c.adam_eps)
+        beta1, beta2, gradient, steps = config.beta1, config.beta2, whole.gradient, whole.count + 1
+        mean = beta1 * whole.state["exp_avg"] + (1 - beta1) * gradient
+        square = beta2 * whole.state["exp_avg_sq"] + (1 - beta2) * gradient.square()
+        mean, square = mean / (1 - beta1**steps), square / (1 - beta2**steps)
+        decay = rate * config.weight_decay if whole.decay else 0.0
+        return whole.weight * (1.0 - decay) - rate * mean / (square.sqrt() + config.adam_eps)
 
     def comparable(self, config: TrainConfig) -> TrainConfig:
         """Return a config with an epsilon of the size of one, which keeps the update smooth in the gradient.

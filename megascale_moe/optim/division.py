@@ -13,6 +13,7 @@ where matrices are larger than that, all its S elements are sent once and come b
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class Load(NamedTuple):
     """Work of the ranks at all places of some axes.
 
     Attributes:
-        of: each place, by `number_of`. counted: what operators have declared so far, at least that of the busiest.
+        of: each place, the last axis fastest. counted: what operators have declared so far, at least that of the
+            busiest.
     """
 
     of: tuple[float, ...]
@@ -42,11 +44,10 @@ class Load(NamedTuple):
     @classmethod
     def none(cls, sizes: Place) -> Load:
         """Return the load of ranks that have nothing to do yet."""
-        return cls((0.0,) * (sizes[0] * sizes[1] * sizes[2]), 0.0)
+        return cls((0.0,) * math.prod(sizes), 0.0)
 
 
-@dataclass(frozen=True)
-class Fragment:
+class Fragment(NamedTuple):
     """Elements `start` to `stop` of the flat buffer of the ranks at `holder`, part of a matrix, in the holder's shard.
 
     Attributes:
@@ -81,8 +82,9 @@ class Division:
     load: Load
     work: float
 
-    def place(self, fragment: Fragment, hops: int) -> Place:
+    def place(self, number: int, hops: int) -> Place:
         """Return where a fragment is after so many hops: each takes it to its owner's place on one more axis."""
+        fragment = self.fragments[number]
         return self.owners[fragment.matrix][:hops] + fragment.holder[hops:]  # type: ignore[return-value]
 
     def held(self, place: Place, hops: int) -> Sequence[int]:
@@ -91,21 +93,18 @@ class Division:
 
     @cached_property
     def _held(self) -> list[dict[Place, list[int]]]:
-        found: list[dict[Place, list[int]]] = []
-        for hops in range(HOPS + 1):
-            at: dict[Place, list[int]] = defaultdict(list)
-            for number, fragment in enumerate(self.fragments):
-                at[self.place(fragment, hops)].append(number)
-            found.append(dict(at))
-        return found
+        after: list[dict[Place, list[int]]] = [defaultdict(list) for _ in range(HOPS + 1)]
+        for hops, held in enumerate(after):
+            for number in range(len(self.fragments)):
+                held[self.place(number, hops)].append(number)
+        return after
 
     def most(self, hop: int, *, back: bool = False) -> int:
         """Return the elements sent in a hop (there or back) by the rank that sends most; 0 if nothing moves."""
         sent: dict[Place, int] = defaultdict(int)
-        for fragment in self.fragments:
-            before, after = self.place(fragment, hop), self.place(fragment, hop + 1)
-            if before != after:
-                sent[after if back else before] += fragment.size
+        for number, fragment in enumerate(self.fragments):
+            if fragment.holder[hop] != self.owners[fragment.matrix][hop]:
+                sent[self.place(number, hop + back)] += fragment.size
         return max(sent.values(), default=0)
 
 
@@ -119,30 +118,21 @@ def divide(extents: tuple[Extent, ...], shard: int, sizes: Place, load: Load) ->
     Args:
         shard: elements of a rank's shard. sizes: of the axes. load: work that the places have already.
     """
-    fragments = [fragment for index, extent in enumerate(extents) for fragment in _cut(index, extent, shard, sizes)]
-    holders: dict[int, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
-    for fragment in fragments:
-        holders[fragment.matrix][fragment.holder] += fragment.size
-    work, owners = list(load.of), [(0, 0, 0)] * len(extents)
-    for index in sorted(holders, key=lambda index: (len(holders[index]) > 1, -extents[index][2], index)):
-        held = holders[index]
-        owners[index] = min(held, key=lambda place: (work[number_of(place, sizes)], -held[place], place))
-        work[number_of(owners[index], sizes)] += extents[index][2]
+    fragments = []
+    elements: list[dict[Place, int]] = []  # of each matrix, by holder
+    for matrix, (start, stop, _) in enumerate(extents):
+        elements.append({})
+        for part, row in product(range(sizes[2]), range(start // shard, -(-stop // shard))):
+            holder = row % sizes[0], row // sizes[0], part  # row [intra, inter] of a buffer is the shard of that place
+            fragments.append(Fragment(matrix, holder, max(start, row * shard), min(stop, (row + 1) * shard)))
+            elements[matrix][holder] = fragments[-1].size
+    work = dict(zip(product(*map(range, sizes)), load.of, strict=True))
+    owners = [(0, 0, 0)] * len(extents)
+    for matrix in sorted(range(len(extents)), key=lambda index: (len(elements[index]) > 1, -extents[index][2])):
+        held = elements[matrix]
+        owner = min(held, key=lambda place: (work[place], -held[place], place))
+        owners[matrix] = owner
+        work[owner] += extents[matrix][2]
     mean = sum(extent[2] for extent in extents) / len(work)
-    counted = max(max(work), load.counted + mean)
-    return Division(tuple(fragments), tuple(owners), Load(tuple(work), counted), counted - load.counted)
-
-
-def _cut(matrix: int, extent: Extent, shard: int, sizes: Place) -> list[Fragment]:
-    """The fragments of a matrix: row [intra, inter] of a buffer is the shard of that place."""
-    start, stop, _ = extent
-    rows = range(start // shard, -(-stop // shard))
-    return [
-        Fragment(matrix, (row % sizes[0], row // sizes[0], part), max(start, row * shard), min(stop, (row + 1) * shard))
-        for part, row in product(range(sizes[2]), rows)
-    ]
-
-
-def number_of(place: Place, sizes: Place) -> int:
-    """Return the number of a place among all of some sizes."""
-    return (place[0] * sizes[1] + place[1]) * sizes[2] + place[2]
+    counted = max(*work.values(), load.counted + mean)
+    return Division(tuple(fragments), tuple(owners), Load(tuple(work.values()), counted), counted - load.counted)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +27,11 @@ ALIGNMENT = 16  # elements: views start on a cache line
 
 @dataclass(frozen=True)
 class Formats:
-    """How gradients and updated weights travel: a name in `narrow_sums.FORMS`; how weights are written, None: as they
-    are."""
+    """How gradients and updated weights travel.
+
+    Attributes:
+        gradients: a name in `narrow_sums.FORMS`. parameters: how weights are written; None: in the compute dtype.
+    """
 
     gradients: str = "fp32"
     parameters: Format | None = None
@@ -37,32 +42,16 @@ class Formats:
         return BLOCK if self.gradients == "fp8" or isinstance(self.parameters, Float8) else 1
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The place of one weight (of the part that this rank holds) in a flat buffer, in elements."""
 
     name: str
     placement: Placement
     start: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the part that this rank holds."""
-        return self.placement.shape
-
-    @property
-    def stop(self) -> int:
-        """One past its last element."""
-        return self.start + math.prod(self.shape)
-
-    @property
-    def ranges(self) -> list[tuple[Box, int, int]]:
-        """Each box of the whole weight with the range of the slot that it fills, counted from `start`."""
-        return self.placement.ranges
+    stop: int
 
 
-@dataclass(frozen=True)
-class Owned:
+class Owned(NamedTuple):
     """Elements of a weight that are in this rank's shard.
 
     Attributes:
@@ -96,8 +85,9 @@ class FlatWeights:
         self.slots: list[Slot] = []
         end = 0
         for weight, placement in placements.items():
-            self.slots.append(Slot(weight, placement, end))
-            end = _round_up(self.slots[-1].stop, ALIGNMENT)
+            start, stop = end, end + math.prod(placement.shape)
+            self.slots.append(Slot(weight, placement, start, stop))
+            end = _round_up(stop, ALIGNMENT)
         ranks = intra.size * inter.size
         self.formats = formats if formats and ranks > 1 else Formats()
         padded = _round_up(end, max(ALIGNMENT, self.formats.unit) * ranks)
@@ -109,37 +99,49 @@ class FlatWeights:
         mine = self.weights[self.shard]
         self.master = mine if self.shares_memory else mine.to(torch.float32, copy=True)
 
+    @property
+    def updated(self) -> Tensor:
+        """This rank's shard as gathers read it: exact where it is yet to be written in another format."""
+        return self.weights[self.shard] if self.formats.parameters is None else self.master
+
+    def round(self) -> Tensor:
+        """Round the master to the weights, unless those are what arrives in another format; returns `updated`."""
+        if self.rounding_bytes:
+            self.updated.copy_(self.master)
+        return self.updated
+
+    @property
+    def rounding_bytes(self) -> int:
+        """Memory traffic of `round`."""
+        copies = not self.shares_memory and self.formats.parameters is None
+        return (4 + self.weights.itemsize) * self.master.numel() if copies else 0
+
     def views(self) -> Iterator[tuple[str, Tensor, Gradient]]:
-        """(name, weight, gradient) of every weight."""
+        """Yield (name, weight, gradient) of every weight."""
         for slot in self.slots:
-            part = slice(slot.start, slot.stop)
-            gradient = Gradient(self.gradients[part].view(slot.shape))
-            yield slot.name, self.weights[part].view(slot.shape), gradient
+            part, shape = slice(slot.start, slot.stop), slot.placement.shape
+            yield slot.name, self.weights[part].view(shape), Gradient(self.gradients[part].view(shape))
 
     def clear_padding(self) -> None:
         """Zero what belongs to no gradient, where it was used for something else."""
-        starts = [slot.start for slot in self.slots] + [len(self.gradients)]
-        for slot, start in zip(self.slots, starts[1:], strict=True):
-            self.gradients[slot.stop : start] = 0
+        for slot, following in zip_longest(self.slots, self.slots[1:]):
+            self.gradients[slot.stop : following.start if following else None] = 0
 
     def set(self, slot: Slot, value: Tensor) -> None:
         """Fill one weight, and this rank's part of its master, from a float32 tensor of the local shape."""
         flat = value.flatten()
         self.weights[slot.start : slot.stop] = flat.to(self.weights.dtype)
-        first, last = self._clip(slot.start, slot.stop)
+        first, last = max(slot.start, self.shard.start), min(slot.stop, self.shard.stop)
         if first < last:
             self.master[self._in_shard(first, last)] = flat[first - slot.start : last - slot.start]
 
     def owned(self, slot: Slot) -> Iterator[Owned]:
-        """What this rank's shard holds of a weight, box by box; over all ranks every element of a box once."""
-        for box, start, stop in slot.ranges:
+        """Yield what this rank's shard holds of a weight, box by box; over all ranks every element of a box once."""
+        for box, start, stop in slot.placement.ranges:
             origin = slot.start + start
-            first, last = self._clip(origin, slot.start + stop)
+            first, last = max(origin, self.shard.start), min(slot.start + stop, self.shard.stop)
             if first < last:
                 yield Owned(box, first - origin, last - origin, self._in_shard(first, last))
-
-    def _clip(self, start: int, stop: int) -> tuple[int, int]:
-        return max(start, self.shard.start), min(stop, self.shard.stop)
 
     def _in_shard(self, start: int, stop: int) -> slice:
         return slice(start - self.shard.start, stop - self.shard.start)

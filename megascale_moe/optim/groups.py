@@ -23,8 +23,6 @@ NAMES = {
 }
 """What a group is called, by the axes of its replicas (`Placement.replicas`)."""
 
-Key = tuple[str, tuple[str, str], bool, str]  # layer, replicas, decay, name of the rule
-
 
 def flat_groups(
     placements: Mapping[str, Placement], axes: Axes, dtype: torch.dtype, device: torch.device, *,
@@ -41,46 +39,32 @@ def flat_groups(
     the last, which share tied weights but no others, issue their communication in the same order.
     """
     wire = wire or WireConfig()
-    groups: dict[Key, dict[str, Placement]] = {}
-    for name, placement in placements.items():
-        layer = ".".join(name.split(".")[:2]) + "." if by_layer and name.startswith("layers.") else ""
-        key = layer, placement.replicas, placement.decays, rule.of(placement.matrices).name
-        groups.setdefault(key, {})[name] = placement
-    formats, found = Formats(_gradients(wire), _parameters(wire, dtype)), []
-    for key in sorted(groups, key=lambda key: _order(key, rule)):
-        layer, replicas, decay, ruled = key
-        intra, inter = (axes[axis] if axis else Axis(axis) for axis in replicas)
-        marks = ("" if decay else ".vectors") + ("" if ruled == rule.name else f".{ruled}")
-        name, members = layer + _name(replicas) + marks, groups[key]
-        found.append(
-            FlatWeights(members, intra, inter, decay=decay, dtype=dtype, device=device, name=name, formats=formats)
-        )
-    return found
-
-
-def _order(key: Key, rule: Rule) -> tuple[int, tuple[str, str], bool, bool, str, int]:
-    layer, replicas, decay, ruled = key
     known = list(NAMES)
-    number = int(layer.split(".")[1]) if layer else -1
-    place = known.index(replicas) if replicas in NAMES else len(known)
-    return place, replicas, not decay, ruled != rule.name, ruled, number
-
-
-def _name(replicas: tuple[str, str]) -> str:
-    return NAMES.get(replicas) or "-".join(axis for axis in replicas if axis)
-
-
-def _gradients(wire: WireConfig) -> str:
-    """Return the form of the reduce-scatter.
-
-    Nothing is measured for "auto": BF16 saves 2 bytes an element on the link and takes 8 of memory traffic, and a
-    memory is more than four times as fast as a link between ranks.
-    """
-    return "bf16" if wire.gradients == "auto" else wire.gradients
-
-
-def _parameters(wire: WireConfig, dtype: torch.dtype) -> Format | None:
-    """Return how weights are written, None for the compute dtype."""
+    groups: dict[tuple[int, tuple[str, str], bool, bool, str, int], dict[str, Placement]] = {}
+    for name, placement in placements.items():
+        layer = int(name.split(".")[1]) if by_layer and name.startswith("layers.") else -1
+        replicas, follows = placement.replicas, rule.of(placement.matrices).name
+        order = known.index(replicas) if replicas in NAMES else len(known)
+        key = order, replicas, not placement.decays, follows != rule.name, follows, layer
+        groups.setdefault(key, {})[name] = placement
+    parameters: Format | None = None
     if wire.parameters == "fp8":
-        return Float8("rows")
-    return BFloat16() if wire.parameters in ("bf16", "auto") and dtype.itemsize > 2 else None
+        parameters = Float8("rows")
+    elif wire.parameters in ("bf16", "auto") and dtype.itemsize > 2:
+        parameters = BFloat16()
+    # Nothing is measured for "auto": BF16 saves 2 bytes an element on the link and takes 8 of memory traffic, and a
+    # memory is more than four times as fast as a link between ranks.
+    formats = Formats("bf16" if wire.gradients == "auto" else wire.gradients, parameters)
+    made = []
+    for key in sorted(groups):
+        _, replicas, undecayed, other_rule, follows, layer = key
+        name = f"layers.{layer}." if layer >= 0 else ""
+        name += NAMES.get(replicas) or "-".join(axis for axis in replicas if axis)
+        name += ".vectors" * undecayed + f".{follows}" * other_rule
+        intra, inter = (axes[axis] if axis else Axis(axis) for axis in replicas)
+        made.append(
+            FlatWeights(
+                groups[key], intra, inter, decay=not undecayed, dtype=dtype, device=device, name=name, formats=formats
+            )
+        )
+    return made

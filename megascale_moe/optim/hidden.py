@@ -11,76 +11,70 @@ stale where other ranks own them, and whoever reads them in between gathers firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Sequence
 
 from megascale_moe.engine.op import Op, Stream
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.sync import Job, arrived, gather_job, pipelined, reduce_job
+from megascale_moe.optim.sync import Job, arrived, gather_job, reduce_job
 
 AHEAD = 2
 """Groups between the one whose weights are asked for and the one that is used."""
 
 
 def hide(step: Sequence[Op], groups: Sequence[FlatWeights], rest: Sequence[Op]) -> list[Op]:
-    """The step's list with reductions and gathers of `groups` among its operators, and `rest` (norm, update) behind.
+    """Return the step's list with reductions and gathers of `groups` among its operators, and `rest` (norm, update)
+    behind.
 
     Reads what `sync.given` and `updated` name.
     """
-    uses = _positions(step, groups, lambda op: (*op.weights, *op.gradients), last=False)
-    additions = _positions(step, groups, lambda op: op.gradients, last=True)
-    inserted: dict[int, list[Op]] = {}
-    _insert_gathers(inserted, uses)
-    _insert_reductions(inserted, additions, len(step))
-    out: list[Op] = []
-    for place in range(len(step) + 1):
-        out += inserted.get(place, [])
-        out += step[place : place + 1]
-    return [*out, *rest]
+    group_of = {slot.name: group.name for group in groups for slot in group.slots}
+    first_use: dict[str, int] = {}
+    last_addition: dict[str, int] = {}
+    for index, op in enumerate(step):
+        for name in (*op.weights, *op.gradients):
+            if name in group_of:
+                first_use.setdefault(group_of[name], index)
+        last_addition |= {group_of[name]: index for name in op.gradients if name in group_of}
+    before: defaultdict[int, list[Op]] = defaultdict(list)
+    _insert_gathers(before, groups, first_use)
+    _insert_reductions(before, groups, last_addition, len(step))
+    hidden: list[Op] = []
+    for index, op in enumerate(step):
+        hidden += [*before[index], op]
+    return [*hidden, *before[len(step)], *rest]
 
 
-def _positions(
-    step: Sequence[Op], groups: Sequence[FlatWeights], names: Callable[[Op], Sequence[str]], *, last: bool
-) -> list[tuple[int, FlatWeights]]:
-    """(place of the first or last operator that names a weight of the group, group), in the order of places."""
-    group_of = {slot.name: group for group in groups for slot in group.slots}
-    found: dict[str, tuple[int, FlatWeights]] = {group.name: (0, group) for group in groups}
-    seen: set[str] = set()
-    for place, op in enumerate(step):
-        for group in {id(g): g for g in (group_of[name] for name in names(op) if name in group_of)}.values():
-            if last or group.name not in seen:
-                found[group.name] = (place, group)
-                seen.add(group.name)
-    return sorted(found.values(), key=lambda pair: pair[0])
-
-
-def _insert_gathers(inserted: dict[int, list[Op]], uses: Sequence[tuple[int, FlatWeights]]) -> None:
-    """Hop h of a group's weights before the first use of the group AHEAD - h places before it."""
-    jobs = [gather_job(group) for _, group in uses]
-    for hop in range(max(map(len, jobs), default=0)):  # first hops first: they start at once, later ones wait
-        for index, ops in enumerate(job[hop] if hop < len(job) else [] for job in jobs):
-            # The first and the last stage share tied weights. The last uses them after it has heard from the first, the
-            # first before it sends anything: both must start to exchange them at once.
-            at = 0 if uses[index][1].inter.name == "tied" else index - max(AHEAD - hop, 0)
-            inserted.setdefault(uses[at][0] if at > 0 else 0, []).extend(ops)
-    for (place, group), job in zip(uses, jobs, strict=True):
-        inserted.setdefault(place, []).extend([arrived(group)] if job else [])
+def _insert_gathers(
+    before: defaultdict[int, list[Op]], groups: Sequence[FlatWeights], first_use: dict[str, int]
+) -> None:
+    """Put hop h of a group's weights before the first use of the group AHEAD - h places before it."""
+    groups = sorted(groups, key=lambda group: first_use.get(group.name, 0))
+    uses = [first_use.get(group.name, 0) for group in groups]
+    jobs = [gather_job(group) for group in groups]
+    for hop, index, ops in _by_hop(jobs):
+        # The first and the last stage share tied weights. The last uses them after it has heard from the first, the
+        # first before it sends anything: both must start to exchange them at once.
+        at = 0 if groups[index].inter.name == "tied" else index - max(AHEAD - hop, 0)
+        before[uses[at] if at > 0 else 0] += ops
+    for group, use, job in zip(groups, uses, jobs, strict=True):
+        before[use] += [arrived(group)] if job else []
 
 
 def _insert_reductions(
-    inserted: dict[int, list[Op]], additions: Sequence[tuple[int, FlatWeights]], end: int
+    before: defaultdict[int, list[Op]], groups: Sequence[FlatWeights], last_addition: dict[str, int], end: int
 ) -> None:
-    """Hop h of a group's gradients behind the last addition to the group h places after it."""
-    jobs: list[Job] = [reduce_job(group) for _, group in additions]
-    for hop in range(max(map(len, jobs), default=0)):  # first hops first: they start at once, later ones wait
-        for index, ops in enumerate(job[hop] if hop < len(job) else [] for job in jobs):
-            at = min(additions[index + hop][0] + 1, end) if index + hop < len(additions) else end
-            if additions[index][1].inter.name == "tied" and all(op.stream == Stream.COMPUTE for op in ops):
-                at = end  # the sum waits for another stage, which may wait for what this one is yet to send
-            inserted.setdefault(at, []).extend(ops)
+    """Put hop h of a group's gradients behind the last addition to the group h places after it."""
+    groups = sorted(groups, key=lambda group: last_addition.get(group.name, 0))
+    ends = [min(last_addition.get(group.name, 0) + 1, end) for group in groups]
+    for hop, index, ops in _by_hop([reduce_job(group) for group in groups]):
+        at = ends[index + hop] if index + hop < len(groups) else end
+        if groups[index].inter.name == "tied" and all(op.stream == Stream.COMPUTE for op in ops):
+            at = end  # the sum waits for another stage, which may wait for what this one is yet to send
+        before[at] += ops
 
 
-def without_gathering(updates: Mapping[str, Job]) -> list[Op]:
-    """The operators that update, for a list that reads what the last ones wrote only in the next step."""
-    jobs = [[*hops, [*last[:-1], replace(last[-1], writes=())]] for *hops, last in updates.values()]
-    return pipelined(jobs)
+def _by_hop(jobs: Sequence[Job]) -> list[tuple[int, int, list[Op]]]:
+    """Return (hop, index of the job, operators), first hops first: they start at once, later ones wait."""
+    steps = [(hop, index, ops) for index, job in enumerate(jobs) for hop, ops in enumerate(job)]
+    return sorted(steps, key=lambda step: step[:2])

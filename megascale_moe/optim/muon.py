@@ -84,16 +84,16 @@ class Muon(MatrixRule):
         """See `Rule.plain`."""
         mu = config.muon_momentum
         direction = whole.gradient + mu * (mu * whole.state["momentum"] + whole.gradient)
+        a, b, c = COEFFICIENTS
         changes = []
-        for part in direction.split(list(whole.matrices), dim=-2):
-            x = part / part.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST)
+        for matrix in direction.split(list(whole.matrices), dim=-2):
+            x = matrix / matrix.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST)
             for _ in range(STEPS):
-                a, b, c = COEFFICIENTS
                 gram = x @ x.mT
                 x = a * x + (b * gram + c * gram @ gram) @ x
-            changes.append(x * scale(part.shape[-2], part.shape[-1], config))
-        kept = 1.0 - rate * config.weight_decay if whole.decay else 1.0
-        return whole.weight * kept - rate * torch.cat(changes, dim=-2)
+            changes.append(x * scale(matrix.shape[-2], matrix.shape[-1], config))
+        decay = rate * config.weight_decay if whole.decay else 0.0
+        return whole.weight * (1.0 - decay) - rate * torch.cat(changes, dim=-2)
 
     def comparable(self, config: TrainConfig) -> TrainConfig:
         """Return a config with float32 everywhere: rounding to BF16 turns nearly equal into a BF16 step apart."""

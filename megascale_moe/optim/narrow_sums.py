@@ -47,7 +47,7 @@ class Form:
 
 
 def exchange_bf16(x: Tensor, axis: Axis, tag: int) -> Pending:
-    """float32, which is spent, or bfloat16 [size * T] -> bfloat16 [T] of every rank."""
+    """Exchange float32 [size * T], which is spent, or bfloat16; finishes with the bfloat16 [T] of every rank."""
     if x.dtype == torch.bfloat16:
         send, room = x, torch.empty_like(x)
     else:
@@ -60,7 +60,7 @@ def exchange_bf16(x: Tensor, axis: Axis, tag: int) -> Pending:
 
 
 def sum_in_float32(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of equal tensors in their order, float32."""
+    """Return the float32 sum of equal tensors, taken in their order."""
     total = parts[0].float()
     for part in parts[1:]:
         total += part
@@ -68,13 +68,13 @@ def sum_in_float32(parts: Sequence[Tensor]) -> Tensor:
 
 
 def exchange_fp8(x: Tensor, axis: Axis, tag: int) -> Pending:
-    """float32 [size * T], T a multiple of BLOCK -> messages of every rank."""
+    """Exchange float32 [size * T], T a multiple of BLOCK, in E4M3; finishes with the messages of every rank."""
     send = [ROWS.encode(part.view(-1, BLOCK)) for part in x.chunk(axis.size)]
     return exchange(send, [torch.empty_like(message) for message in send], axis, tag)
 
 
 def sum_of_fp8(messages: Sequence[Tensor]) -> Tensor:
-    """Sum of the vectors in messages of equal size, in their order, float32."""
+    """Return the float32 sum of the vectors in messages of equal size, taken in their order."""
     shape = (len(messages[0]) // (BLOCK + 1), BLOCK)
     total, part = (torch.empty(shape, device=messages[0].device) for _ in range(2))
     ROWS.decode(messages[0], total)
@@ -84,7 +84,7 @@ def sum_of_fp8(messages: Sequence[Tensor]) -> Tensor:
 
 
 def reduce_scatter_bf16_ring(x: Tensor, axis: Axis, tag: int) -> Pending:
-    """float32 [size * T] -> float32 [T]: rank r's sum starts behind it and is rounded wherever it is added to."""
+    """Reduce float32 [size * T] to [T] on a ring: rank r's sum starts behind it and is rounded at every hop."""
     parts, me, size = x.to(torch.bfloat16).chunk(axis.size), axis.index, axis.size
 
     def finish() -> Tensor:

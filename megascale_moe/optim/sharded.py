@@ -23,11 +23,11 @@ from megascale_moe.comm.axis import Axes
 from megascale_moe.config import TrainConfig
 from megascale_moe.engine.executor import Program
 from megascale_moe.engine.gradient import Gradient
-from megascale_moe.engine.op import Cost, Op, Phase
+from megascale_moe.engine.op import Op, Phase
 from megascale_moe.engine.trace import Trace
 from megascale_moe.optim.flat import FlatWeights
-from megascale_moe.optim.hidden import hide, without_gathering
-from megascale_moe.optim.norm import clipped, norm_ops
+from megascale_moe.optim.hidden import hide
+from megascale_moe.optim.norm import clipped, clipping_bytes, norm_ops, with_bytes
 from megascale_moe.optim.registry import rule_of
 from megascale_moe.optim.rule import MatrixRule, Rule, WeightShard
 from megascale_moe.optim.sync import (
@@ -65,12 +65,17 @@ class ShardedOptimizer:
         self.groups, self.axes, self.config = groups, axes, config
         self.weights: dict[str, Tensor] = {}
         self.gradients: dict[str, Gradient] = {}
+        self.shards: list[WeightShard] = []
+        self.rules: list[Rule] = []
         for group in groups:
             for name, weight, gradient in group.views():
                 self.weights[name], self.gradients[name] = weight, gradient
-        rule = rule_of(config)
-        self.rules = [_rule_of_group(group, rule) for group in groups]
-        self.shards = [_shard(group, rule) for group, rule in zip(groups, self.rules, strict=True)]
+            rules = {rule_of(config).of(slot.placement.matrices) for slot in group.slots}
+            assert len(rules) == 1, f"weights of {group.name} follow several rules: make the groups for this optimizer"
+            master, rule = group.master, rules.pop()
+            state = {each.name: torch.zeros_like(master, dtype=each.dtype) for each in rule.state}
+            self.shards.append(WeightShard(master, state, torch.zeros((), device=master.device), group.decay))
+            self.rules.append(rule)
         self._chunk = chunk
 
     @cached_property
@@ -84,32 +89,43 @@ class ShardedOptimizer:
         return Program(self.ops, self.given(0.0), ["norm"])
 
     def given(self, learning_rate: float) -> dict[str, Any]:
-        """What `ops` read from outside, by name."""
+        """Return what `ops` read from outside, by name."""
         return {"learning_rate": learning_rate, **given(self.groups)}
 
     def hidden(self, step: Sequence[Op]) -> list[Op]:
-        """The list of a whole training step: `step` (forward and backward) with synchronisation inside and the update.
+        """Return the list of a whole training step: `step` (forward and backward) with synchronisation inside and the
+        update.
 
         Reads what `given` and `updated` name; the weights of others arrive in the next step, or by `settle`.
         """
-        rest = [*norm_ops(self.groups, self.axes["world"]), *without_gathering(self._updates())]
+        updates = self._updates().values()
+        for *_, last in updates:  # what it writes is read in the next step only
+            last[-1] = replace(last[-1], writes=())
+        rest = [*norm_ops(self.groups, self.axes["world"]), *pipelined(list(updates))]
         added = {name for op in step for name in op.gradients}
         untouched = [gradient for name, gradient in self.gradients.items() if name not in added]
-        return [*([_clear(untouched)] if untouched else []), *hide(step, self.groups, rest)]
+
+        def clear() -> None:
+            for gradient in untouched:
+                gradient.value()
+
+        # Zero what no operator of the step adds to: buffers are sent from inside of it. All others are overwritten.
+        first = [Op(name="gradients.clear", reads=(), writes=(), run=clear, phase=Phase.W)] if untouched else []
+        return [*first, *hide(step, self.groups, rest)]
 
     def end(self, norm: float) -> float:
-        """After a step: what was summed is spent; returns the norm."""
+        """Mark what was summed as spent, after a step; returns the norm."""
         for gradient in self.gradients.values():
             gradient.reset()
         return norm
 
     def updated(self) -> dict[str, Tensor]:
-        """This rank's shards of the weights, by the names that gathers read."""
+        """Return this rank's shards of the weights, by the names that gathers read."""
         return updated(self.groups)
 
-    def settle(self, trace: Trace | None = None) -> None:
+    def settle(self) -> None:
         """Bring all weights up to date after a hidden step."""
-        gather_all(self.groups).run(updated(self.groups), {}, trace=trace)
+        gather_all(self.groups).run(updated(self.groups), {})
 
     def step(self, learning_rate: float, trace: Trace | None = None) -> float:
         """Update the weights from the summed gradients.
@@ -132,7 +148,7 @@ class ShardedOptimizer:
         return [shard.state for shard in self.shards]
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes that stay from step to step: of weights, gradient buffers, and masters and state."""
+        """Return the bytes that stay from step to step: of weights, gradient buffers, and masters and state."""
         masters = [group.master for group in self.groups if not group.shares_memory]
         state = [tensor for shard in self.shards for tensor in shard.state.values()]
         return {
@@ -146,110 +162,32 @@ class ShardedOptimizer:
         for shard in self.shards:
             shard.count.fill_(step)
 
-    # --- operators ---------------------------------------------------------------------------------------------------
-
     def _updates(self) -> dict[str, Job]:
-        """Of each group by name, what comes between the norm and the gathering of its weights."""
+        """Return, by name of the group, what comes between the norm and the gathering of its weights."""
         loads: Loads = {}
-        return {group.name: self._update_job(index, loads) for index, group in enumerate(self.groups)}
+        return {
+            group.name: WholeMatrices(group, rule, shard, self.axes, self.config, loads).job()
+            if isinstance(rule, MatrixRule) else [[self._update_op(group, rule, shard)]]
+            for group, rule, shard in zip(self.groups, self.rules, self.shards, strict=True)
+        }  # fmt: skip
 
-    def _update_job(self, index: int, loads: Loads) -> Job:
-        group, rule = self.groups[index], self.rules[index]
-        if not isinstance(rule, MatrixRule):
-            return [[self._update_op(index)]]
-        whole = WholeMatrices(group, rule, self.axes, self.config, loads)
-        prepare = self._prepare_op(index, rule, whole.name("direction"))
-        return whole.job(prepare, lambda returned: self._finish_op(index, whole, returned))
-
-    def _update_op(self, index: int) -> Op:
-        """Clip, the rule on the shard of one group, and round the masters to the compute dtype."""
-        group, rule, shard = self.groups[index], self.rules[index], self.shards[index]
+    def _update_op(self, group: FlatWeights, rule: Rule, shard: WeightShard) -> Op:
+        """Return the operator that clips, updates the shard of one group and rounds it to the compute dtype."""
+        config = self.config
 
         def run(gradient: Tensor, norm: float, learning_rate: float) -> Tensor:
-            rule.update(shard, clipped(gradient, norm, self.config.clip_norm), learning_rate, self.config)
-            return _written(group)
+            rule.update(shard, clipped(gradient, norm, config.clip_norm), learning_rate, config)
+            return group.round()
 
-        cost = rule.cost(group.master.numel())
         return Op(
             name=f"update.{group.name}", reads=(shard_of(group), "norm", "learning_rate"), writes=(updated_of(group),),
-            run=run, phase=Phase.W, cost=_more(cost, self._clipping_bytes(group) + _written_bytes(group)),
+            run=run, phase=Phase.W,
+            cost=with_bytes(rule.cost(group.master.numel()), clipping_bytes(group, config) + group.rounding_bytes),
         )  # fmt: skip
-
-    def _prepare_op(self, index: int, rule: MatrixRule, writes: str) -> Op:
-        """Clip, and the beginning of the rule; what it writes may lie where the sums were."""
-        group, shard = self.groups[index], self.shards[index]
-
-        def run(gradient: Tensor, norm: float) -> Tensor:
-            return rule.prepare(shard, clipped(gradient, norm, self.config.clip_norm), self.config)
-
-        cost = _more(rule.prepare_cost(group.master.numel()), self._clipping_bytes(group))
-        return Op(
-            name=f"update.{group.name}.prepare", reads=(shard_of(group), "norm"), writes=(writes,), run=run,
-            phase=Phase.W, cost=cost,
-        )  # fmt: skip
-
-    def _finish_op(self, index: int, whole: WholeMatrices, returned: str) -> Op:
-        """The end of the rule with whole matrices transformed, and round the masters to the compute dtype."""
-        group, rule, shard = self.groups[index], self.rules[index], self.shards[index]
-
-        def run(direction: Tensor, transformed: Sequence[Tensor], learning_rate: float) -> Tensor:
-            rule.update(shard, whole.settled(direction, transformed), learning_rate, self.config)
-            return _written(group)
-
-        return Op(
-            name=f"update.{group.name}", reads=(whole.name("direction"), returned, "learning_rate"),
-            writes=(updated_of(group),), run=run, phase=Phase.W,
-            cost=_more(rule.cost(group.master.numel()), _written_bytes(group)),
-        )  # fmt: skip
-
-    def _clipping_bytes(self, group: FlatWeights) -> int:
-        """Clipping reads and writes the gradient once more."""
-        return 8 * group.master.numel() if self.config.clip_norm else 0
-
-
-def _rule_of_group(group: FlatWeights, rule: Rule) -> Rule:
-    """The rule of all weights of a group."""
-    found = {rule.of(slot.placement.matrices) for slot in group.slots}
-    assert len(found) == 1, f"weights of {group.name} follow several rules: make the groups for this optimizer"
-    return found.pop()
-
-
-def _shard(group: FlatWeights, rule: Rule) -> WeightShard:
-    master = group.master
-    state = {each.name: torch.zeros_like(master, dtype=each.dtype) for each in rule.state}
-    return WeightShard(master, state, torch.zeros((), device=master.device), group.decay)
-
-
-def _written(group: FlatWeights) -> Tensor:
-    """This rank's shard of the weights after the update, as gathers read it."""
-    if group.formats.parameters is not None:
-        return group.master  # the weights are those that arrive, not copied here
-    mine = group.weights[group.shard]
-    return mine if group.shares_memory else mine.copy_(group.master)
-
-
-def _written_bytes(group: FlatWeights) -> int:
-    """Memory traffic of `_written`."""
-    copied = not group.shares_memory and group.formats.parameters is None
-    return (4 + group.weights.itemsize) * group.master.numel() if copied else 0
-
-
-def _more(cost: Cost, memory_bytes: float) -> Cost:
-    return replace(cost, memory_bytes=cost.memory_bytes + memory_bytes)
 
 
 def gather_all(groups: Sequence[FlatWeights]) -> Program:
-    """Fills all weights from the shards; reads `sync.updated`."""
+    """Return a program that fills all weights from the shards; it reads `sync.updated`."""
     jobs = [gather_job(group) for group in groups]
     waiting = [group for group, job in zip(groups, jobs, strict=True) if job]
     return Program([*pipelined(jobs), *map(arrived, waiting)], updated(groups))
-
-
-def _clear(gradients: Sequence[Gradient]) -> Op:
-    """Zero what no operator of a step adds to: the buffers are sent from inside of it. All others are overwritten."""
-
-    def run() -> None:
-        for gradient in gradients:
-            gradient.value()
-
-    return Op(name="gradients.clear", reads=(), writes=(), run=run, phase=Phase.W)

@@ -17,8 +17,9 @@ bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,26 +36,35 @@ CHUNK = 1 << 19
 Job = list[list[Op]]
 """The way of one chunk, hop by hop; the operators of a hop stand together in the list."""
 
+_Collective = Callable[[Tensor, Axis, int], Pending]
+_Level = tuple[Axis, Stream]
+
 
 def shard_of(flat: FlatWeights) -> str:
-    """The name of the summed gradients of this rank's shard, float32 [S]."""
+    """Return the name of the summed gradients of this rank's shard, float32 [S]."""
     return f"{flat.name}.shard"
 
 
 def updated_of(flat: FlatWeights) -> str:
-    """The name of the updated weights of this rank's shard, compute dtype [S]: that part of `flat.weights` itself."""
+    """Return the name of the updated weights of this rank's shard, `FlatWeights.updated`."""
     return f"{flat.name}.updated"
 
 
 def given(groups: Sequence[FlatWeights]) -> dict[str, Tensor]:
-    """What `reduce` reads, by name: the flat gradients; without replicas these are the summed shard already."""
+    """Return what `reduce` reads, by name: the flat gradients; without replicas these are the summed shard already."""
     return {_gradients_of(flat) if _levels(flat) else shard_of(flat): flat.gradients for flat in groups}
+
+
+def updated(groups: Sequence[FlatWeights]) -> dict[str, Tensor]:
+    """Return what `gather_job` reads, by name."""
+    return {updated_of(flat): flat.updated for flat in groups}
 
 
 def reduce(groups: Sequence[FlatWeights], chunk: int = CHUNK) -> list[Op]:
     """Sum the gradients over the replicas: `given` -> `shard_of` each group. The gradient buffers are only read."""
-    jobs = [_reduce_job(part) for flat in groups if _levels(flat) for part in _chunks(flat, chunk)]
-    return [*pipelined(jobs), *(_assemble(flat, chunk) for flat in groups if len(_chunks(flat, chunk)) > 1)]
+    chunks = [_chunks(flat, chunk) for flat in groups if _levels(flat)]
+    jobs = [_reduce_job(part) for parts in chunks for part in parts]
+    return [*pipelined(jobs), *(_assemble(parts) for parts in chunks if len(parts) > 1)]
 
 
 def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Job], chunk: int = CHUNK) -> list[Op]:
@@ -65,41 +75,39 @@ def gather(groups: Sequence[FlatWeights], updates: Mapping[str, Job], chunk: int
             right before the group's first chunk, so that the group before it travels while it runs.
     """
     jobs: list[Job] = []
+    in_place = []
     for flat in groups:
-        first, *rest = [_gather_job(part) for part in _chunks(flat, chunk)]
         *hops, last = updates[flat.name]
-        jobs.append([*hops, [*last, *first[0]], *first[1:]])
-        jobs += [[*([] for _ in hops), *job] for job in rest]
-    in_place = [flat for flat in groups if _levels(flat) and _in_place(_chunks(flat, chunk)[0])]
-    return [*pipelined(jobs), ready(in_place)]
+        for part in _chunks(flat, chunk):
+            way = _gather_job(part)
+            if _levels(flat) and part.in_place:
+                in_place.append(flat)
+            elif _levels(flat):
+                way.append([_unpack(part)])
+            first, *rest = way or [[]]
+            jobs.append([*hops, [*last, *first], *rest])
+            hops, last = [[] for _ in hops], []  # the update is done once; later chunks wait for it
+    return [*pipelined(jobs), _ready(in_place)]
 
 
 def reduce_job(flat: FlatWeights) -> Job:
-    """The hops of one group's gradients, uncut; none where nobody else holds its weights."""
-    return [job for part in _chunks(flat, flat.weights.numel()) for job in _reduce_job(part)] if _levels(flat) else []
+    """Return the hops of one group's gradients, uncut; none where nobody else holds its weights."""
+    return _reduce_job(_whole(flat)) if _levels(flat) else []
 
 
 def gather_job(flat: FlatWeights) -> Job:
-    """The hops of one group's updated weights, uncut; `arrived` comes behind them."""
-    return _travel(_whole(flat)) if _levels(flat) else []
+    """Return the hops of one group's updated weights, uncut; `arrived` comes behind them."""
+    return _gather_job(_whole(flat))
 
 
 def arrived(flat: FlatWeights) -> Op:
-    """What stands between `gather_job` and the first use of the weights."""
-    return ready([flat]) if flat.formats.parameters is None else _unpack(_whole(flat))
-
-
-def updated(groups: Sequence[FlatWeights]) -> dict[str, Tensor]:
-    """What `gather_job` reads, by name: this rank's shards of the weights, exact ones where they are yet to be written
-    in another format."""
-    return {
-        updated_of(flat): flat.weights[flat.shard] if flat.formats.parameters is None else flat.master
-        for flat in groups
-    }
+    """Return what stands between `gather_job` and the first use of the weights."""
+    whole = _whole(flat)
+    return _ready([flat]) if whole.in_place else _unpack(whole)
 
 
 def pipelined(jobs: Sequence[Job]) -> list[Op]:
-    """Hop h of job j at time j + h, later jobs first: a chunk's second hop starts behind the next one's first."""
+    """Put hop h of job j at time j + h, later jobs first: a chunk's second hop starts behind the next one's first."""
     times: dict[int, list[Op]] = {}
     for start, job in enumerate(jobs):
         for hop, ops in enumerate(job):
@@ -110,25 +118,18 @@ def pipelined(jobs: Sequence[Job]) -> list[Op]:
 # --- chunks and levels -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Elements start .. stop of every rank's shard of a group; `alone` if that is all of them."""
+class _Chunk(NamedTuple):
+    """Elements `part` of every rank's shard of a group, the `number`-th chunk; `alone` if that is all of them."""
 
     flat: FlatWeights
-    start: int
-    stop: int
-    index: int
+    part: slice
+    number: int
     alone: bool
-
-    @property
-    def part(self) -> slice:
-        """Its place in a shard."""
-        return slice(self.start, self.stop)
 
     @property
     def size(self) -> int:
         """Elements of one rank, s."""
-        return self.stop - self.start
+        return int(self.part.stop - self.part.start)
 
     @property
     def total(self) -> int:
@@ -141,57 +142,59 @@ class _Chunk:
         unit = self.flat.formats.unit
         return self.size // unit, unit
 
+    @property
+    def in_place(self) -> bool:
+        """Whether weights are received where they belong, rather than unpacked."""
+        return self.alone and self.flat.formats.parameters is None
+
     def name(self, what: str) -> str:
-        """The name of a value that belongs to the chunk."""
-        return f"{self.flat.name}.{what}" if self.alone else f"{self.flat.name}.{what}.{self.index}"
+        """Return the name of a value that belongs to the chunk."""
+        return f"{self.flat.name}.{what}" if self.alone else f"{self.flat.name}.{what}.{self.number}"
 
     def of(self, buffer: Tensor) -> Tensor:
-        """The view [n, d, s] of a flat buffer."""
+        """Return the view [n, d, s] of a flat buffer."""
         return buffer.view(self.flat.intra.size, self.flat.inter.size, -1)[:, :, self.part]
+
+    def collective(
+        self, kind: str, level: _Level, reads: str, writes: str, sent: float, run: _Collective, *, ring: bool = True
+    ) -> Op:
+        """Return a "reduce_scatter" of gradients or an "all_gather" of parameters over one of the group's axes.
+
+        Args:
+            sent: bytes from a rank to each of its peers.
+        """
+        axis, stream = level
+        what, phase = ("gradients", Phase.W) if kind == "reduce_scatter" else ("parameters", Phase.F)
+        name = f"{what}.{self.flat.name}.{stream}_{kind}"
+        tag = tag_of(f"{name} {self.number}")
+        return Op(
+            name=name, reads=(reads,), writes=(writes,), run=lambda x: run(x, axis, tag), phase=phase, stream=stream,
+            cost=Cost(wire_bytes=sent * (axis.size - 1), axis=axis.name, ring=ring),
+        )  # fmt: skip
 
 
 def _chunks(flat: FlatWeights, chunk: int) -> list[_Chunk]:
-    """As few as needed, of (almost) equal size; one where nothing overlaps."""
+    """Cut a group into as few chunks as needed, of (almost) equal size; one where nothing overlaps."""
     size, unit = flat.master.numel(), flat.formats.unit
     # Cut where there is something to do while a chunk travels: another link, casts and sums.
     levels, narrow = len(_levels(flat)), flat.formats != Formats()
     count = -(-size // chunk) if levels == 2 or (levels and narrow) else 1
     bounds = [size // unit * index // count * unit for index in range(count)] + [size]
-    return [_Chunk(flat, bounds[i], bounds[i + 1], i, count == 1) for i in range(count)]
+    return [_Chunk(flat, slice(*ends), number, count == 1) for number, ends in enumerate(pairwise(bounds))]
 
 
 def _whole(flat: FlatWeights) -> _Chunk:
-    (part,) = _chunks(flat, flat.weights.numel())
-    return part
-
-
-@dataclass(frozen=True)
-class _Level:
-    """One of a group's two axes. The outer one is `inter` also where its ranks happen to be on one host."""
-
-    axis: Axis
-    word: str
-    stream: Stream
-
-    def op(
-        self, kind: str, chunk: _Chunk, reads: str, writes: str, sent: float, phase: Phase,
-        collective: Callable[[Tensor, Axis, int], Pending], *, ring: bool = True,
-    ) -> Op:  # fmt: skip
-        """A collective over the axis in which a rank sends `sent` bytes to each of its peers."""
-        prefix = "gradients" if phase == Phase.W else "parameters"
-        name, axis = f"{prefix}.{chunk.flat.name}.{self.word}_{kind}", self.axis
-        tag = tag_of(f"{name} {chunk.index}")
-        return Op(
-            name=name, reads=(reads,), writes=(writes,), run=lambda x: collective(x, axis, tag), phase=phase,
-            stream=self.stream,
-            cost=Cost(wire_bytes=sent * (axis.size - 1), axis=axis.name, ring=ring),
-        )  # fmt: skip
+    (chunk,) = _chunks(flat, flat.weights.numel())
+    return chunk
 
 
 def _levels(flat: FlatWeights) -> list[_Level]:
-    """The axes over which there is something to send, inside of the node first."""
-    levels = _Level(flat.intra, "intra", Stream.INTRA), _Level(flat.inter, "inter", Stream.INTER)
-    return [level for level in levels if level.axis.size > 1]
+    """Return the axes over which there is something to send, inside of the node first.
+
+    The outer one travels on the inter-node stream also where its ranks happen to be on one host.
+    """
+    levels = (flat.intra, Stream.INTRA), (flat.inter, Stream.INTER)
+    return [(axis, stream) for axis, stream in levels if axis.size > 1]
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -202,47 +205,44 @@ def _gradients_of(flat: FlatWeights) -> str:
 
 
 def _reduce_job(chunk: _Chunk) -> Job:
-    """float32 [n, d, s] -> sums over the node [d, s] -> sums over all [s], each flattened."""
-    levels, form = _levels(chunk.flat), FORMS[chunk.flat.formats.gradients]
-    packing = [] if chunk.alone else [_pack(chunk)]
-    reads = packing[0].writes[0] if packing else _gradients_of(chunk.flat)
-    job: Job = []
-    following: list[Op] = []
-    elements = chunk.total
-    for level in levels:
-        elements //= level.axis.size
-        writes = chunk.name("shard" if level is levels[-1] else "node_sums")
-        comes = writes if form.total is None else chunk.name(f"{level.word}_parts")
-        op = level.op(
-            "reduce_scatter", chunk, reads, comes, form.element * elements, Phase.W, form.start, ring=form.total is None
-        )
-        job.append([*following, op])
-        following = [] if form.total is None else [_total(chunk, level, form.total, comes, writes, elements)]
-        reads = writes
-    return [[*packing, *job[0]], *job[1:], *([following] if following else [])]
+    """Reduce float32 [n, d, s] to sums over the node [d, s], then to sums over all ranks [s], each flattened."""
+    flat, form, levels = chunk.flat, FORMS[chunk.flat.formats.gradients], _levels(chunk.flat)
+    reads, elements = _gradients_of(flat), chunk.total
 
-
-def _total(
-    chunk: _Chunk, level: _Level, total: Callable[[Any], Tensor], comes: str, writes: str, elements: int
-) -> Op:
-    """The sum of what came. What came of a whole group came into its gradient buffer, between the gradients too, which
-    must be zero again when they are summed the next time."""
-    flat = chunk.flat
-
-    def run(parts: Any) -> Tensor:
-        sums = total(parts)
-        if chunk.alone:
+    def add(received: Any) -> Tensor:
+        assert form.total is not None
+        sums = form.total(received)
+        if chunk.alone:  # what was received lies in the gradient buffer, also where zeros are summed the next time
             flat.clear_padding()
         return sums
 
-    return Op(
-        name=f"gradients.{flat.name}.{level.word}_sum", reads=(comes,), writes=(writes,), run=run, phase=Phase.W,
-        cost=Cost(elements * level.axis.size, 8 * elements * level.axis.size),
-    )  # fmt: skip
+    job: Job = []
+    hop: list[Op] = []
+    if not chunk.alone:
+        hop, reads = [_pack(chunk)], chunk.name("packed")
+    for level in levels:
+        axis, stream = level
+        elements //= axis.size
+        sums = chunk.name("shard" if level is levels[-1] else "node_sums")
+        received = sums if form.total is None else chunk.name(f"{stream}_parts")
+        hop.append(
+            chunk.collective(
+                "reduce_scatter", level, reads, received, form.element * elements, form.start, ring=form.total is None
+            )
+        )
+        job.append(hop)
+        hop, reads = [], sums
+        if form.total is not None:
+            cost = Cost(elements * axis.size, 8 * elements * axis.size)
+            hop.append(Op(
+                name=f"gradients.{flat.name}.{stream}_sum", reads=(received,), writes=(sums,),
+                run=add, phase=Phase.W, cost=cost,
+            ))  # fmt: skip
+    return [*job, hop] if hop else job
 
 
 def _pack(chunk: _Chunk) -> Op:
-    """The chunk's elements of all shards in one piece, in the order in which the reduce-scatters cut it."""
+    """Copy the chunk's elements of all shards to one buffer, in the order in which the reduce-scatters cut it."""
     dtype = FORMS[chunk.flat.formats.gradients].packed
     return Op(
         name=f"gradients.{chunk.flat.name}.pack", reads=(_gradients_of(chunk.flat),), writes=(chunk.name("packed"),),
@@ -251,13 +251,13 @@ def _pack(chunk: _Chunk) -> Op:
     )  # fmt: skip
 
 
-def _assemble(flat: FlatWeights, chunk: int) -> Op:
-    """One shard of its chunks."""
-    parts = _chunks(flat, chunk)
+def _assemble(chunks: Sequence[_Chunk]) -> Op:
+    """Make one shard of its chunks."""
+    flat = chunks[0].flat
     return Op(
-        name=f"gradients.{flat.name}.assemble", reads=tuple(part.name("shard") for part in parts),
+        name=f"gradients.{flat.name}.assemble", reads=tuple(chunk.name("shard") for chunk in chunks),
         writes=(shard_of(flat),), run=lambda *sums: torch.cat(sums), phase=Phase.W,
-        cost=Cost(memory_bytes=8 * sum(part.size for part in parts)),
+        cost=Cost(memory_bytes=8 * flat.master.numel()),
     )  # fmt: skip
 
 
@@ -265,19 +265,7 @@ def _assemble(flat: FlatWeights, chunk: int) -> Op:
 
 
 def _gather_job(chunk: _Chunk) -> Job:
-    """All that a chunk's updated weights need to be in `weights`."""
-    if not _levels(chunk.flat):
-        return [[]]
-    return _travel(chunk) if _in_place(chunk) else [*_travel(chunk), [_unpack(chunk)]]
-
-
-def _in_place(chunk: _Chunk) -> bool:
-    """Whether weights are received where they belong, rather than unpacked."""
-    return chunk.alone and chunk.flat.formats.parameters is None
-
-
-def _travel(chunk: _Chunk) -> Job:
-    """Updated weights [s] -> those of the same place in all nodes [d, s] -> of all ranks [n, d, s], in `weights`.
+    """Gather updated weights [s] from the same place in all nodes [d, s], then from all ranks [n, d, s].
 
     The only chunk of a group is received where it belongs. Several arrive packed and are copied there, while later
     ones travel. What is written in another format is so before the first hop and until after the last.
@@ -285,43 +273,39 @@ def _travel(chunk: _Chunk) -> Job:
     flat, levels, form = chunk.flat, _levels(chunk.flat), chunk.flat.formats.parameters
     reads = updated_of(flat)
     sent = chunk.size * flat.weights.itemsize if form is None else form.size(*chunk.matrix)
-    job: Job = []
-    for level in reversed(levels):
-        writes = chunk.name("weights" if level is levels[0] else "row")
-        collective = _into_weights(flat, level) if _in_place(chunk) else _of_part(chunk) if not job else all_gather
-        job.append([level.op("all_gather", chunk, reads, writes, sent, Phase.F, collective)])
-        reads, sent = writes, sent * level.axis.size
-    return job
 
-
-def _into_weights(flat: FlatWeights, level: _Level) -> Callable[[Tensor, Axis, int], Pending]:
-    """Receive into the weights: between nodes this rank's row of [n, d * S], inside of the node the other rows."""
-    rows = flat.weights.view(flat.intra.size, -1)
-    buffer = flat.weights if level.word == "intra" else rows[flat.intra.index]
-    return lambda _, axis, tag: all_gather_in_place(buffer, axis, tag)
-
-
-def _of_part(chunk: _Chunk) -> Callable[[Tensor, Axis, int], Pending]:
-    form = chunk.flat.formats.parameters
-
-    def run(updated: Tensor, axis: Axis, tag: int) -> Pending:
+    def gather_part(updated: Tensor, axis: Axis, tag: int) -> Pending:
         part = updated[chunk.part]
         return all_gather(part if form is None else form.encode(part.view(chunk.matrix)), axis, tag)
 
-    return run
+    job: Job = []
+    for level in reversed(levels):
+        axis, stream = level
+        run: _Collective = all_gather if job else gather_part
+        if chunk.in_place:  # between nodes this rank's row of [n, d * S], inside of the node the other rows
+            buffer = flat.weights if stream == Stream.INTRA else flat.weights.chunk(flat.intra.size)[flat.intra.index]
+            run = partial(_gather_into, buffer)
+        writes = chunk.name("weights" if level is levels[0] else "row")
+        job.append([chunk.collective("all_gather", level, reads, writes, sent, run)])
+        reads, sent = writes, sent * axis.size
+    return job
+
+
+def _gather_into(buffer: Tensor, _: Tensor, axis: Axis, tag: int) -> Pending:
+    return all_gather_in_place(buffer, axis, tag)
 
 
 def _unpack(chunk: _Chunk) -> Op:
     """Put a chunk of all ranks where it belongs in the weights, this rank's own as the others have it."""
     flat, form = chunk.flat, chunk.flat.formats.parameters
-    n, d = flat.intra.size, flat.inter.size
 
     def run(gathered: Tensor) -> None:
         places = chunk.of(flat.weights)
         if form is None:
-            places.copy_(gathered.view(n, d, chunk.size))
+            places.copy_(gathered.view(places.shape))
             return
-        for message, row in zip(gathered.view(n * d, -1), (row for rows in places for row in rows), strict=True):
+        rows = places.view(-1, chunk.size)
+        for message, row in zip(gathered.view(len(rows), -1), rows, strict=True):
             form.decode(message, row.view(chunk.matrix))
 
     cost = Cost(memory_bytes=2 * chunk.total * flat.weights.itemsize)
@@ -329,7 +313,7 @@ def _unpack(chunk: _Chunk) -> Op:
     return Op(name=f"parameters.{flat.name}.unpack", reads=reads, writes=(), run=run, cost=cost)
 
 
-def ready(groups: Sequence[FlatWeights]) -> Op:
-    """Waits for what is received in place, which nothing else in the list reads."""
+def _ready(groups: Sequence[FlatWeights]) -> Op:
+    """Wait for what is received in place, which nothing else in the list reads."""
     reads = tuple(f"{flat.name}.weights" for flat in groups)
     return Op(name="parameters.ready", reads=reads, writes=(), run=lambda *_: None)

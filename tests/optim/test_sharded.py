@@ -220,7 +220,7 @@ def tied_step(mesh: Mesh) -> tuple[Weights, float]:
     groups = flat_groups(places, axes, torch.float32, torch.device("cpu"))
     for group in groups:
         for slot in group.slots:
-            group.set(slot, torch.ones(slot.shape))
+            group.set(slot, torch.ones(slot.placement.shape))
     optimizer = ShardedOptimizer(groups, axes, TrainConfig(weight_decay=0.0, clip_norm=0.0), CHUNK)
     for name, sink in optimizer.gradients.items():
         sink.add(torch.full(sink.buffer.shape, 3.0 if name == "embedding.weight" else 1.0))

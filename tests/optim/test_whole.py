@@ -13,6 +13,7 @@ from torch import Tensor
 from megascale_moe.comm.axis import Axis, connect, single
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import TrainConfig, WireConfig
+from megascale_moe.engine.memory import tensors_in
 from megascale_moe.engine.op import Stream
 from megascale_moe.engine.trace import Trace
 from megascale_moe.model.counts import parameter_shapes
@@ -260,3 +261,11 @@ def test_large_matrices_are_transformed_a_few_at_a_time(monkeypatch: pytest.Monk
     few = on_ranks(LAYOUTS["one rank"], TRAIN, 1)
     assert max(sizes) <= 1000
     assert all(torch.equal(weight, whole[0].weights[name]) for name, weight in few[0].weights.items())
+
+
+def test_what_counts_memory_sees_fragments() -> None:
+    """They travel through the list as dictionaries, by number."""
+    optimizer = optimizer_of("data", Mesh(), single(), 0)
+    prepare = next(op for op in optimizer.ops if op.name.endswith("prepare"))
+    direction, fragments = prepare.run(torch.ones(64), 1.0)
+    assert [tensor.data_ptr() for tensor in tensors_in(fragments)] == [direction.data_ptr()]
