@@ -14,7 +14,6 @@ import re
 import resource
 import sys
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -34,29 +33,19 @@ MATRIX_SIZES = (256, 512, 1024)
 REPEATS = 8  # of each size; the first ones also warm up
 
 
-@dataclass(frozen=True)
-class Peak:
-    """FLOP/s that one rank could reach, and where the figure comes from."""
-
-    flops: float
-    source: str  # "data sheet" or "measured"
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype, local_ranks: int = 1) -> Peak:
-    """The peak of one of `local_ranks` ranks of this machine; on a CPU, ranks beyond the cores share them.
+def peak_flops(device: torch.device, dtype: torch.dtype, local_ranks: int = 1) -> float:
+    """Return the FLOP/s within reach of one of `local_ranks` ranks here; on a CPU, ranks beyond the cores share them.
 
     Call it in one rank while the others wait: a CPU is measured, once per dtype and number of torch threads.
     """
     if device.type == "cuda":
-        known = gpu_peak(torch.cuda.get_device_name(device))
-        return Peak(known, "data sheet") if known else Peak(_measured_flops(device, dtype, 1), "measured")
+        return gpu_peak(torch.cuda.get_device_name(device)) or _measured_flops(device, dtype, 1)
     threads = torch.get_num_threads()
-    share = min(1.0, available_cores() / (local_ranks * threads))
-    return Peak(_measured_flops(device, dtype, threads) * share, "measured")
+    return _measured_flops(device, dtype, threads) * min(1.0, available_cores() / (local_ranks * threads))
 
 
 def gpu_peak(name: str) -> float | None:
-    """Dense BF16 FLOP/s of a GPU by its name; None if it is unknown, or only a slice of one (MIG)."""
+    """Return the dense BF16 FLOP/s of a GPU by its name; None if it is unknown, or only a slice of one (MIG)."""
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     if "MIG" in words:
         return None
@@ -68,78 +57,63 @@ def gpu_peak(name: str) -> float | None:
 
 @cache
 def _measured_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Best rate of a square matrix product; `threads` only tells measurements apart."""
-    best, deadline = 0.0, time.perf_counter() + MEASURING_SECONDS
+    """Return the best rate of a square matrix product; `threads` only tells measurements apart."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    best, deadline = 0.0, now() + MEASURING_SECONDS
     for size in MATRIX_SIZES:
         matrix = torch.full((size, size), 0.5, dtype=dtype, device=device)  # no random draw: training must not notice
         for _ in range(REPEATS):
-            if best and time.perf_counter() > deadline:
+            start = now()
+            if best and start > deadline:
                 return best
-            best = max(best, 2 * size**3 / _product_seconds(matrix))
+            matrix @ matrix
+            best = max(best, 2 * size**3 / (now() - start))
     return best
 
 
-def _product_seconds(matrix: torch.Tensor) -> float:
-    _synchronize(matrix.device)
-    start = time.perf_counter()
-    matrix @ matrix
-    _synchronize(matrix.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: of GPU memory, or (to about a megabyte) of main memory on a CPU."""
+    """Return the most bytes this process has held so far: of GPU memory, or (to about a megabyte) of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    high_water = _proc_kilobytes(Path("/proc/self/status"), "VmHWM")
-    if high_water is not None:
-        return high_water * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    high_water = _found(r"^VmHWM:\s*(\d+) kB$", "/proc/self/status")
+    most = int(high_water or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return most if sys.platform == "darwin" else most * 1024
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that new processes could take, within the container's limit; None if unknown."""
-    free = _proc_kilobytes(Path("/proc/meminfo"), "MemAvailable")
-    if free is None:
-        return None
-    limit = _text(Path("/sys/fs/cgroup/memory.max")).strip()  # "max" where there is none
-    return min(free * 1024, int(limit)) if limit.isdigit() else free * 1024
+    """Return the bytes of main memory that new processes could take, within the container's limit; None if unknown."""
+    free = _found(r"^MemAvailable:\s*(\d+) kB$", "/proc/meminfo")
+    limit = _found(r"^(\d+)$", "/sys/fs/cgroup/memory.max")  # "max" where there is none
+    return min(int(free) * 1024, int(limit or sys.maxsize)) if free else None
 
 
 def available_cores() -> int:
-    """Cores this process, or the job of this rank, may run on: its affinity, and the container's quota."""
+    """Return the cores this process, or the job of this rank, may run on: its affinity, and the container's quota."""
     affinity = len(job_processors()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
-        return min(affinity, max(1, math.ceil(int(quota) / int(period))))
-    return affinity
+    quota, period = (_found(pattern, "/sys/fs/cgroup/cpu.max") for pattern in (r"^(\d+) \d+$", r"^\d+ (\d+)$"))
+    return min(affinity, max(1, math.ceil(int(quota) / int(period)))) if quota else affinity
 
 
 def cpu_model() -> str:
-    """The processor's name."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    """Return the processor's name."""
+    return _found(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
-    """Names of the processor's instruction sets as Linux spells them; empty where it does not tell."""
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+    """Return the names of the processor's instruction sets as Linux spells them; empty where it does not tell."""
+    return frozenset(_found(r"^(?:flags|Features)\s*:\s*(.+)$", "/proc/cpuinfo").split())
 
 
-def _proc_kilobytes(path: Path, key: str) -> int | None:
-    found = re.search(rf"^{key}:\s*(\d+) kB$", _text(path), re.MULTILINE)
-    return int(found[1]) if found else None
-
-
-def _text(path: Path) -> str:
+def _found(pattern: str, path: str) -> str:
+    """Return the group of a pattern in one of the kernel's files; "" where there is none."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else ""

@@ -53,64 +53,67 @@ class Job:
             result = work()
         except ConfigError as problem:
             error = str(problem)
-        errors = self._all_errors(error)
-        if errors:
-            raise ConfigError(errors[0])
+        for text in filter(None, self._all(error)):
+            raise ConfigError(text)
         return result  # type: ignore[return-value]
 
     def from_lead(self, work: Callable[[], str]) -> str:
         """Run `work` on rank 0 only and give its text to all."""
-        texts = [self.together(lambda: work() if self.leads else "")]
-        if self.world > 1:
-            dist.broadcast_object_list(texts, src=0)
-        return texts[0]
+        return self._all(self.together(lambda: work() if self.leads else ""))[0]
 
     def on_each_node(self, work: Callable[[], str]) -> str:
         """Run `work` on the first rank of each node only, and give its text to that node's other ranks."""
-        text = self.together(lambda: work() if self.local_rank == 0 else "")
-        if self.world == 1:
-            return text
-        texts: list[tuple[str, str]] = [("", "")] * self.world
-        dist.all_gather_object(texts, (os.uname().nodename, text))
-        return text or next(value for node, value in texts if node == os.uname().nodename and value)
+        text, here = self.together(lambda: work() if self.local_rank == 0 else ""), os.uname().nodename
+        texts = [value for node, value in self._all((here, text)) if node == here and value]
+        return text or texts[0]
 
-    def _all_errors(self, error: str) -> list[str]:
-        if self.world == 1:
-            return [error] if error else []
-        errors = [""] * self.world
-        dist.all_gather_object(errors, error)
-        return [text for text in errors if text]
+    def _all(self, value: Result) -> list[Result]:
+        """Return the value of every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 def under_launcher() -> bool:
-    """True if a launcher such as torchrun started this process as one rank."""
+    """Return whether a launcher such as torchrun started this process as one rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def number(name: str, default: int) -> int:
-    """A number that a launcher left in the environment."""
+    """Return a number that a launcher left in the environment.
+
+    Raises:
+        ConfigError: the variable is set to something else.
+    """
     text = os.environ.get(name, str(default))
     require(text.isascii() and text.isdigit(), f"environment variable {name} = {text!r}: must be a number")
     return int(text)
 
 
 def local_rank_count(config: Config) -> int:
-    """How many ranks to start here: as the config's mesh says, or one per GPU, or one."""
-    p = config.parallel
-    node = p.node or p.ep * p.etp
-    if p.dp or node or p.pp > 1:
-        return p.pp * max(p.dp, 1) * max(node, 1)
+    """Return how many ranks to start here: as the config's mesh says, or one per GPU, or one."""
+    parallel = config.parallel
+    node = parallel.node or parallel.ep * parallel.etp
+    if parallel.dp or node or parallel.pp > 1:
+        return parallel.pp * max(parallel.dp, 1) * max(node, 1)
     return max(torch.cuda.device_count(), 1) if config.train.device != "cpu" else 1
 
 
 def join(config: Config, mesh: Mesh) -> Job:
-    """Become a rank: choose the device, join the process group if there are several ranks.
+    """Become a rank: choose the device, the CPU unless all ranks of the machine can have a GPU; join the process group
+    if there are several ranks.
 
     Raises:
         ConfigError: the device does not exist, or the rendezvous address cannot be used.
     """
     rank, world, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
-    device = _device(config, local_rank, number("LOCAL_WORLD_SIZE", local_rank + 1))
+    local_world = number("LOCAL_WORLD_SIZE", local_rank + 1)
+    check_device(config, local_world)
+    device = torch.device("cpu")
+    if config.train.device != "cpu" and torch.cuda.device_count() >= local_world:  # every rank here can have a GPU
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
@@ -133,12 +136,3 @@ def check_device(config: Config, local_world: int) -> None:
         config.train.device != "cuda" or count >= local_world,
         f"train.device = 'cuda': {local_world} ranks here, {count} GPUs visible; start fewer ranks or use 'cpu'",
     )
-
-
-def _device(config: Config, local_rank: int, local_world: int) -> torch.device:
-    """This rank's GPU if every rank of the machine can have one, else the CPU for all."""
-    check_device(config, local_world)
-    if config.train.device == "cpu" or torch.cuda.device_count() < local_world:
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ from megascale_moe.model.counts import counts
 from megascale_moe.pipeline.batches import DTYPES, check_batches, micro_batch
 from megascale_moe.train.hardware import peak_flops, peak_memory
 from megascale_moe.train.job import Job
-from megascale_moe.train.metrics import FILE, MetricsWriter, StepMetrics, read_metrics
-from megascale_moe.train.progress import preparation_progress
-from megascale_moe.train.sample import generate
+from megascale_moe.train.metrics import FILE, StepMetrics, metrics_writer, read_metrics
+from megascale_moe.train.progress import counted_progress
 from megascale_moe.train.timeline import TIMELINE, WHOLE, Watch, document, measured, step_of
 from megascale_moe.train.trainer import StepResult, Trainer
 
@@ -58,7 +58,7 @@ class TrainOutcome:
 
 
 def check_before_start(config: Config, mesh: Mesh) -> Path | None:
-    """Everything that can be refused without starting ranks; returns the checkpoint to resume from, if any.
+    """Refuse all that can be refused without starting ranks; return the checkpoint to resume from, if any.
 
     Raises:
         ConfigError: batch sizes that do not divide, a run folder that cannot be written or already holds a run, a
@@ -66,30 +66,23 @@ def check_before_start(config: Config, mesh: Mesh) -> Path | None:
     """
     check_batches(config, mesh)
     folder = Path(config.run.folder)
-    _check_writable(folder)
-    checkpoints = folder / "checkpoints"
-    if config.run.resume == "auto":
-        return latest(checkpoints)
-    if config.run.resume:
-        path = Path(config.run.resume)
-        Checkpoint(path)  # refuses what is no checkpoint
-        return path
-    found = latest(checkpoints)
-    require(
-        found is None,
-        f"run.folder = {str(folder)!r} already holds {found.name if found else ''}: "
-        "continue it with --resume or choose another folder",
-    )
-    return None
-
-
-def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         message = f"run.folder = {str(folder)!r} cannot be written ({error.strerror}); choose another"
         raise ConfigError(message) from error
+    if config.run.resume and config.run.resume != "auto":
+        path = Path(config.run.resume)
+        Checkpoint(path)  # refuses what is no checkpoint
+        return path
+    newest = latest(folder / "checkpoints")
+    require(
+        newest is None or bool(config.run.resume),
+        f"run.folder = {str(folder)!r} already holds {newest.name if newest else ''}: "
+        "continue it with --resume or choose another folder",
+    )
+    return newest
 
 
 def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
@@ -97,7 +90,8 @@ def open_data(config: Config, job: Job) -> tuple[Corpus, Split, Split]:
     d, vocab = config.data, config.model.vocab
 
     def work() -> str:
-        with preparation_progress(job.leads) as progress, on_all_processors():
+        with counted_progress(shown=job.leads) as update, on_all_processors():
+            progress = partial(update, "preparing the corpus")
             prepared = prepare(
                 d.path, vocab=vocab, tokenizer=d.tokenizer, text_field=d.text_field, cache=d.cache, progress=progress
             )
@@ -118,21 +112,26 @@ def train(config: Config, mesh: Mesh, job: Job, resume: Path | None) -> TrainOut
     """
     corpus, training, held_out = open_data(config, job)
     loop = job.together(lambda: Loop(config, mesh, job, training, held_out))
-    if resume is not None:
+    if resume is None:
+        loop.trainer.initialise()
+    else:
         job.together(lambda: loop.resume(resume))
     loop.run()
     loop.write_timeline()
-    last = loop.last.record() if loop.last else _last_record(Path(config.run.folder))
+    metrics = Path(config.run.folder) / FILE
+    last: dict[str, Any] = {}
+    if loop.last is not None:
+        last = loop.last.record()
+    elif metrics.exists():  # of a run that was resumed at its end
+        last = (read_metrics(metrics) or [{}])[-1]
     return TrainOutcome(
-        step=loop.trainer.steps, loss=last.get("loss"), eval_loss=last.get("eval_loss"),
-        tokens_per_s=last.get("tokens_per_s"), folder=config.run.folder, sample=loop.sample(corpus),
+        step=loop.trainer.steps,
+        loss=last.get("loss"),
+        eval_loss=last.get("eval_loss"),
+        tokens_per_s=last.get("tokens_per_s"),
+        folder=config.run.folder,
+        sample=loop.sample(corpus),
     )
-
-
-def _last_record(folder: Path) -> dict[str, Any]:
-    """The last step in the metrics of a run that was resumed at its end."""
-    path = folder / FILE
-    return (read_metrics(path) or [{}])[-1] if path.exists() else {}
 
 
 class Loop:
@@ -142,29 +141,20 @@ class Loop:
         self.config, self.mesh, self.job, self.held_out = config, mesh, job, held_out
         self.trainer = Trainer(config, mesh, job.axes, job.device)
         t, m = config.train, config.model
-        self.dp_rank = job.rank % mesh.stage // mesh.node
-        self.loader = Loader(
-            training, global_batch=t.global_batch, sequence_length=m.sequence_length, dp_rank=self.dp_rank,
-            dp_size=mesh.dp, seed=t.seed,
-        )
         self.micro = micro_batch(config, mesh)
-        self.validation = self._validation() if t.eval_rows else None
+        self.micros = t.global_batch // mesh.dp // self.micro
+        order = {
+            "sequence_length": m.sequence_length, "dp_rank": job.rank % mesh.stage // mesh.node, "dp_size": mesh.dp,
+            "seed": t.seed,
+        }  # fmt: skip
+        self.loader = Loader(training, global_batch=t.global_batch, **order)
+        micro = min(self.micro, -(-t.eval_rows // mesh.dp))
+        self.validation = HeldOutRows(held_out, rows=t.eval_rows, micro_batch=micro, **order) if t.eval_rows else None
         self.flops_per_token = counts(m).flops_per_token
-        self.peak = peak_flops(job.device, DTYPES[t.dtype], max(mesh.world, 1)) if job.leads else None
+        self.peak = peak_flops(job.device, DTYPES[t.dtype], mesh.world) if job.leads else None
         self.last: StepMetrics | None = None
-        self.eval_loss: float | None = None
-        self.started = False
         self.watch: Watch | None = None
-        self.observe: Observer | None = None  # of the step that comes
         self.recent: list[list[Event]] = []  # of the last steps, on the rank that writes
-
-    def _validation(self) -> HeldOutRows:
-        t = self.config.train
-        return HeldOutRows(
-            self.held_out, rows=t.eval_rows, sequence_length=self.config.model.sequence_length,
-            micro_batch=min(self.micro, -(-t.eval_rows // self.mesh.dp)), dp_rank=self.dp_rank, dp_size=self.mesh.dp,
-            seed=t.seed,
-        )
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint, of this layout or another."""
@@ -172,123 +162,123 @@ class Loop:
         self.loader.load_state_dict(checkpoint.extra["loader"])
         self.trainer.load(checkpoint)
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(checkpoint.extra["random_state"]), dtype=torch.uint8))
-        self.started = True
 
     def run(self) -> None:
-        """All remaining steps; a run that is at its end stays as it is."""
-        if self.trainer.steps >= self.config.train.steps:
+        """Do all remaining steps; a run that is at its end stays as it is."""
+        folder, t, run = Path(self.config.run.folder), self.config.train, self.config.run
+        if self.trainer.steps >= t.steps:
             return
-        if not self.started:
-            self.trainer.initialise()
-        folder, t = Path(self.config.run.folder), self.config.train
         with contextlib.ExitStack() as stack:
-            writer = None
+            write = None
             if self.job.leads:
                 (folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
-                writer = stack.enter_context(
-                    MetricsWriter(folder, steps=t.steps, start=self.trainer.steps, log_every=self.config.run.log_every)
+                write = stack.enter_context(
+                    metrics_writer(folder, steps=t.steps, start=self.trainer.steps, log_every=run.log_every)
                 )
             traces = Trace()
             while self.trainer.steps < t.steps:
-                watch = self._watch() if writer is not None else None
-                self.observe = watch.observe if watch is not None else None
-                result, seconds = self._step()
-                if self.trainer.steps > t.steps - self.config.run.trace_steps:
+                watch = self._watch() if write else None
+                result, seconds = self._step(watch.observe if watch else None)
+                step = self.trainer.steps
+                if step > t.steps - run.trace_steps:
                     traces.events += result.trace.events
-                if watch is not None:
+                if watch:
                     self.watch = watch
-                elif writer is not None and self.trainer.steps > t.steps - RECENT:
+                elif write and step > t.steps - RECENT:
                     self.recent.append(result.trace.events)
-                last = self.trainer.steps == t.steps
-                evaluated = self._due(t.eval_every) or last
-                self.eval_loss = self.evaluate() if evaluated else None
-                self.last = self._metrics(result, seconds)
-                if writer is not None:
-                    writer.write(self.last)
-                if self._due(t.checkpoint_every) or last:
+                eval_loss = self.evaluate() if self._due(t.eval_every) else None
+                self.last = self._metrics(result, seconds, eval_loss)
+                if write:
+                    write(self.last)
+                if self._due(t.checkpoint_every):
                     self.save()
-            if self.config.run.trace_steps:
+            if run.trace_steps:
                 traces.write_chrome(folder / f"trace-rank-{self.job.rank}.json", self.job.rank)
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.trainer.steps % every == 0
+        step = self.trainer.steps
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _step(self) -> tuple[StepResult, float]:
+    def _step(self, observe: Observer | None) -> tuple[StepResult, float]:
         start = now()
         step = self.loader.next_step()
-        batches = micro_batches(step.rows, self.micro)
-        result = self.trainer.step(batches, step.target_count, self.observe)
+        result = self.trainer.step(micro_batches(step.rows, self.micro), step.target_count, observe)
         return result, now() - start
 
     def evaluate(self) -> float | None:
-        """Mean loss on the held-out rows, the same on every rank and for every layout."""
+        """Return the mean loss on the held-out rows, the same on every rank and for every layout."""
         if self.validation is None:
             return None
         return self.trainer.evaluate(self.validation, self.validation.target_count)
 
-    def _metrics(self, result: StepResult, seconds: float) -> StepMetrics:
+    def _metrics(self, result: StepResult, seconds: float, eval_loss: float | None) -> StepMetrics:
         tokens = self.config.train.global_batch * self.config.model.sequence_length
         flops = tokens / seconds * self.flops_per_token / self.mesh.world
-        trace = result.trace
-        load = result.load.double()
+        trace, load = result.trace, result.load.double()
         return StepMetrics(
-            step=self.trainer.steps, loss=result.loss, aux_loss=result.auxiliary, grad_norm=result.grad_norm,
-            lr=result.learning_rate, tokens_per_s=tokens / seconds, tflops=flops / 1e12,
-            mfu=flops / self.peak.flops if self.peak else 0.0, step_s=seconds,
-            comm_s=trace.communication, exposed_comm_s=trace.exposed, wire_bytes=sum(trace.wire_bytes().values()),
+            step=self.trainer.steps,
+            loss=result.loss,
+            aux_loss=result.auxiliary,
+            grad_norm=result.grad_norm,
+            lr=result.learning_rate,
+            tokens_per_s=tokens / seconds,
+            tflops=flops / 1e12,
+            mfu=flops / self.peak if self.peak else 0.0,
+            step_s=seconds,
+            comm_s=trace.communication,
+            exposed_comm_s=trace.exposed,
+            wire_bytes=sum(trace.wire_bytes().values()),
             peak_memory_bytes=peak_memory(self.job.device),
             expert_load=tuple((load.amax(1) / load.mean(1)).tolist()) if load.numel() else (),
-            eval_loss=self.eval_loss,
+            eval_loss=eval_loss,
         )
 
     def _watch(self) -> Watch | None:
-        """To look at the memory of the step that comes, if it is the one for that: late, but not the last."""
-        trainer, rows = self.trainer, self.config.train.global_batch // self.mesh.dp
-        late = self.config.train.steps - RECENT <= trainer.steps + 1 < self.config.train.steps
+        """Return what looks at the memory of the coming step, if it is the one for that: late, but not the last."""
+        trainer, steps = self.trainer, self.config.train.steps
+        late = steps - RECENT <= trainer.steps + 1 < steps
         if not late or self.watch is not None or trainer.profiler is not None:
             return None
-        _, program = trainer.program(self.micro, rows // self.micro, "train")
-        if len(program.ops) > WHOLE:
-            return None
-        return Watch(trainer)
+        _, program = trainer.program(self.micro, self.micros, "train")
+        return Watch(trainer) if len(program.ops) <= WHOLE else None
 
     def write_timeline(self) -> None:
         """Leave what the report draws of a step: the rank's list, and how long its operators took."""
         if not self.recent:
             return
-        micros = self.config.train.global_batch // self.mesh.dp // self.micro
-        step = step_of(self.trainer, self.micro, micros, self.recent)
-        found = document(step, self.mesh, self.job.rank)
+        step = step_of(self.trainer, self.micro, self.micros, self.recent)
+        timeline = document(step, self.mesh, self.job.rank)
         if self.watch is not None:
-            found["memory"] = self.watch.memory(self.trainer, step.plan)
+            timeline["memory"] = self.watch.memory(self.trainer, step.plan)
         last = self.recent[-1]
-        found["measured"] = measured(last, last[0].start)
+        timeline["measured"] = measured(last, last[0].start)
         path = Path(self.config.run.folder) / TIMELINE
-        path.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+        path.write_text(json.dumps(timeline, allow_nan=False), encoding="utf-8")
 
     def save(self) -> None:
         """Write a checkpoint; all ranks together."""
-        folder = Path(self.config.run.folder) / "checkpoints"
         extra: dict[str, Any] = {
             "loader": dict(self.loader.state_dict()),
             "config": asdict(self.config),
             "random_state": torch.get_rng_state().numpy().tobytes().hex(),
         }
         save(
-            folder, self.trainer.steps, self.trainer.pieces(), extra, rank=self.job.rank, world=self.job.world,
-            barrier=self.job.barrier, keep=self.config.train.keep_checkpoints,
+            Path(self.config.run.folder) / "checkpoints",
+            self.trainer.steps,
+            self.trainer.pieces(),
+            extra,
+            rank=self.job.rank,
+            world=self.job.world,
+            barrier=self.job.barrier,
+            keep=self.config.train.keep_checkpoints,
         )
 
     def sample(self, corpus: Corpus) -> str:
-        """A held-out beginning and its continuation by the model."""
-        count = self.config.train.sample_tokens
+        """Return a held-out beginning and its continuation by the model."""
+        count, tokenizer = self.config.train.sample_tokens, corpus.tokenizer
         if not count:
             return ""
         document = int(self.held_out.documents[0])
-        prompt = [int(token) for token in corpus.read(document, 0, min(16, int(corpus.lengths[document]) - 1))]
-        tokenizer = corpus.tokenizer
-        prompt = prompt[-self.config.model.sequence_length // 2 :]
-        continuation = generate(self.trainer, prompt, count, tokenizer.eos)
-        return tokenizer.decode([*prompt, *continuation])
-
-
+        beginning = corpus.read(document, 0, min(16, int(corpus.lengths[document]) - 1))
+        prompt = [int(token) for token in beginning][-self.config.model.sequence_length // 2 :]
+        return tokenizer.decode([*prompt, *self.trainer.generate(prompt, count, tokenizer.eos)])

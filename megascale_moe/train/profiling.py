@@ -27,7 +27,7 @@ STEPS = 3
 
 
 def needs_profile(overlap: OverlapConfig, wire: WireConfig) -> bool:
-    """Whether anything is derived from measured times."""
+    """Return whether anything is derived from measured times."""
     derived = overlap.order == "scheduled" or overlap.split == "auto" or overlap.remat == "budget"
     return derived or wire.activations == "auto"
 
@@ -55,17 +55,17 @@ class Profiler:
                 resolve(values, name)
 
     def profile(self, plan: StepPlan, overlap: OverlapConfig, stage: Axis) -> Profile:
-        """The mean of all ranks of the stage."""
+        """Return the mean of what all ranks of the stage have measured, with the pieces that follow from it."""
         cost = measured(plan.ops, self.runs[1:])
         kinds = sorted(cost.seconds_of)
         total = all_reduce_sum(torch.tensor([cost.seconds_of[kind] for kind in kinds], dtype=torch.float64), stage)
         seconds = dict(zip(kinds, (total / stage.size).tolist(), strict=True))
-        found = Profile(Measured(seconds, cost.work, cost.rates))
-        return replace(found, pieces=best_pieces(plan, overlap, found)) if overlap.split == "auto" else found
+        profile = Profile(Measured(seconds, cost.work, cost.rates))
+        return replace(profile, pieces=best_pieces(plan, overlap, profile)) if overlap.split == "auto" else profile
 
 
 def best_pieces(plan: StepPlan, overlap: OverlapConfig, profile: Profile) -> int:
-    """Into how many pieces a step is cut where it is fastest by simulation."""
+    """Return the number of pieces with which a step is fastest by simulation."""
     ranks = max(plan.layout.node.size, plan.layout.group.size)
 
     def seconds(pieces: int) -> float:

@@ -36,133 +36,87 @@ class Progress:
         self._log_every = log_every
         self._stream = stream or sys.stderr
         self._eval_loss: float | None = None
-        self._seconds = 0.0
+        self._step_seconds = 0.0
         self._last = time.monotonic()
         self._drawn = 0.0
-        self._bar = _bar(self._stream)
-        if self._bar is not None:
-            self._task = self._bar.add_task("starting", total=steps, completed=start)
-            _start(self._bar)
+        self._bar = _started_bar(self._stream, "starting", steps, start)
 
     def update(self, step: int, loss: float, eval_loss: float | None, tokens_per_s: float, step_s: float) -> None:
         """Show a step that just ended."""
-        self._time(step_s)
-        evaluated, last = eval_loss is not None, step >= self._steps
-        self._eval_loss = eval_loss if evaluated else self._eval_loss
-        text = self._text(step, loss, tokens_per_s)
+        now = time.monotonic()
+        # Evaluations and checkpoints between two steps are included; the way to the first one was set-up.
+        passed = now - self._last if self._step_seconds else step_s
+        past = self._step_seconds or passed
+        self._step_seconds, self._last = SMOOTHING * past + (1 - SMOOTHING) * passed, now
+        if eval_loss is not None:
+            self._eval_loss = eval_loss
+        evaluation = "" if self._eval_loss is None else f"  eval {self._eval_loss:.4f}"
+        left = clock((self._steps - step) * self._step_seconds)
+        text = f"step {step}/{self._steps}  loss {loss:.4f}{evaluation}  {short(tokens_per_s)} tokens/s  ETA {left}"
+        at_once = eval_loss is not None or step >= self._steps
         if self._bar is not None:
-            self._draw(step, text, now=evaluated or last)
-        elif evaluated or last or (self._log_every > 0 and step % self._log_every == 0):
+            refresh = at_once or now - self._drawn >= REDRAW_SECONDS
+            self._bar.update(self._bar.task_ids[0], completed=step, description=text, refresh=refresh)
+            self._drawn = now if refresh else self._drawn
+        elif at_once or (self._log_every > 0 and step % self._log_every == 0):
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the last line where it is and give the terminal back."""
+        """Leave the last line where it is and give the terminal back; more than once does no harm."""
         if self._bar is not None:
-            self._bar.refresh()
             self._bar.stop()
-            self._bar = None
-
-    def _time(self, step_s: float) -> None:
-        """Seconds from step to step, evaluations and checkpoints between them included."""
-        now = time.monotonic()
-        passed = now - self._last if self._seconds else step_s  # the way to the first step was set-up
-        self._last = now
-        self._seconds = SMOOTHING * self._seconds + (1 - SMOOTHING) * passed if self._seconds else passed
-
-    def _text(self, step: int, loss: float, tokens_per_s: float) -> str:
-        evaluation = "" if self._eval_loss is None else f"  eval {self._eval_loss:.4f}"
-        left = clock((self._steps - step) * self._seconds)
-        return f"step {step}/{self._steps}  loss {loss:.4f}{evaluation}  {short(tokens_per_s)} tokens/s  ETA {left}"
-
-    def _draw(self, step: int, text: str, now: bool) -> None:
-        assert self._bar is not None
-        self._bar.update(self._task, completed=step, description=text)
-        if now or self._last - self._drawn >= REDRAW_SECONDS:
-            self._bar.refresh()
-            self._drawn = self._last
-
-
-@contextmanager
-def preparation_progress(shown: bool, stream: TextIO | None = None) -> Iterator[Callable[[int, int], None] | None]:
-    """A function to call with (bytes done, bytes in all) while the corpus is prepared; None where nobody watches.
-
-    Nothing appears before its first call: a prepared corpus opens at once.
-    """
-    if not shown:
-        yield None
-        return
-    with counted_progress(stream) as update:
-        yield lambda done, total: update("preparing the corpus", done, total)
 
 
 @contextmanager
 def counted_progress(stream: TextIO | None = None, *, shown: bool = True) -> Iterator[Update]:
-    """A function that shows progress; before its first call nothing appears, and nothing at all unless `shown`."""
+    """Give a function that shows progress; before its first call nothing appears, and nothing at all unless `shown`."""
     if not shown:
         yield silent
         return
-    line = _Counted(stream or sys.stderr)
-    try:
-        yield line.update
-    finally:
-        line.close()
+    out = stream or sys.stderr
+    bar: rich.progress.Progress | None = None
+    drawn = redraw_after = 0.0
+    latest: tuple[str, int] | None = None
 
-
-class _Counted:
-    """The line of `counted_progress`."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._bar: rich.progress.Progress | None = None
-        self._drawn = 0.0
-        self._redraw = 0.0  # 0: nothing shown yet
-        self._done = ("", -1)
-
-    def update(self, what: str, done: int, total: int) -> None:
+    def update(what: str, done: int, total: int) -> None:
+        nonlocal bar, drawn, latest, redraw_after
         now = time.monotonic()
-        if (what, done) == self._done or (now - self._drawn < self._redraw and done < total):
+        if (what, done) == latest or (now - drawn < redraw_after and done < total):
             return
-        if not self._redraw:
-            self._start()
-        self._drawn, self._done = now, (what, done)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total, refresh=True)
+        if latest is None:
+            bar = _started_bar(out, "", total)
+            redraw_after = PLAIN_LINE_SECONDS if bar is None else REDRAW_SECONDS
+        drawn, latest = now, (what, done)
+        if bar is not None:
+            bar.update(bar.task_ids[0], description=what, completed=done, total=total, refresh=True)
         else:
-            print(f"{what}: {100 * done / max(total, 1):.0f} %", file=self._stream, flush=True)
+            print(f"{what}: {100 * done / max(total, 1):.0f} %", file=out, flush=True)
 
-    def _start(self) -> None:
-        self._bar = _bar(self._stream)
-        self._redraw = PLAIN_LINE_SECONDS if self._bar is None else REDRAW_SECONDS
-        if self._bar is not None:
-            self._bar.add_task("")
-            _start(self._bar)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
-def _start(bar: rich.progress.Progress) -> None:
-    bar.start()
-    bar.console.show_cursor(True)  # rich hides it, and a rank that is killed could not bring it back
-
-
-def _bar(stream: TextIO) -> rich.progress.Progress | None:
-    """A bar that is drawn only when told, or None where nothing can be redrawn in place."""
-    if not stream.isatty():
-        return None
+def _started_bar(stream: TextIO, description: str, total: int, completed: int = 0) -> rich.progress.Progress | None:
+    """Show a bar that is redrawn only when told; None where nothing can be redrawn in place."""
     console = Console(file=stream, force_terminal=True, force_jupyter=False)
-    if console.is_dumb_terminal:
+    if not stream.isatty() or console.is_dumb_terminal:
         return None
     columns = (rich.progress.TextColumn("{task.description}", markup=False), rich.progress.BarColumn(bar_width=None))
     # Warnings appear above the line (redirect_stderr); standard output is not ours to touch.
-    return rich.progress.Progress(
+    bar = rich.progress.Progress(
         *columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=True, expand=True
     )
+    bar.add_task(description, total=total, completed=completed)
+    bar.start()
+    bar.console.show_cursor(True)  # rich hides it, and a rank that is killed could not bring it back
+    return bar
 
 
 def short(number: float) -> str:
-    """Three digits that can be read at a glance: 950, 12.3k, 1.41M."""
+    """Return three digits that can be read at a glance: 950, 12.3k, 1.41M."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{suffix}"
@@ -170,7 +124,7 @@ def short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, h:mm:ss or days."""
+    """Return seconds as m:ss, h:mm:ss or days."""
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -5,7 +5,7 @@ Holds no data pipeline, files or printing; the loop around it does that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ from megascale_moe.kernels.blocks import Fusion
 from megascale_moe.model.counts import parameter_matrices, parameter_shapes
 from megascale_moe.model.router import updated_bias
 from megascale_moe.model.segments import Segments
-from megascale_moe.optim.flat import FlatWeights, Slot
+from megascale_moe.optim.flat import Slot
 from megascale_moe.optim.groups import flat_groups
 from megascale_moe.optim.registry import rule_of
 from megascale_moe.optim.schedule import learning_rate
@@ -46,6 +46,9 @@ from megascale_moe.strategies.model import (
 from megascale_moe.strategies.registry import slices_of, strategies_of
 from megascale_moe.strategies.weights import initial, placements
 from megascale_moe.train.profiling import STEPS, Profiler, needs_profile, plain
+
+TEMPERATURE = 0.7
+"""Of the text that `Trainer.generate` draws."""
 
 
 @dataclass
@@ -108,26 +111,21 @@ class Trainer:
     def initialise(self, seed: int | None = None) -> None:
         """Fill the weights from a seed, the config's unless another is given; the same whatever the layout."""
         seed = self.config.train.seed if seed is None else seed
-        for group, slot in self._slots():
-            value = initial(slot.name, slot.placement, self.model, seed)
-            group.set(slot, value.to(self.device))
-        self._as_others_have_them()
+        self._fill(lambda slot: initial(slot.name, slot.placement, self.model, seed))
 
     def set_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Take weights of the whole model (our names, float32), for example from another library's checkpoint."""
-        for group, slot in self._slots():
-            group.set(slot, slot.placement.take(parameters[slot.name]).float().to(self.device))
+        self._fill(lambda slot: slot.placement.take(parameters[slot.name]).float())
         for name, value in self.buffers.items():
             value.copy_(parameters[name])
-        self._as_others_have_them()
 
-    def _as_others_have_them(self) -> None:
-        """Round exact weights as those are that arrive in another format, which all ranks compute with."""
+    def _fill(self, value_of: Callable[[Slot], Tensor]) -> None:
+        for group in self.optimizer.groups:
+            for slot in group.slots:
+                group.set(slot, value_of(slot).to(self.device))
+        # All ranks compute with weights as they arrive: rounded, where they travel in another format.
         if any(group.formats.parameters is not None for group in self.optimizer.groups):
             self.optimizer.settle()
-
-    def _slots(self) -> Iterable[tuple[FlatWeights, Slot]]:
-        return ((group, slot) for group in self.optimizer.groups for slot in group.slots)
 
     def settle(self) -> None:
         """Bring the weights up to date, of which a hidden step leaves those that other ranks own behind."""
@@ -149,10 +147,14 @@ class Trainer:
         return self.overlap.hides_synchronisation
 
     def run(
-        self, batches: Sequence[Batch], head: Head, shared: Mapping[str, Any] | None = None,
-        trace: Trace | None = None, observe: Observer | None = None,
+        self,
+        batches: Sequence[Batch],
+        head: Head,
+        shared: Mapping[str, Any] | None = None,
+        trace: Trace | None = None,
+        observe: Observer | None = None,
     ) -> dict[str, Any]:
-        """Run a list on micro-batches of equal size; what is kept, by name.
+        """Run a list on micro-batches of equal size; return the values that outlive it, by name.
 
         Args:
             shared: values that all micro-batches read (`pipeline.step.SHARED`).
@@ -169,50 +171,51 @@ class Trainer:
         return program.run(values, weights, self.optimizer.gradients, trace, observe)
 
     def step(self, batches: Sequence[Batch], target_count: int, observe: Observer | None = None) -> StepResult:
-        """One update from this rank's micro-batches of a global batch with `target_count` targets.
+        """Do one update from this rank's micro-batches of a global batch with `target_count` targets.
 
         Args:
             observe: see `Program.run`; not asked while the first steps are measured.
         """
-        train, model = self.config.train, self.model
+        train, model, optimizer = self.config.train, self.model, self.optimizer
         tokens = train.global_batch * model.sequence_length
-        scales: dict[str, Any] = {
+        rate = learning_rate(train, self.steps + 1)
+        values: dict[str, Any] = {
             "loss_scale": 1.0 / max(target_count, 1),
             "auxiliary_scale": torch.tensor(1.0 / tokens, device=self.device),
         }
-        places = {layer: place for place, layer in enumerate(moe_layers(model))}
-        totals = torch.zeros(2 + len(places) * model.experts, dtype=torch.float64, device=self.device)
-        load = totals[2:].view(len(places), model.experts)
-        trace = Trace(device=self.device)
-        rate = learning_rate(train, self.steps + 1)
         hidden = self.hides
         if hidden:
-            scales |= self.optimizer.given(rate) | self.optimizer.updated()
-        out = self.run(batches, "train", scales, trace, self.profiler.observe if self.profiler else observe)
+            values |= optimizer.given(rate) | optimizer.updated()
+        trace = Trace(device=self.device)
+        out = self.run(batches, "train", values, trace, self.profiler.observe if self.profiler else observe)
         if self.profiler is not None:
             trace.settle()
             self._learn(self.profiler, trace, batches)
+        layers = moe_layers(model)
+        rows = [layers.index(layer) for layer in moe_layers(model, self.part)]
+        totals = torch.zeros(2 + len(layers) * model.experts, dtype=torch.float64, device=self.device)
+        load = totals[2:].view(len(layers), model.experts)
         for micro in range(len(batches)):
             if self.part.last:
                 totals[0] += out[of_micro("loss", micro)]
             for name in auxiliary_names(model, self.part):
                 totals[1] += out[of_micro(name, micro)]
-            for layer, name in zip(moe_layers(model, self.part), load_names(model, self.part), strict=True):
-                load[places[layer]] += resolve(out, of_micro(name, micro))
+            for row, name in zip(rows, load_names(model, self.part), strict=True):
+                load[row] += resolve(out, of_micro(name, micro))
         self.steps += 1
-        norm = self.optimizer.end(out["norm"]) if hidden else self.optimizer.step(rate, trace)
+        norm = optimizer.end(out["norm"]) if hidden else optimizer.step(rate, trace)
         self.stale = hidden
         trace.settle()
         all_reduce_sum(totals, self.axes["world"])
         load = load.long()
         if self.buffers:
-            for layer, bias in zip(moe_layers(model, self.part), self.buffers.values(), strict=True):
-                bias.copy_(updated_bias(bias, load[places[layer]], model.bias_update_rate))
+            for row, bias in zip(rows, self.buffers.values(), strict=True):
+                bias.copy_(updated_bias(bias, load[row], model.bias_update_rate))
         loss, auxiliary = float(totals[0]) / max(target_count, 1), float(totals[1]) / tokens
         return StepResult(loss, auxiliary, norm, rate, load.cpu(), trace)
 
     def _learn(self, profiler: Profiler, trace: Trace, batches: Sequence[Batch]) -> None:
-        """Once enough steps have been measured, go over to what was asked for."""
+        """Change to the configured overlap and formats once enough steps have been measured."""
         profiler.runs.append(list(trace.events))
         if len(profiler.runs) < STEPS:
             return
@@ -222,7 +225,7 @@ class Trainer:
         self.program.cache_clear()
 
     def evaluate(self, batches: Iterable[Batch], target_count: int) -> float:
-        """Mean loss over held-out batches, of which every rank brings equally many."""
+        """Return the mean loss over held-out batches, of which every rank brings equally many."""
         self.settle()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
@@ -232,7 +235,7 @@ class Trainer:
         return float(all_reduce_sum(total, self.axes["world"])) / max(target_count, 1)
 
     def next_token_logits(self, tokens: list[int]) -> Tensor:
-        """Logits float32 [vocab] for the token after `tokens` (at most a sequence); all ranks call it together."""
+        """Return logits, float32 [vocab], for the token after `tokens`, a sequence at most; all ranks call it."""
         length, node = self.model.sequence_length, self.axes["node"]
         self.settle()
         padded = torch.zeros(1, length, dtype=torch.long)
@@ -250,17 +253,33 @@ class Trainer:
                 mine.copy_(logits[place])
         return all_reduce_sum(all_reduce_sum(mine, node), self.axes["pp"]).cpu()
 
+    def generate(self, prompt: list[int], count: int, end: int) -> list[int]:
+        """Continue `prompt` by up to `count` tokens; all ranks call it together and get the same result.
+
+        The whole sequence is run again for every token: no cache, so that text comes from the very lists that train.
+        """
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        tokens = list(prompt)
+        for _ in range(min(count, self.model.sequence_length - len(prompt))):
+            probabilities = (self.next_token_logits(tokens) / TEMPERATURE).softmax(-1)
+            if not probabilities.isfinite().all():  # training diverged, which the losses say
+                break
+            token = int(torch.multinomial(probabilities, 1, generator=generator))
+            if token == end:
+                break
+            tokens.append(token)
+        return tokens[len(prompt) :]
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     def pieces(self) -> Iterable[TensorPiece]:
-        """This rank's part of the training state, keyed by global names; all ranks' parts cover everything once."""
+        """Yield this rank's part of the training state by global names; all ranks' parts cover everything once."""
         for group, state in zip(self.optimizer.groups, self.optimizer.state(), strict=True):
             for slot in group.slots:
-                whole = slot.placement.whole
                 for owned in group.owned(slot):
                     for kind, tensor in {"parameters": group.master, **state}.items():
-                        values = tensor[owned.place].cpu()
-                        yield TensorPiece(f"{kind}.{slot.name}", whole, *owned.box, owned.first, values)
+                        name, values = f"{kind}.{slot.name}", tensor[owned.place].cpu()
+                        yield TensorPiece(name, slot.placement.whole, *owned.box, owned.first, values)
         if self.axes["data"].index == 0:
             for name, value in self.buffers.items():
                 shape = tuple(value.shape)
@@ -273,42 +292,39 @@ class Trainer:
             ConfigError: it belongs to another model or another optimizer, or is damaged.
         """
         self._require(checkpoint)
+
+        def weight(slot: Slot) -> Tensor:
+            name, placement = f"parameters.{slot.name}", slot.placement
+            return torch.cat([checkpoint.read(name, *box).flatten() for box in placement.boxes]).view(placement.shape)
+
+        self._fill(weight)
         for group, state in zip(self.optimizer.groups, self.optimizer.state(), strict=True):
             for slot in group.slots:
-                parts = [checkpoint.read(f"parameters.{slot.name}", *box).flatten() for box, _, _ in slot.ranges]
-                group.set(slot, torch.cat(parts).view(slot.shape).to(self.device))
                 for owned in group.owned(slot):
-                    length = owned.last - owned.first
                     for kind, tensor in state.items():
-                        part = checkpoint.read_flat(f"{kind}.{slot.name}", *owned.box, owned.first, length)
-                        tensor[owned.place].copy_(part)
+                        length = owned.last - owned.first
+                        values = checkpoint.read_flat(f"{kind}.{slot.name}", *owned.box, owned.first, length)
+                        tensor[owned.place].copy_(values)
         for name, value in self.buffers.items():
             value.copy_(checkpoint.read(f"buffers.{name}", (0,), tuple(value.shape)))
         self.optimizer.restore(checkpoint.step)
-        self._as_others_have_them()
         self.steps = checkpoint.step
 
     def _require(self, checkpoint: Checkpoint) -> None:
-        expected = self.expected()
-        saved, wanted = _state_kinds(checkpoint.tensors), _state_kinds(expected)
-        here, there = (", ".join(kinds) or "nothing" for kinds in (wanted, saved))
-        require(
-            saved == wanted,
-            f"{checkpoint.folder} is a checkpoint of another optimizer: it keeps {there} of each weight, "
-            f"train.optimizer = {self.config.train.optimizer!r} keeps {here}; resume with the one that saved it",
-        )
-        checkpoint.require(expected)
-
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and global shape of everything a checkpoint of this model and this optimizer holds."""
+        """Refuse a checkpoint without the tensors of this model and this optimizer, or with others."""
         rule, matrices = rule_of(self.config.train), parameter_matrices(self.model)
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes = {f"buffers.{name}": shape for _, name, shape in buffer_shapes(self.model)}
         for name, shape in parameter_shapes(self.model).items():
             kinds = ("parameters", *(state.name for state in rule.of(matrices[name]).state))
             shapes |= {f"{kind}.{name}": shape for kind in kinds}
-        return shapes | {f"buffers.{name}": shape for _, name, shape in buffer_shapes(self.model)}
-
-
-def _state_kinds(tensors: Iterable[str]) -> list[str]:
-    """Return the sorted names under which a checkpoint holds an optimizer's state."""
-    return sorted({name.partition(".")[0] for name in tensors} - {"parameters", "buffers"})
+        saved, kept = (
+            sorted({name.partition(".")[0] for name in names} - {"parameters", "buffers"})
+            for names in (checkpoint.tensors, shapes)
+        )
+        require(
+            saved == kept,
+            f"{checkpoint.folder} is a checkpoint of another optimizer: it keeps {', '.join(saved) or 'nothing'} of "
+            f"each weight, train.optimizer = {self.config.train.optimizer!r} keeps {', '.join(kept) or 'nothing'}; "
+            "resume with the one that saved it",
+        )
+        checkpoint.require(shapes)

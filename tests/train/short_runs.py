@@ -24,7 +24,6 @@ from megascale_moe.pipeline.batches import micro_batch
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.testing import run_ranks
 from megascale_moe.train.config_file import choices
-from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import Trainer
 
 MODEL = ModelConfig(
@@ -120,7 +119,7 @@ def tell(config: Config, steps: int) -> Story:
     held_out = rows_of(config.model, 4, 1000)
     targets = sum(int((row.targets != IGNORE).sum()) for row in held_out)
     story.evaluation = trainer.evaluate(micro_batches(own(held_out, trainer), 1), targets)
-    story.sample = generate(trainer, [1, 6, 11], 3, end=-1)
+    story.sample = trainer.generate([1, 6, 11], 3, end=-1)
     story.pieces = list(trainer.pieces())
     return story
 

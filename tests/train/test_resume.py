@@ -47,10 +47,10 @@ def hold_before_step(step: int, rank: int, word: Path) -> Callable[[], None]:
     """One rank stops before a step, the others wait for it in the middle of theirs."""
 
     def install() -> None:
-        def held(self: Loop) -> Any:
+        def held(self: Loop, *observe: Any) -> Any:
             if self.trainer.steps == step - 1 and self.job.rank == rank:
                 stand_still(word)
-            return original(self)
+            return original(self, *observe)
 
         original, Loop._step = Loop._step, held  # type: ignore[method-assign]
 

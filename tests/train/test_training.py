@@ -17,7 +17,6 @@ from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import load
 from megascale_moe.presets import PRESETS
 from megascale_moe.testing import run_ranks
-from megascale_moe.train.sample import generate
 from megascale_moe.train.trainer import Trainer
 from tests.runs import Finished, Place
 
@@ -259,7 +258,7 @@ def sample_on(mesh: Mesh, path: Path) -> list[int]:
     config = load(path, [], PRESETS)
     trainer = Trainer(config, mesh, connect(mesh), torch.device("cpu"))
     trainer.initialise()
-    return generate(trainer, [5, 6, 7], count=12, end=-1)
+    return trainer.generate([5, 6, 7], count=12, end=-1)
 
 
 def test_all_ranks_generate_the_same_sample(place: Place) -> None:
