@@ -13,7 +13,7 @@ from megascale_moe.config.fields import AS_DECLARED, Choices, Section, require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
-    """Which ranks share what. Ranks form a mesh pp x dp x node; 0 means: work it out from the rank count."""
+    """Which ranks share what. Ranks form a mesh pp x dp x cp x node; 0 means: work it out from the rank count."""
 
     section: ClassVar = "parallel"
     # fmt: off
@@ -24,12 +24,16 @@ class ParallelConfig(Section):
     )
     dp: RanksOrZero = key(
         0, "Data-parallel size: groups of a pipeline stage's ranks, each with its own sequences.", "data_parallel_size",
-        "data_parallel_degree", least="all ranks / (pp x node)",
+        "data_parallel_degree", least="all ranks / (pp x cp x node)",
+    )
+    cp: Ranks = key(
+        1, "Context-parallel size: nodes that share every sequence; keys are gathered between them, whatever the "
+        "attention inside of a node.", "context_parallel_size", "context_parallel_degree", "cp_size",
     )
     node: RanksOrZero = key(
         0, "Ranks that share a fast link, over which attention is sequence- or tensor-parallel.",
         "tensor_model_parallel_size", "tensor_parallel_degree", "gpus_per_node", "ulysses_degree", "nproc_per_node",
-        least="ep x etp, or all ranks / (pp x dp)",
+        least="ep x etp, or all ranks / (pp x dp x cp)",
     )
     attention: Literal["sp", "tp", "cp"] = key(
         "sp", "Parallelism of attention in a node: over the sequence with heads exchanged (sp, Ulysses), over heads "

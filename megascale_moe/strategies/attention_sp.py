@@ -26,7 +26,7 @@ from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, hang_backward, product
 from megascale_moe.engine.value import Keep, Rows, Shard, Value
-from megascale_moe.strategies.attention_core import core
+from megascale_moe.strategies.attention_core import attend, own_tokens_attention
 from megascale_moe.strategies.dense import linear
 from megascale_moe.strategies.exchange import Exchange, communication, in_pieces, in_rank_order
 from megascale_moe.strategies.heads import Chosen, pack, select, width_of, within
@@ -55,13 +55,9 @@ SEQUENCE_PARALLEL = SequenceParallel()
 def sequence_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
     """Return the operators from the normed input x [tokens, hidden] to the attention's result, [tokens, hidden]."""
     c, node = layer.model, layer.layout.node
-    ops, inputs = shared(layer, x)
     if node.size == 1:
-        made, found = heads(layer, inputs, Chosen.everything(c), None)
-        attn = layer.tokens("attn", c.heads * c.value_dim)
-        y = layer.tokens("attn_out", c.hidden, Keep.NONE)
-        out = linear(layer.name("out"), attn, y, layer.name("attention.out.weight"))
-        return [*ops, *made, core(layer, found, found.sizes, attn), out], y
+        return own_tokens_attention(layer, x)
+    ops, inputs = shared(layer, x)
     pieces = pieces_of(node, layer.layout.pieces)
     made, gathered, sizes = _scattered_heads(layer, inputs, pieces)
     width = c.heads * c.value_dim // node.size
@@ -69,7 +65,7 @@ def sequence_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value
     attn = layer.value("attn", (layer.node_tokens, width), shard=shard)
     outputs, y = _gathered_output(layer, attn, pieces)
     own = slice(node.index * sizes[0], (node.index + 1) * sizes[0])
-    return [*ops, *made, core(layer, (gathered,), sizes, attn, own), *outputs], y
+    return [*ops, *made, *attend(layer, (gathered,), sizes, attn, own), *outputs], y
 
 
 # --- projections and all-to-all --------------------------------------------------------------------------------------
@@ -117,7 +113,7 @@ def _arrived(layer: Layer, piece: Piece, rows: Rows) -> Value:
 
 def _scatter(layer: Layer, found: Heads, y: Value, piece: Piece) -> Op:
     """Send the heads of a piece's peers to them; receive this rank's heads of the sources' tokens."""
-    layout, slices, ordered = layer.layout, layer.slices, piece.uncut
+    layout, slices, ordered = layer.layout, layer.slices.within, piece.uncut
     T, mine, places = layout.tokens, int(y.shape[1]), within(piece, layer.model)
     widths = [width_of(peer, piece.axis.size, layer.model) for peer in piece.peers]
 
@@ -167,7 +163,7 @@ def _assemble(layer: Layer, arrived: Sequence[Value], y: Value, pieces: Sequence
     ranks = [piece.sources for piece in pieces]
 
     def run(*parts: Tensor) -> Tensor:
-        return layer.slices.sequences(torch.cat(in_rank_order(parts, ranks, layer.layout.tokens)))
+        return layer.slices.within.sequences(torch.cat(in_rank_order(parts, ranks, layer.layout.tokens)))
 
     op = Op(layer.name("assemble_heads"), tuple(arrived), (y,), run, cost=Cost(memory_bytes=2 * y.nbytes))
     return op.input_gradient(arrived, (y.gradient,), lambda d: in_pieces(_by_rank(d, layer), ranks))
@@ -207,7 +203,7 @@ def _gather(layer: Layer, x: Value, y: Value, piece: Piece) -> Op:
     layout, name = layer.layout, layer.name("gather_heads", piece)
     T, count = layout.tokens, len(piece.distances)
     width = int(y.shape[1]) // count
-    shape, ordered, slices = (T, width), piece.uncut, layer.slices
+    shape, ordered, slices = (T, width), piece.uncut, layer.slices.within
     there = Exchange(
         (x,), (y,), shape, shapes=lambda: [shape] * count, finish=lambda _, parts: torch.cat(parts, dim=1),
         pack=lambda x: _by_rank(x, layer) if ordered else [part.contiguous() for part in x.split(T)],
@@ -233,7 +229,7 @@ def _deal_rows(layer: Layer, attn: Value, pieces: Sequence[Piece]) -> tuple[Op, 
     ]  # fmt: skip
 
     def run_backward(*parts: Tensor) -> Tensor:
-        return layer.slices.sequences(torch.cat(in_rank_order(parts, ranks, tokens)))
+        return layer.slices.within.sequences(torch.cat(in_rank_order(parts, ranks, tokens)))
 
     op = Op(
         layer.name("deal_tokens"), (attn,), tuple(parts), lambda x: in_pieces(_by_rank(x, layer), ranks),
@@ -273,5 +269,5 @@ def _add_product(
 
 def _by_rank(x: Tensor, layer: Layer) -> Sequence[Tensor]:
     """Return each rank's slice of every sequence, [tokens, width], of whole sequences x [tokens of the node, width]."""
-    slices: Sequence[Tensor] = layer.slices.by_rank(x).split(layer.layout.tokens)
+    slices: Sequence[Tensor] = layer.slices.within.by_rank(x).split(layer.layout.tokens)
     return slices

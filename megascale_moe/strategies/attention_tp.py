@@ -13,8 +13,7 @@ from megascale_moe.config import ModelConfig, ParallelConfig, require
 from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Phase
 from megascale_moe.engine.value import Keep, Shard, Value
-from megascale_moe.strategies.attention_core import core
-from megascale_moe.strategies.attention_sp import sequence_parallel_attention
+from megascale_moe.strategies.attention_core import attend, own_tokens_attention
 from megascale_moe.strategies.collective import gather_tokens, scatter_sums
 from megascale_moe.strategies.dense import linear
 from megascale_moe.strategies.heads import Chosen, spans
@@ -43,12 +42,12 @@ class TensorParallel(AttentionStrategy):
         if grouped:
             divides("model.kv_heads", model.kv_heads, "parallel.node", node, " (or parallel.attention = 'sp')")
 
-    def rotates_sequences(self, layout: Layout, model: ModelConfig) -> bool:
-        return True
+    def rope_axis(self, layout: Layout, model: ModelConfig) -> str:
+        return "node"
 
     def ops(self, layer: Layer, x: Value) -> tuple[list[Op], Value]:
         alone = layer.layout.node.size == 1
-        return sequence_parallel_attention(layer, x) if alone else tensor_parallel_attention(layer, x)
+        return own_tokens_attention(layer, x) if alone else tensor_parallel_attention(layer, x)
 
     def rules(self, model: ModelConfig, layout: Layout) -> Rules:
         """The rows of the rank's heads, and the columns of the output projection behind them."""
@@ -89,16 +88,16 @@ def tensor_parallel_attention(layer: Layer, x: Value) -> tuple[list[Op], Value]:
         *ops,
         *gathers,
         *made,
-        core(layer, found, found.sizes, attn),
+        *attend(layer, found, found.sizes, attn),
         linear(layer.name("out"), attn, partial, layer.name("attention.out.weight")),
-        scatter_sums(layer.layout, layer.name("scatter_tokens"), partial, y, piece, slices=layer.slices),
+        scatter_sums(layer.layout, layer.name("scatter_tokens"), partial, y, piece, slices=layer.slices.within),
     ], y
 
 
 def _gather(layer: Layer, x: Value, piece: Piece) -> Op:
-    """All tokens of the node, as whole sequences."""
+    """All tokens of the node, in their order."""
     tensor = parse(x).tensor
     name = "gather_tokens" if layer.spec.attention == "gqa" else f"gather_{tensor}"
     shard = Shard((tensor,), SEQUENCES, partial_gradient="node")
     y = layer.value(f"{tensor}_ag", (layer.node_tokens, x.shape[1]), shard=shard, keep=Keep.NONE)
-    return gather_tokens(layer.layout, layer.name(name), x, y, piece, slices=layer.slices)
+    return gather_tokens(layer.layout, layer.name(name), x, y, piece, slices=layer.slices.within)

@@ -58,7 +58,8 @@ def _duals(
     Args:
         spread, collect: what each reads and writes. home: whether the second is forward and the first backward.
     """
-    count, shape, axis = len(piece.distances), (layout.tokens, int(collect[0].shape[1])), piece.axis
+    count, axis = len(piece.distances), piece.axis
+    shape = (int(collect[0].shape[0]) // count, int(collect[0].shape[1]))
     spread_tag, collect_tag = (tag(name, phase) for phase in ((Phase.B, Phase.F) if home else (Phase.F, Phase.B)))
     by_rank = slices.by_rank if slices else Tensor.contiguous
 

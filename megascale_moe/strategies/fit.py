@@ -5,7 +5,7 @@ from __future__ import annotations
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, require
 from megascale_moe.strategies import registry
-from megascale_moe.strategies.refusals import divisors
+from megascale_moe.strategies.refusals import divides, divisors
 
 
 def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
@@ -21,26 +21,43 @@ def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:
     vocabulary = registry.named(registry.VOCABULARY, p.vocabulary, "parallel.vocabulary")
     require(world % pp == 0, f"parallel.pp = {pp} does not divide the {world} ranks; use one of {divisors(world)}")
     stage = world // pp
-    node = p.node or ffn.asked(p) or (max(stage // p.dp, 1) if p.dp else stage)
+    node = p.node or ffn.asked(p) or max(stage // (max(p.dp, 1) * p.cp), 1)
     require(
         stage % node == 0,
         f"parallel.{'node' if p.node else 'ep'} = {node} does not divide the {_stage(stage, pp)}; "
         f"use one of {divisors(stage)}",
     )
-    dp = p.dp or stage // node
+    nodes = stage // node
     require(
-        dp * node == stage,
-        f"parallel.dp x parallel.node = {dp} x {node} is not the {_stage(stage, pp, ' that were started')}; "
-        f"use dp = {stage // node}",
+        nodes % p.cp == 0,
+        f"parallel.cp = {p.cp} does not divide the {nodes} nodes of {node} ranks; use one of {divisors(nodes)}",
     )
-    mesh = Mesh(pp, dp, node, *ffn.sizes(p, node, stage))
+    dp = p.dp or nodes // p.cp
+    words, groups = ("dp x parallel.cp", f"{dp} x {p.cp}") if p.cp > 1 else ("dp", dp)
     require(
-        model.sequence_length % node == 0,
-        f"model.sequence_length = {model.sequence_length} is not divisible by parallel.node = {node}",
+        dp * p.cp * node == stage,
+        f"parallel.{words} x parallel.node = {groups} x {node} is not the "
+        f"{_stage(stage, pp, ' that were started')}; use dp = {nodes // p.cp}",
     )
+    mesh = Mesh(pp, dp, node, *ffn.sizes(p, node, stage), cp=p.cp)
+    _check_sequences(mesh, model.sequence_length, attention.zigzag)
     for strategy in (attention, vocabulary, ffn):
         strategy.check(mesh, parallel, model)
     return mesh
+
+
+def _check_sequences(mesh: Mesh, length: int, zigzag: bool) -> None:
+    """Refuse sequences that their ranks cannot share equally, and experts whose ranks have parts of two of them."""
+    cp, node, sequence = mesh.cp, mesh.node, mesh.sequence
+    key, chunks = "parallel.cp x parallel.node" if cp > 1 else "parallel.node", sequence
+    if cp > 1 or (zigzag and node > 1):
+        key, chunks = f"2 x {key}", 2 * sequence
+    divides("model.sequence_length", length, key, chunks)
+    require(
+        mesh.ffn % sequence == 0 or sequence % mesh.ffn == 0,
+        f"parallel.ep x parallel.etp = {mesh.ffn} with parallel.cp x parallel.node = {cp} x {node}: one must be a "
+        f"multiple of the other; use an ep x etp of {node} or a multiple of {sequence}",
+    )
 
 
 def _stage(ranks: int, pp: int, which: str = "") -> str:

@@ -121,10 +121,11 @@ class Layer:
 
     def value(
         self, tensor: str, shape: Sequence[float], shard: Shard | None = None, keep: Keep = Keep.PAPER, *,
-        piece: Piece | None = None, dtype: torch.dtype | None = None,
+        piece: Piece | None = None, dtype: torch.dtype | None = None, alias: str = "",
     ) -> Value:  # fmt: skip
         """Declare a value of this layer, in the compute dtype unless another is given."""
-        return Value(self.name(tensor, piece), shape, dtype or self.layout.dtype, shard=shard, keep=keep)
+        name, dtype = self.name(tensor, piece), dtype or self.layout.dtype
+        return Value(name, shape, dtype, shard=shard, keep=keep, alias=str(alias))
 
     def tokens(self, tensor: str, width: int, keep: Keep = Keep.PAPER, *, whole: str = "") -> Value:
         """Declare a value of the tokens that this rank holds between modules, [tokens, width]."""
@@ -136,17 +137,25 @@ class Layer:
 
     @property
     def node_tokens(self) -> int:
-        """Tokens of all ranks of the node together: whole sequences."""
+        """Tokens of all ranks of the node together: its share of the sequences."""
+        return self.layout.tokens * self.layout.node.size
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of all ranks that share a sequence together: whole sequences."""
         return self.layout.rows * self.layout.length
 
     @property
     def slices(self) -> Slices:
-        """The tokens of every sequence that each rank of the node holds."""
-        return self.strategies.attention.slices(self.layout.rows, self.layout.length, self.layout.node.size)
+        """The tokens of every sequence that each of its ranks holds."""
+        return self.strategies.attention.slices(self.layout)
 
 
 SEQUENCES = Rows("sequences", "node")
-"""Whole sequences, as the ranks of a node have them together."""
+"""What the ranks of a node have of the sequences together, in their order: all, unless several nodes share them."""
+
+WHOLE_SEQUENCES = Rows("sequences", "sequence")
+"""What all ranks that share the sequences have of them."""
 
 
 def columns(size: int, axis: Axis, parts: int = 1) -> tuple[range, ...] | None:

@@ -50,8 +50,18 @@ class Layout:
 
     @property
     def node(self) -> Axis:
-        """The ranks that share a sequence (or, tensor-parallel, heads)."""
+        """The ranks of a node, which share a node's part of the sequences (or, tensor-parallel, heads)."""
         return self.axes["node"]
+
+    @property
+    def cp(self) -> Axis:
+        """The ranks with the same place in the nodes that share a sequence."""
+        return self.axes["cp"]
+
+    @property
+    def sequence(self) -> Axis:
+        """The ranks of all nodes that share a sequence, cp x node."""
+        return self.axes["sequence"]
 
     @property
     def ep(self) -> Axis:
@@ -71,11 +81,12 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Tokens this rank holds between operators."""
-        return self.rows * self.length // self.node.size
+        return self.rows * self.length // self.sequence.size
 
     def stream(self, axis: Axis) -> Stream:
         """The link that messages along an axis take."""
-        span = {"node": 1, "etp": axis.size}.get(axis.name, self.group.size)  # consecutive ranks that it reaches over
+        spans = {"node": 1, "etp": axis.size, "cp": self.sequence.size, "sequence": self.sequence.size}
+        span = spans.get(axis.name, self.group.size)  # consecutive ranks that it reaches over
         return Stream.INTRA if span <= self.node.size else Stream.INTER
 
     def bytes(self, *elements: float) -> float:

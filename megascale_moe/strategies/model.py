@@ -119,18 +119,22 @@ def local_inputs(
 ) -> dict[str, Any]:
     """Return a micro-batch's inputs as this rank's list reads them: tokens and targets int64 [rows, length].
 
-    They are its slice of every row, but all tokens in rank order where the vocabulary is sharded; "rope" is for the
-    tokens that its attention projects.
+    They are its slice of every row, but those of its node in rank order where the vocabulary is sharded; "rope" is for
+    the tokens that its attention projects.
     """
-    node, device, strategies = layout.node, tokens.device, strategies_of(layout, config)
-    slices, positions = slices_of(layout), segments.positions()
-    if not strategies.attention.rotates_sequences(layout, config):
-        positions = slices.take(positions, node.index)
+    device, strategies, slices = tokens.device, strategies_of(layout, config), slices_of(layout)
+
+    def of(axis: str, x: Tensor) -> Tensor:
+        """Of all tokens those of this rank, of its node in their order, or of all ranks that share a sequence."""
+        if axis == "sequence":
+            return x
+        return slices.between.take(x, layout.cp.index) if axis == "node" else slices.take(x, layout.sequence.index)
 
     def local(x: Tensor) -> Tensor:
-        flat = x.reshape(-1)
-        return slices.by_rank(flat) if strategies.vocabulary.gathers_tokens(layout) else slices.take(flat, node.index)
+        gathers, flat = strategies.vocabulary.gathers_tokens(layout), x.reshape(-1)
+        return slices.within.by_rank(of("node", flat)) if gathers else of("", flat)
 
+    positions = of(strategies.attention.rope_axis(layout, config), segments.positions())
     values = {"tokens": local(tokens), "rope": rotary_table(config, positions.to(device)), "segments": segments}
     return values if targets is None else values | {"targets": local(targets)}
 

@@ -88,7 +88,7 @@ class MoEBlock(Block):
         weighted by the config's coefficients, to the training loss.
         """
         rows, width, _ = x.shape
-        length = width * self.axes["node"].size
+        length = width * self.axes["sequence"].size
         segments = segments or Segments.whole_rows(rows, length)
         y, auxiliary = _RunBlock.apply(self, segments, x, *self.parameters())  # type: ignore[no-untyped-call]
         return y, auxiliary
@@ -102,7 +102,7 @@ class _RunBlock(torch.autograd.Function):
         program, ctx.backward_program, slices = block.programs(segments.rows, segments.length, x.dtype)
         names = [name for name, _ in block.named_parameters()]
         weights = dict(zip(names, (p.detach() for p in parameters), strict=True)) | dict(block.named_buffers())
-        positions = slices.take(segments.positions(), block.axes["node"].index)
+        positions = slices.take(segments.positions(), block.axes["sequence"].index)
         rope = rotary_table(block.config, positions.to(x.device))
         values = {"x": x.detach().flatten(0, 1), "rope": rope, "segments": segments}
         out = program.run(values, weights)

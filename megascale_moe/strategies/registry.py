@@ -96,9 +96,8 @@ def strategies_of(layout: Layout, model: ModelConfig) -> Strategies:
 
 
 def slices_of(layout: Layout) -> Slices:
-    """Return which tokens of every sequence the ranks of a layout's node hold between modules."""
-    attention = named(ATTENTION, layout.attention, "parallel.attention")
-    return attention.slices(layout.rows, layout.length, layout.node.size)
+    """Return which tokens of every sequence the ranks of a layout hold between modules."""
+    return named(ATTENTION, layout.attention, "parallel.attention").slices(layout)
 
 
 def dispatch_of(layout: Layout, model: ModelConfig) -> DispatchForm:

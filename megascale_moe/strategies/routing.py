@@ -7,10 +7,12 @@ sizes and what capacity drops, with no further exchange, in both dispatch forms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megascale_moe.comm.axis import Axis
 from megascale_moe.comm.collectives import Pending, all_gather, reduce_scatter
 from megascale_moe.engine.autograd import autograd_op
 from megascale_moe.engine.gradient import Gradient
@@ -31,16 +33,21 @@ def routing_ops(layer: Layer, x: Value, pieces: Sequence[Piece], *, travels: boo
     Args:
         travels: whether rows travel to their experts, rather than tokens to all ranks.
     """
-    c = layer.model
+    c, layout = layer.model, layer.layout
     logits = layer.value("logits", (layer.layout.tokens, c.experts), Shard(), dtype=torch.float32)
     routed, (gate, choice, probabilities, z) = _route(layer, logits)
     ops = [_router(layer, x, logits), routed]
-    if layer.layout.group.size > 1:
-        gather, gate, choice = _gather_routing(layer, gate, choice)
+    whole, own = (gate, choice), (gate, choice)
+    if layout.group.size > 1:
+        gather, gate, choice = _gather_routing(layer, *own, layout.group)
         ops.append(gather)
+        whole = (gate, choice)
+    if layout.sequence.size > layout.group.size and (c.balance_loss or c.z_loss or c.capacity_factor):
+        gather, *whole = _gather_routing(layer, *own, layout.sequence)  # type: ignore[assignment]
+        ops.append(replace(gather, backward=()))
     if c.balance_loss or c.z_loss:
-        ops.append(_balance(layer, probabilities, z, choice))
-    plan, routing = plan_rows(layer, gate, choice, pieces, travels=travels)
+        ops.append(_balance(layer, probabilities, z, whole[1]))
+    plan, routing = plan_rows(layer, (gate, choice), whole, pieces, travels=travels)
     return [*ops, plan], routing
 
 
@@ -87,14 +94,19 @@ def _route(layer: Layer, logits: Value) -> tuple[Op, tuple[Value, Value, Value, 
     return op, (gate, choice, probabilities, z)
 
 
-def _gather_routing(layer: Layer, gate: Value, choice: Value) -> tuple[Op, Value, Value]:
-    """Gather all ranks' choices and gating weights in one message: int32 and float32 side by side."""
+def _gather_routing(layer: Layer, gate: Value, choice: Value, axis: Axis) -> tuple[Op, Value, Value]:
+    """Gather all ranks' choices and gating weights in one message: int32 and float32 side by side.
+
+    Over the ranks that share the experts, whose work it says; and over those that share a sequence, if they are more:
+    balance and capacity are those of whole sequences.
+    """
     layout, k = layer.layout, layer.model.top_k
-    name, axis = layer.name("gather_routing"), layout.group
+    what, whose = ("gather_routing", "all") if axis is layout.group else ("gather_sequences", axis.name)
+    name = layer.name(what)
     shape, rows = (axis.size * layout.tokens, k), Rows("gathered", axis.name)
     shard = Shard(("gate",), rows, partial_gradient=axis.name, routing=True)
-    gates = layer.value("gate_all", shape, shard, dtype=torch.float32)
-    choices = layer.value("choice_all", shape, Shard(("choice",), rows, routing=True), dtype=torch.int64)
+    gates = layer.value(f"gate_{whose}", shape, shard, dtype=torch.float32)
+    choices = layer.value(f"choice_{whose}", shape, Shard(("choice",), rows, routing=True), dtype=torch.int64)
 
     def run(gate: Tensor, choice: Tensor) -> Pending:
         packed = torch.cat((gate.view(torch.int32), choice.int()), dim=1)
@@ -118,15 +130,15 @@ def _balance(layer: Layer, probabilities: Value, z: Value, choice: Value) -> Op:
     How crowded an expert is needs the choices of whole documents, which the gathered routing holds; the rest is linear
     in this rank's probabilities, so no further sum over ranks is needed.
     """
-    c, layout, node = layer.model, layer.layout, layer.layout.node
+    c, layout, sequence = layer.model, layer.layout, layer.layout.sequence
     auxiliary = layer.value("auxiliary", (), dtype=torch.float32)
     per_token = layer.value("balance_weights", (layout.tokens, c.experts), Shard(), dtype=torch.float32)
 
     def run(probabilities: Tensor, z: Tensor, choice: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         device, documents = choice.device, segments.documents()
-        whole = layer.slices.sequences(choice).split(len(documents))[layout.group.index // node.size]
+        whole = layer.slices.sequences(choice).split(len(documents))[layout.group.index // sequence.size]
         weights = balance_weights(whole, documents.to(device), segments.lengths.to(device), c)
-        per_token = weights[layer.slices.take(documents, node.index).to(device)] * c.balance_loss
+        per_token = weights[layer.slices.take(documents, sequence.index).to(device)] * c.balance_loss
         return (per_token * probabilities).sum() + c.z_loss * z, per_token
 
     op = Op(layer.name("balance"), (probabilities, z, choice, "segments"), (auxiliary, per_token), run)

@@ -66,10 +66,13 @@ def routed_rows(layer: Layer, piece: Piece) -> float:
 
 
 def plan_rows(
-    layer: Layer, gate: Value, choice: Value, pieces: Sequence[Piece], *, travels: bool
+    layer: Layer, group: tuple[Value, Value], whole: Sequence[Value], pieces: Sequence[Piece], *, travels: bool
 ) -> tuple[Op, Routing]:
     """Make the row maps of gathered gating weights and choices; where rows travel, the only operator that the host
     waits for.
+
+    Args:
+        group: gating weights and choices of the ranks that share the experts. whole: of whole sequences.
     """
     c, layout, slices = layer.model, layer.layout, layer.slices
     T, local, me = layout.tokens, c.experts // layout.ep.size, layout.group.index
@@ -79,11 +82,13 @@ def plan_rows(
         rows.append(layer.own("rows", 8.0 * elements + 4.0 * local, piece))
     own_rows = [layer.own("own_rows", 8.0 * T * (3 * c.top_k + 1) + 4.0 * c.experts)] if travels else []
 
-    def run(gate: Tensor, choice: Tensor) -> tuple[object, ...]:
+    def run(_: Tensor, choice: Tensor, *whole: Tensor) -> tuple[object, ...]:
         survives = None
-        if c.capacity_factor:
-            gates, choices = slices.sequences(gate), slices.sequences(choice)
-            survives = slices.by_rank(within_capacity(choices, gates, len(choice) // layout.length, c))
+        if whole:
+            gates, choices = map(slices.sequences, whole)
+            survives = slices.by_rank(within_capacity(choices, gates, len(choices) // layout.length, c))
+            first = layout.sequence.index // layout.group.size * len(choice)  # where groups share one, this one's
+            survives = survives[first : first + len(choice)]
         if not travels:
             return tuple(_piece_map(piece, choice, survives, [], layer) for piece in pieces)
         mine = slice(me * T, (me + 1) * T)
@@ -91,8 +96,9 @@ def plan_rows(
         per_rank = [sum(own.counts[rank * local : (rank + 1) * local]) for rank in range(layout.ep.size)]
         return own, *(_piece_map(piece, choice, survives, per_rank, layer) for piece in pieces)
 
-    routing = Routing(gate, pieces, rows, own_rows[0] if own_rows else None)
-    return Op(layer.name("plan"), (gate, choice), (*own_rows, *rows), run), routing
+    routing = Routing(group[0], pieces, rows, own_rows[0] if own_rows else None)
+    reads = (*group, *(whole if c.capacity_factor else ()))
+    return Op(layer.name("plan"), reads, (*own_rows, *rows), run), routing
 
 
 def _piece_map(

@@ -1,9 +1,12 @@
-"""Which tokens of every sequence a rank of a node holds, and whole sequences out of the ranks' slices.
+"""Which tokens of every sequence a rank holds, and whole sequences out of the ranks' slices.
 
-Between modules tokens are sharded by sequence: each rank of a node has a slice of every row of the micro-batch. Whether
-a slice is contiguous is up to the attention strategy (`AttentionStrategy.zigzag`). Under a causal mask the last of n
-contiguous slices would see 2n - 1 times as many keys as the first. In zig-zag order a rank holds chunks r and
-2n - 1 - r of the 2n chunks of a row instead, and all ranks have the same work.
+Between modules tokens are sharded by sequence: each rank has a slice of every row of the micro-batch. Whether a slice
+is contiguous is up to the attention strategy (`AttentionStrategy.zigzag`). Under a causal mask the last of n contiguous
+slices would see 2n - 1 times as many keys as the first. In zig-zag order a rank holds chunks r and 2n - 1 - r of the 2n
+chunks of a row instead, and all ranks have the same work.
+
+A row that lies on several nodes is shared out twice: over the nodes in zig-zag order, and each node's share, two chunks
+one behind the other, over its ranks. Where both are in zig-zag order, so are all ranks together.
 
 Whatever turns slices into sequences or back asks here, so that routing, balance losses, vocabulary and sampling work in
 either order.
@@ -22,24 +25,48 @@ from megascale_moe.model.segments import Segments
 
 @dataclass(frozen=True)
 class Slices:
-    """How a micro-batch of `rows` x `length` tokens is shared out over the `parts` ranks of a node.
+    """How a micro-batch of `rows` x `length` tokens is shared out over the `parts` ranks of each of some nodes.
 
     Attributes:
-        zigzag: whether a rank holds an early and a late chunk of every row rather than one contiguous slice.
+        zigzag: whether a rank holds an early and a late chunk of its node's share of a row, not one contiguous slice.
+        nodes: that share a row.
+        crossed: in which order the slices of all ranks lie: those with the same place in their nodes one behind the
+            other, rather than those of a node.
     """
 
     rows: int
     length: int
     parts: int
     zigzag: bool = False
+    nodes: int = 1
+    crossed: bool = False
+
+    @property
+    def between(self) -> Slices:
+        """How rows are shared out over nodes."""
+        return Slices(self.rows, self.length, self.nodes, self.nodes > 1)
+
+    @property
+    def within(self) -> Slices:
+        """How a node's share of the rows is shared out over its ranks."""
+        rows = self.rows * (self.nodes if self.crossed else 1)
+        return Slices(rows, self.length // self.nodes, self.parts, self.zigzag)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share a row."""
+        return self.nodes * self.parts
 
     @property
     def tokens(self) -> int:
         """Tokens of a rank."""
-        return self.rows * self.length // self.parts
+        return self.rows * self.length // self.ranks
 
     def runs(self, part: int) -> tuple[range, ...]:
         """Return the positions that a rank holds of every row, as ranges of consecutive ones, ascending."""
+        if self.nodes > 1:
+            node, place = divmod(part, self.parts)
+            return _runs_of(self.between.runs(node), self.within.runs(place))
         chunks = (part, 2 * self.parts - 1 - part) if self.zigzag else (part,)
         width = self.length // (self.parts * len(chunks))
         return tuple(range(chunk * width, (chunk + 1) * width) for chunk in chunks)
@@ -52,13 +79,16 @@ class Slices:
     def by_rank(self, x: Tensor) -> Tensor:
         """Return the slices of every rank, one rank behind the other; the inverse of `sequences`.
 
-        x [nodes * rows * length, ...], of one node or of several, -> [nodes * parts * tokens, ...], contiguous.
+        x [groups * rows * length, ...], of one group of ranks or of several, -> [groups * ranks * tokens, ...],
+        contiguous.
         """
+        if self.nodes > 1:
+            return self.within.by_rank(self.between.by_rank(x))
         if self.parts == 1:
             return x.contiguous()
         if self.zigzag:
             early, late = x.view(-1, self.rows, 2, self.parts, self._chunk, *x.shape[1:]).unbind(2)
-            blocks = torch.stack((early, late.flip(2)), dim=3)  # [nodes, rows, parts, 2, chunk, ...]
+            blocks = torch.stack((early, late.flip(2)), dim=3)  # [groups, rows, parts, 2, chunk, ...]
         else:
             blocks = x.view(-1, self.rows, self.parts, self._chunk, *x.shape[1:])
         return blocks.transpose(1, 2).reshape(x.shape)
@@ -66,13 +96,15 @@ class Slices:
     def sequences(self, x: Tensor) -> Tensor:
         """Return whole rows out of the slices of every rank, which lie one rank behind the other.
 
-        x [nodes * parts * tokens, ...] -> [nodes * rows * length, ...], contiguous.
+        x [groups * ranks * tokens, ...] -> [groups * rows * length, ...], contiguous.
         """
+        if self.nodes > 1:
+            return self.between.sequences(self.within.sequences(x))
         if self.parts == 1:
             return x.contiguous()
         if self.zigzag:
             blocks = x.view(-1, self.parts, self.rows, 2, self._chunk, *x.shape[1:])
-            early, late = blocks.transpose(1, 2).unbind(3)  # [nodes, rows, parts, chunk, ...]
+            early, late = blocks.transpose(1, 2).unbind(3)  # [groups, rows, parts, chunk, ...]
             return torch.stack((early, late.flip(2)), dim=2).reshape(x.shape)
         blocks = x.view(-1, self.parts, self.rows, self._chunk, *x.shape[1:])
         return blocks.transpose(1, 2).reshape(x.shape)
@@ -99,7 +131,7 @@ class Slices:
 
     def place(self, position: int) -> tuple[int, int]:
         """Return which rank holds a position of the rows, and where in its slice of a row."""
-        for part in range(self.parts):
+        for part in range(self.ranks):
             before = 0
             for run in self.runs(part):
                 if position in run:
@@ -111,3 +143,15 @@ class Slices:
     def _chunk(self) -> int:
         """Tokens that stay together."""
         return self.length // (self.parts * (2 if self.zigzag else 1))
+
+
+def _runs_of(share: tuple[range, ...], runs: tuple[range, ...]) -> tuple[range, ...]:
+    """Positions of some runs of a share, which is itself runs of a row one behind the other."""
+    found, before = [], 0
+    for whole in share:
+        for run in runs:
+            first, last = max(run.start - before, 0), min(run.stop - before, len(whole))
+            if first < last:
+                found.append(whole[first:last])
+        before += len(whole)
+    return tuple(found)

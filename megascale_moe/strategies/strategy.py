@@ -73,13 +73,15 @@ class AttentionStrategy(Strategy):
         """Return the operators from x [tokens, hidden] to the attention's result, [tokens, hidden]."""
         raise NotImplementedError
 
-    def slices(self, rows: int, length: int, node: int) -> Slices:
-        """Return how `node` ranks share out `rows` x `length` tokens between modules."""
-        return Slices(rows, length, node, self.zigzag and node > 1)
+    def slices(self, layout: Layout) -> Slices:
+        """Return how the ranks of a layout share out the tokens of a micro-batch between modules."""
+        node = layout.node.size
+        return Slices(layout.rows, layout.length, node, self.zigzag and node > 1, layout.cp.size)
 
-    def rotates_sequences(self, layout: Layout, model: ModelConfig) -> bool:
-        """Return whether rotary embedding is applied to whole sequences rather than to this rank's slices."""
-        return layout.node.size == 1
+    def rope_axis(self, layout: Layout, model: ModelConfig) -> str:
+        """Return the axis whose ranks' tokens rotary embedding is applied to, "node" or "sequence"; "": the own ones.
+        """
+        return ""
 
 
 class FFNStrategy(Strategy):

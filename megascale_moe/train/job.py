@@ -95,8 +95,8 @@ def local_rank_count(config: Config) -> int:
     """Return how many ranks to start here: as the config's mesh says, or one per GPU, or one."""
     parallel = config.parallel
     node = parallel.node or parallel.ep * parallel.etp
-    if parallel.dp or node or parallel.pp > 1:
-        return parallel.pp * max(parallel.dp, 1) * max(node, 1)
+    if parallel.dp or node or max(parallel.pp, parallel.cp) > 1:
+        return parallel.pp * max(parallel.dp, 1) * parallel.cp * max(node, 1)
     return max(torch.cuda.device_count(), 1) if config.train.device != "cpu" else 1
 
 

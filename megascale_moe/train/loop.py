@@ -144,7 +144,7 @@ class Loop:
         self.micro = micro_batch(config, mesh)
         self.micros = t.global_batch // mesh.dp // self.micro
         order = {
-            "sequence_length": m.sequence_length, "dp_rank": job.rank % mesh.stage // mesh.node, "dp_size": mesh.dp,
+            "sequence_length": m.sequence_length, "dp_rank": mesh.replica(job.rank), "dp_size": mesh.dp,
             "seed": t.seed,
         }  # fmt: skip
         self.loader = Loader(training, global_batch=t.global_batch, **order)

@@ -236,7 +236,7 @@ class Trainer:
 
     def next_token_logits(self, tokens: list[int]) -> Tensor:
         """Return logits, float32 [vocab], for the token after `tokens`, a sequence at most; all ranks call it."""
-        length, node = self.model.sequence_length, self.axes["node"]
+        length, node, sequence = self.model.sequence_length, self.axes["node"], self.axes["sequence"]
         self.settle()
         padded = torch.zeros(1, length, dtype=torch.long)
         padded[0, : len(tokens)] = torch.tensor(tokens)
@@ -246,12 +246,14 @@ class Trainer:
             logits = out[of_micro("logits", 0)]
             layout = self.program(1, 1, "logits")[0].layout
             part, place = slices_of(layout).place(len(tokens) - 1)
+            holder, inside = divmod(part, node.size)  # the node that has the token, and the rank in it
             if strategies_of(layout, self.model).vocabulary.gathers_tokens(layout):
                 width = logits.shape[1]
-                mine[node.index * width : (node.index + 1) * width] = logits[part * layout.tokens + place]
-            elif part == node.index:
+                if holder == layout.cp.index:
+                    mine[node.index * width : (node.index + 1) * width] = logits[inside * layout.tokens + place]
+            elif part == sequence.index:
                 mine.copy_(logits[place])
-        return all_reduce_sum(all_reduce_sum(mine, node), self.axes["pp"]).cpu()
+        return all_reduce_sum(all_reduce_sum(mine, sequence), self.axes["pp"]).cpu()
 
     def generate(self, prompt: list[int], count: int, end: int) -> list[int]:
         """Continue `prompt` by up to `count` tokens; all ranks call it together and get the same result.

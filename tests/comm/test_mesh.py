@@ -26,6 +26,9 @@ MESHES = [
     Mesh(pp=15, dp=12, node=8, ep=8),  # the paper's 1,440 GPUs
     Mesh(dp=2, node=4, ep=1, etp=4),  # tensor parallelism alone
     Mesh(pp=2, dp=4, node=2, ep=2, etp=4),
+    Mesh(dp=2, cp=2, node=2, ep=2),  # sequences over two nodes, experts in one
+    Mesh(pp=2, cp=3, node=2, ep=6),
+    Mesh(dp=2, cp=4, ep=8),
 ]
 
 
@@ -43,9 +46,11 @@ def test_groups_of_an_axis_hold_every_rank_once(mesh: Mesh, axis: str) -> None:
 def test_sizes_of_axes(mesh: Mesh) -> None:
     sizes = {axis: len(mesh.ranks(axis, mesh.world - 1)) for axis in AXES}
     assert sizes == {
-        "node": mesh.node, "ffn": mesh.ep * mesh.etp, "ep": mesh.ep, "etp": mesh.etp, "data": mesh.dp * mesh.node,
-        "expert_data": mesh.stage // (mesh.ep * mesh.etp), "tensor_data": mesh.dp,
-        "tied": mesh.dp * min(mesh.pp, 2), "pp": mesh.pp, "world": mesh.pp * mesh.dp * mesh.node,
+        "node": mesh.node, "ffn": mesh.ep * mesh.etp, "ep": mesh.ep, "etp": mesh.etp, "cp": mesh.cp,
+        "sequence": mesh.cp * mesh.node, "data": mesh.dp * mesh.cp * mesh.node,
+        "expert_data": mesh.stage // (mesh.ep * mesh.etp), "tensor_data": mesh.dp * mesh.cp,
+        "tied": mesh.dp * mesh.cp * min(mesh.pp, 2), "pp": mesh.pp,
+        "world": mesh.pp * mesh.dp * mesh.cp * mesh.node,
     }  # fmt: skip
 
 
@@ -67,6 +72,15 @@ def test_groups_of_eight_ranks() -> None:
     assert mesh.groups("expert_data") == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert mesh.groups("data") == [tuple(range(8))]
     assert Mesh(pp=2, dp=2, node=2, ep=2).groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_groups_of_sequences_that_two_nodes_share() -> None:
+    mesh = Mesh(dp=2, cp=2, node=2, ep=2)
+    assert mesh.groups("sequence") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert mesh.groups("cp") == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert mesh.groups("node") == mesh.groups("ffn") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert mesh.groups("tensor_data") == [(0, 2, 4, 6), (1, 3, 5, 7)]  # two nodes add to one sum, whatever they share
+    assert [mesh.replica(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_groups_of_experts_that_are_cut_too() -> None:
@@ -113,11 +127,17 @@ def test_single_has_every_axis_without_a_group() -> None:
         ({"node": 4, "ffn": "ep+tp", "etp": 2}, 8, (2, 4, 2)),
         ({"node": 2, "ffn": "ep+tp", "etp": 2, "ep": 4}, 8, (4, 2, 4)),
         ({"ffn": "ep+tp", "etp": 2, "ep": 2}, 8, (2, 4, 2)),
+        ({"cp": 2}, 8, (1, 4, 4)),
+        ({"cp": 2, "dp": 2}, 8, (2, 2, 2)),
+        ({"cp": 2, "ep": 2}, 8, (2, 2, 2)),
+        ({"cp": 2, "node": 2, "ep": 8}, 8, (2, 2, 8)),
+        ({"cp": 4, "node": 1, "pp": 2}, 8, (1, 1, 1)),
     ],
 )
 def test_mesh_of_works_out_what_is_left_open(given: dict[str, Any], world: int, sizes: tuple[int, int, int]) -> None:
     mesh = mesh_of(ParallelConfig(**given), MODEL, world)
     assert (mesh.dp, mesh.node, mesh.ep) == sizes
+    assert mesh.world == world
 
 
 @pytest.mark.parametrize(
@@ -150,6 +170,14 @@ def test_mesh_of_works_out_what_is_left_open(given: dict[str, Any], world: int, 
         ({"vocabulary": "sharded"}, {"vocab": 30}, 4, "model.vocab = 30 is not divisible by parallel.node = 4; use one "
          "of 1, 2, 3, 5, 6, 10, 15, 30 (or parallel.vocabulary = 'replicated')"),
         ({}, {"sequence_length": 62}, 4, "model.sequence_length = 62 is not divisible by parallel.node = 4"),
+        ({"cp": 3}, {}, 4, "parallel.cp = 3 does not divide the 4 nodes of 1 ranks; use one of 1, 2, 4"),
+        ({"cp": 2, "node": 4}, {}, 4, "parallel.cp = 2 does not divide the 1 nodes of 4 ranks; use one of 1"),
+        ({"cp": 2, "node": 2, "dp": 2}, {}, 4, "parallel.dp x parallel.cp x parallel.node = 2 x 2 x 2 is not the 4 "
+         "ranks that were started; use dp = 1"),
+        ({"cp": 2, "node": 2}, {"sequence_length": 36}, 4, "model.sequence_length = 36 is not divisible by "
+         "2 x parallel.cp x parallel.node = 8; use one of 1, 2, 3, 4, 6, 9, 12, 18, 36"),
+        ({"cp": 3, "node": 2, "ep": 4}, {"sequence_length": 48}, 12, "parallel.ep x parallel.etp = 4 with parallel.cp "
+         "x parallel.node = 3 x 2: one must be a multiple of the other; use an ep x etp of 2 or a multiple of 6"),
         ({}, {"heads": 6}, 4, "model.heads = 6 is not divisible by parallel.node = 4; use one of 1, 2, 3, 6"),
         ({}, {"experts": 6}, 4, "model.experts = 6 is not divisible by parallel.ep = 4; use one of 1, 2, 3, 6"),
     ],

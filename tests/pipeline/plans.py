@@ -39,7 +39,7 @@ ROWS = 2  # sequences of a micro-batch
 
 FACTORS = {
     "variant": tuple(name for name in VARIANTS if name != "gqa"),  # which is each of the others with less
-    **LAYOUT, "sizes": ("node4", "dp2-node2", "dp4", "pp2-node2", "pp2-dp2"),
+    **LAYOUT, "sizes": ("node4", "dp2-node2", "dp4", "cp2-node2", "pp2-node2", "pp2-dp2", "pp2-cp2"),
     "experts": tuple(name for name in EXPERTS if name != "whole"), "schedule": ("1f1b", "interleaved", "zero_bubble"),
     "split": ("none", "2", "3", "4", "9"), "order": ("serial", "paper", "scheduled"),
     "remat": ("none", "paper", "full", "budget"), "micro_batches": ("1", "2"),
@@ -51,15 +51,15 @@ def attention_is_cut_in_pieces(sizes: str, attention: str, split: str) -> bool:
 
     Else a pair of two factors could be in the table and nowhere in what runs.
     """
-    return split == "none" or attention != "sp" or (2 if split == "9" else int(split)) <= SIZES[sizes][2]
+    return split == "none" or attention != "sp" or (2 if split == "9" else int(split)) <= SIZES[sizes][3]
 
 
 def experts_are_cut_in_pieces(sizes: str, experts: str, split: str) -> bool:
     """As for attention. Rows that go to experts which ranks share are cut by the ranks that they go to first."""
     if split == "none":
         return True
-    (_, dp, node), pieces = SIZES[sizes], 2 if split == "9" else int(split)
-    ranks = node if EXPERTS[experts][1] == "node" else dp * node
+    (_, dp, cp, node), pieces = SIZES[sizes], 2 if split == "9" else int(split)
+    ranks = node if EXPERTS[experts][1] == "node" else dp * cp * node
     return pieces <= (ranks // 2 if experts == "ep+tp-all_to_all" else ranks)
 
 
@@ -127,7 +127,7 @@ class Run:
         self.weights |= dict(model.named_buffers())
         self.values: dict[str, Any] = {"loss_scale": SCALE, "auxiliary_scale": torch.tensor(SCALE)}
         batch = random_rows(config, rows=ROWS * MICROS * mesh.dp)
-        first = dist.get_rank() % mesh.stage // mesh.node * ROWS * MICROS
+        first = mesh.replica(dist.get_rank()) * ROWS * MICROS
         for micro in range(MICROS):
             tokens, targets, segments = batch.part(slice(first + ROWS * micro, first + ROWS * (micro + 1)))
             inputs = local_inputs(tokens, targets, plan.layout, segments, config)

@@ -35,11 +35,12 @@ CPU = torch.device("cpu")
 
 # --- layouts as factors (tests/pairs.py) -----------------------------------------------------------------------------
 
-SIZES: dict[str, tuple[int, int, int]] = {
-    "one-rank": (1, 1, 1), "dp2": (1, 2, 1), "node2": (1, 1, 2), "node4": (1, 1, 4), "dp2-node2": (1, 2, 2),
-    "dp4": (1, 4, 1), "pp2-node2": (2, 1, 2), "pp2-dp2": (2, 2, 1),
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "one-rank": (1, 1, 1, 1), "dp2": (1, 2, 1, 1), "node2": (1, 1, 1, 2), "node4": (1, 1, 1, 4),
+    "dp2-node2": (1, 2, 1, 2), "dp4": (1, 4, 1, 1), "cp2": (1, 1, 2, 1), "cp2-node2": (1, 1, 2, 2),
+    "dp2-cp2": (1, 2, 2, 1), "pp2-node2": (2, 1, 1, 2), "pp2-dp2": (2, 2, 1, 1), "pp2-cp2": (2, 1, 2, 1),
 }  # fmt: skip
-"""Values of the factor "sizes": pp, dp, node."""
+"""Values of the factor "sizes": pp, dp, cp, node."""
 
 EXPERTS: dict[str, tuple[str, str, str]] = {
     "whole": ("ep", "nowhere", "auto"),
@@ -59,17 +60,17 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "attention": ("alone", "sp", "tp", "cp"),
     "vocabulary": ("replicated", "sharded"),
 }
-"""The factors of a layout; "schedule" may be one more. Attention is "alone" on a node of one rank."""
+"""The factors of a layout; "schedule" may be one more. Attention is "alone" on a node of one rank, or by latents."""
 
 
 def parallel_of(case: Mapping[str, str]) -> ParallelConfig:
     """The layout of a case."""
-    (pp, dp, node), (ffn, where, dispatch) = SIZES[case["sizes"]], EXPERTS[case["experts"]]
-    ranks = {"nowhere": 1, "node": node, "stage": dp * node}[where]
+    (pp, dp, cp, node), (ffn, where, dispatch) = SIZES[case["sizes"]], EXPERTS[case["experts"]]
+    ranks = {"nowhere": 1, "node": node, "stage": dp * cp * node}[where]
     ep, etp = {"ep": (ranks, 1), "tp": (1, ranks), "ep+tp": (max(ranks // 2, 1), 2)}[ffn]
     schedule = case.get("schedule", "1f1b")
     return ParallelConfig(
-        pp=pp, dp=dp, node=node, ep=ep, etp=etp, ffn=ffn, dispatch=dispatch,  # type: ignore[arg-type]
+        pp=pp, dp=dp, cp=cp, node=node, ep=ep, etp=etp, ffn=ffn, dispatch=dispatch,  # type: ignore[arg-type]
         attention=case["attention"].replace("alone", "sp"), vocabulary=case["vocabulary"],  # type: ignore[arg-type]
         schedule=schedule, virtual_stages=2 if schedule == "interleaved" else 1,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -88,27 +89,28 @@ def fitted(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
 
 
 def node_has_ranks(sizes: str, attention: str) -> bool:
-    """Attention is cut where a node has several ranks."""
-    return (SIZES[sizes][2] == 1) == (attention == "alone")
+    """Attention is cut where a node has several ranks, or where nodes share sequences and may gather latents."""
+    _, _, cp, node = SIZES[sizes]
+    return (node == 1) == (attention == "alone") or (cp > 1 and attention == "cp")
 
 
 def vocabulary_is_cut(sizes: str, vocabulary: str) -> bool:
     """Over a node of several ranks."""
-    return vocabulary == "replicated" or SIZES[sizes][2] > 1
+    return vocabulary == "replicated" or SIZES[sizes][3] > 1
 
 
 def experts_are_cut(sizes: str, experts: str) -> bool:
     """The mesh has such a way of the experts, and it is not another one by name: over nodes there are several, and
     rows go to several ranks.
     """
-    (pp, dp, node), (ffn, where, dispatch) = SIZES[sizes], EXPERTS[experts]
+    (pp, dp, cp, node), (ffn, where, dispatch) = SIZES[sizes], EXPERTS[experts]
     parallel = parallel_of({"sizes": sizes, "experts": experts, "attention": "sp", "vocabulary": "replicated"})
-    if (where == "node" and node == 1) or (where == "stage" and ffn == "ep" and dp == 1):
+    if (where == "node" and node == 1) or (where == "stage" and ffn == "ep" and dp * cp == 1):
         return False
     if dispatch == "all_to_all" and parallel.ep == 1:
         return False
     try:
-        mesh_of(parallel, ModelConfig(), pp * dp * node)
+        mesh_of(parallel, ModelConfig(), pp * dp * cp * node)
     except ConfigError:
         return False
     return True
@@ -164,7 +166,7 @@ def run_model(
     """
     config = model.config
     axes = connect(mesh) if mesh.world > 1 else single()
-    place = dist.get_rank() // mesh.node if mesh.world > 1 else 0
+    place = mesh.replica(dist.get_rank()) if mesh.world > 1 else 0
     share = len(batch.tokens) // mesh.dp
     micro = micro or share
     layout = Layout(micro, config.sequence_length, axes, dtype, dispatch=dispatch, **strategies)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +18,20 @@ from megascale_moe.comm.axis import axes_of, connect
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from megascale_moe.engine.names import parse
-from megascale_moe.engine.op import Op, Phase, Work
+from megascale_moe.engine.op import Op, Phase, Stream, Work
 from megascale_moe.model.segments import Segments
 from megascale_moe.model.transformer import build
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.model import local_inputs, model_ops
 from megascale_moe.strategies.registry import slices_of
+from megascale_moe.strategies.stages import Part
+from megascale_moe.strategies.weights import placements
 from megascale_moe.testing import run_ranks
 from megascale_moe.tools.verify.batch import BatchRows, random_rows
 from megascale_moe.train.trainer import Trainer
 from tests.strategies.layouts import compare, reference, run_rank
-from tests.strategies.test_layouts import LATENT, SMALL, TOLERANCE
+from tests.strategies.test_layouts import GPT_OSS, LATENT, SMALL, TOLERANCE
 
 
 @pytest.mark.parametrize("node", [2, 4])
@@ -64,6 +67,52 @@ def test_sequences_that_have_no_two_chunks_a_rank_are_refused() -> None:
     with pytest.raises(ConfigError, match=message):
         mesh_of(ParallelConfig(node=4, attention="cp"), config, 4)
     assert mesh_of(ParallelConfig(node=1, attention="cp"), replace(config, sequence_length=13), 1).node == 1
+
+
+# --- nodes that share sequences --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "strategies"),
+    [
+        (SMALL, Mesh(cp=4, ep=2), {"attention": "sp"}),
+        (GPT_OSS, Mesh(cp=2, node=2, ep=2), {"attention": "sp", "pieces": 2}),
+        (GPT_OSS, Mesh(cp=2, node=2, ep=4), {"attention": "cp", "vocabulary": "sharded"}),
+        (replace(SMALL, heads=6, kv_heads=3, head_dim=8), Mesh(cp=2, node=2, ep=2), {"attention": "sp"}),
+        (replace(LATENT, sliding_window=5), Mesh(cp=2, node=2, etp=2), {"attention": "tp", "ffn": "tp"}),
+        (LATENT, Mesh(cp=2, node=2, ep=2), {"attention": "cp", "vocabulary": "sharded"}),
+    ],
+)
+def test_packed_documents_over_nodes(config: ModelConfig, mesh: Mesh, strategies: dict[str, Any]) -> None:
+    """Documents that begin and end anywhere in the shares of nodes, of one token, and of a whole row."""
+    plain = random_rows(config, rows=4)
+    batch = BatchRows(plain.tokens, plain.targets, ((0, 1, 2, 15), (0, 3, 5), (0,), (0, 7, 8, 9)))
+    results = run_ranks(4, partial(run_rank, **strategies), config, batch, mesh, "all_to_all")
+    loss, gradient, name = compare(results, reference(config, batch))
+    assert loss < TOLERANCE
+    assert gradient < TOLERANCE, name
+
+
+@pytest.mark.parametrize("attention", ["sp", "tp", "cp"])
+def test_weights_know_nothing_of_nodes_that_share_sequences(attention: str) -> None:
+    """They lie as with sequences of their own: the same nodes are data-parallel then."""
+    shared, apart = (
+        placements(LATENT, Layout(1, 16, axes_of(mesh, 3), attention=attention), Part.whole(LATENT))
+        for mesh in (Mesh(cp=2, node=2, ep=2), Mesh(dp=2, node=2, ep=2))
+    )
+    assert shared == apart
+
+
+@pytest.mark.parametrize("attention", ["sp", "tp", "cp"])
+@pytest.mark.parametrize(("nodes", "node"), [(2, 1), (2, 2), (4, 2)])
+def test_nodes_have_the_same_part_of_the_causal_square(nodes: int, node: int, attention: str) -> None:
+    """And so has every rank, of all heads or of its own of them: of one rank's FLOPs those are what is declared."""
+    config = replace(SMALL, sequence_length=64, kv_heads=4)
+    layout = Layout(2, 64, axes_of(Mesh(cp=nodes, node=node, ep=node), 1), attention=attention)
+    work = [op for op in model_ops(config, layout) if op.cost.work == Work.ATTENTION]
+    alone = [op for op in model_ops(config, Layout.alone(2, 64)) if op.cost.work == Work.ATTENTION]
+    assert [op.cost.flops * nodes * node for op in work] == [op.cost.flops for op in alone]
+    assert all(op.stream == Stream.INTER for op in model_ops(config, layout) if op.cost.axis == "cp")
 
 
 # --- work ------------------------------------------------------------------------------------------------------------
@@ -116,20 +165,26 @@ def test_there_is_one_message_each_way() -> None:
 
 
 def next_logits(config: ModelConfig, vocabulary: str, mesh: Mesh, counts: list[int]) -> list[Tensor]:
-    parallel = ParallelConfig(node=mesh.node, ep=mesh.ep, attention="cp", vocabulary=vocabulary)  # type: ignore[arg-type]
+    parallel = ParallelConfig(cp=mesh.cp, node=mesh.node, ep=mesh.ep, attention="cp", vocabulary=vocabulary)  # type: ignore[arg-type]
     train = TrainConfig(dtype="fp32", compile="off", global_batch=4)
     trainer = Trainer(Config(model=config, parallel=parallel, train=train), mesh, connect(mesh), torch.device("cpu"))
     trainer.set_weights(build(config).state_dict())
     return [trainer.next_token_logits(list(range(count))) for count in counts]
 
 
-@pytest.mark.parametrize("vocabulary", ["replicated", "sharded"])
-def test_the_next_token_is_that_of_the_plain_model(vocabulary: str) -> None:
+@pytest.mark.parametrize(
+    ("vocabulary", "mesh"),
+    [
+        ("replicated", Mesh(node=4, ep=4)), ("sharded", Mesh(node=4, ep=4)), ("replicated", Mesh(cp=4, ep=2)),
+        ("sharded", Mesh(cp=2, node=2, ep=2)),
+    ],
+)  # fmt: skip
+def test_the_next_token_is_that_of_the_plain_model(vocabulary: str, mesh: Mesh) -> None:
     """The last token lies with each rank once, in its early and in its late chunk."""
     counts = [*range(1, 17, 2), 16]
     tokens = torch.arange(16)[None]
     wanted = build(SMALL)(tokens, Segments.whole_rows(1, 16)).detach().view(16, -1)
-    for found in run_ranks(4, next_logits, SMALL, vocabulary, Mesh(node=4, ep=4), counts):
+    for found in run_ranks(4, next_logits, SMALL, vocabulary, mesh, counts):
         for count, logits in zip(counts, found, strict=True):
             # FP32 sums in another order: a few 2^-24 of logits of size 1, grown through two layers.
             assert torch.allclose(logits, wanted[count - 1], rtol=1e-5, atol=1e-5)

@@ -65,7 +65,7 @@ VARIANTS = {
     "gpt-oss": GPT_OSS,
 }
 
-LOCAL = tuple(name for name, (pp, _, _) in SIZES.items() if pp == 1)  # pipelines have other lists
+LOCAL = tuple(name for name, (pp, *_) in SIZES.items() if pp == 1)  # pipelines have other lists
 CASES = pairs({"variant": tuple(VARIANTS), **LAYOUT, "sizes": LOCAL}, *RULES)
 
 
@@ -73,7 +73,7 @@ CASES = pairs({"variant": tuple(VARIANTS), **LAYOUT, "sizes": LOCAL}, *RULES)
 def test_layout_equals_plain_model(case: Case) -> None:
     parallel = parallel_of(case)
     config = fitted(VARIANTS[case["variant"]], parallel)
-    mesh = mesh_of(parallel, config, parallel.dp * parallel.node)
+    mesh = mesh_of(parallel, config, math.prod(SIZES[case["sizes"]]))
     batch = random_rows(config, rows=4)
     run = partial(
         run_rank, config, batch, mesh, parallel.dispatch, attention=parallel.attention, ffn=parallel.ffn,

@@ -48,6 +48,39 @@ def test_slices_of_all_ranks_are_the_sequences(parts: int, zigzag: bool) -> None
     assert torch.equal(slices.by_rank(whole[:, 0]), by_rank[:, 0])
 
 
+@pytest.mark.parametrize(("zigzag", "runs"), [
+    (False, [[0, 1, 2, 3], [4, 5, 18, 19], [20, 21, 22, 23], [6, 7, 8, 9], [10, 11, 12, 13], [14, 15, 16, 17]]),
+    (True, [[0, 1, 22, 23], [2, 3, 20, 21], [4, 5, 18, 19], [6, 7, 16, 17], [8, 9, 14, 15], [10, 11, 12, 13]]),
+])  # fmt: skip
+def test_positions_of_ranks_in_two_nodes(zigzag: bool, runs: list[list[int]]) -> None:
+    """Chunks 0 and 3 of four are the first node's; a rank's slice may lie in both of them. All zig-zag is flat."""
+    slices = Slices(2, 24, 3, zigzag, 2)
+    assert [[position for run in slices.runs(part) for position in run] for part in range(6)] == runs
+    if zigzag:
+        assert [slices.runs(part) for part in range(6)] == [Slices(2, 24, 6, zigzag).runs(part) for part in range(6)]
+    assert slices.place(18) == (1 if not zigzag else 2, 2)
+    assert slices.tokens == len(slices.take(torch.arange(48), 0)) == 8
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize(("nodes", "parts"), [(2, 1), (2, 2), (3, 2), (2, 3)])
+def test_slices_of_all_ranks_of_nodes_are_the_sequences(nodes: int, parts: int, zigzag: bool) -> None:
+    """Node by node, and place by place, as two gathers leave them."""
+    slices = Slices(2, 24, parts, zigzag, nodes)
+    whole = torch.randn(2 * 48, 3)
+    by_rank = torch.cat([slices.take(half, part) for half in whole.split(48) for part in range(nodes * parts)])
+    assert torch.equal(slices.by_rank(whole), by_rank)
+    assert torch.equal(slices.sequences(by_rank), whole)
+    crossed = replace(slices, crossed=True)
+    by_place = torch.cat([
+        slices.take(whole[:48], node * parts + place) for place in range(parts) for node in range(nodes)
+    ])  # fmt: skip
+    assert torch.equal(crossed.by_rank(whole[:48]), by_place)
+    assert torch.equal(crossed.sequences(by_place), whole[:48])
+    shares = torch.cat([slices.between.take(whole[:48], node) for node in range(nodes)])
+    assert torch.equal(slices.within.by_rank(shares), by_rank[:48])
+
+
 def test_a_position_outside_of_the_rows_is_held_by_nobody() -> None:
     with pytest.raises(IndexError, match="position 12 of rows of 12 tokens"):
         Slices(1, 12, 3).place(12)
@@ -58,7 +91,7 @@ PACKED = Segments(2, 24, (0, 1, 7, 24, 36, 41, 48))
 
 def pairs(slices: Slices, part: int, segments: Segments, window: int) -> torch.Tensor:
     """Which keys the queries of a rank see, bool [rows, tokens of a row, length], counted out of its blocks."""
-    found = torch.zeros(slices.rows, slices.length // slices.parts, slices.length, dtype=torch.int64)
+    found = torch.zeros(slices.rows, slices.length // slices.ranks, slices.length, dtype=torch.int64)
     for rows, queries, keys in slices.blocks(part, segments, window):
         count = queries.stop - queries.start
         positions = torch.arange(keys.stop - count, keys.stop)[:, None]
@@ -72,10 +105,10 @@ def pairs(slices: Slices, part: int, segments: Segments, window: int) -> torch.T
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("segments", [Segments.whole_rows(2, 24), PACKED], ids=["whole rows", "documents"])
 def test_blocks_are_what_the_mask_of_whole_rows_shows(segments: Segments, zigzag: bool, window: int) -> None:
-    slices = Slices(2, 24, 3, zigzag)
     mask = visible(segments, window).flatten(0, 1)
-    for part in range(3):
-        assert torch.equal(pairs(slices, part, segments, window).flatten(0, 1), slices.take(mask, part))
+    for slices in (Slices(2, 24, 3, zigzag), Slices(2, 24, 3, zigzag, 2), Slices(2, 24, 1, zigzag, 4)):
+        for part in range(slices.ranks):
+            assert torch.equal(pairs(slices, part, segments, window).flatten(0, 1), slices.take(mask, part))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
@@ -84,6 +117,8 @@ def test_zigzag_shares_the_causal_square_out_equally(parts: int) -> None:
     segments = Segments.whole_rows(2, 24)
     sizes = [int(pairs(Slices(2, 24, parts, zigzag=True), part, segments, 0).sum()) for part in range(parts)]
     assert sizes == [2 * (24 * 25 // 2) // parts] * parts
+    between = Slices(2, 24, 2, nodes=parts).between
+    assert [int(pairs(between, node, segments, 0).sum()) for node in range(parts)] == sizes
     uneven = [int(pairs(Slices(2, 24, parts), part, segments, 0).sum()) for part in range(parts)]
     assert uneven[-1] > 2 * uneven[0]
 

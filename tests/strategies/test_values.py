@@ -42,6 +42,9 @@ LAYOUTS: dict[str, tuple[Mesh, dict[str, Any]]] = {
     "sp + tp in 4": (Mesh(node=4, etp=4), {"ffn": "tp", "pieces": 4}),
     "sp + ep x etp in 2": (Mesh(node=4, ep=2, etp=2), {"ffn": "ep+tp", "dispatch": "all_to_all", "pieces": 2}),
     "cp + all-to-all in 2": (Mesh(node=4, ep=4), {"attention": "cp", "dispatch": "all_to_all", "pieces": 2}),
+    "cp over nodes + sp in 2": (Mesh(cp=2, node=2, ep=2), {"pieces": 2}),
+    "cp over nodes + tp": (Mesh(cp=2, node=2, ep=4), {"attention": "tp", "vocabulary": "sharded"}),
+    "cp over nodes + cp": (Mesh(cp=2, node=2, ep=4), {"attention": "cp"}),
     "two nodes": (Mesh(dp=2, node=2, ep=4), {"dispatch": "all_to_all", "pieces": 3}),
 }
 
@@ -56,7 +59,7 @@ def wrong(model: ModelConfig, mesh: Mesh, strategies: dict[str, Any]) -> list[st
     placed = placements(model, layout, Part.whole(model))
     weights = {name: placed[name].take(value.detach()) for name, value in reference.named_parameters()}
     sinks = {name: Gradient(torch.empty_like(value)) for name, value in weights.items()}
-    rank = dist.get_rank() // mesh.node if mesh.world > 1 else 0
+    rank = mesh.replica(dist.get_rank()) if mesh.world > 1 else 0
     tokens, targets, segments = random_rows(model, 2 * mesh.dp).part(slice(2 * rank, 2 * rank + 2))
     values = local_inputs(tokens, targets, layout, segments, model)
     values |= {"loss_scale": 0.01, "auxiliary_scale": torch.tensor(0.01)}

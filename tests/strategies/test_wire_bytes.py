@@ -16,6 +16,10 @@ and where the paper has none, ours: n = ep x etp, whose etp ranks share every ex
     latent attention, tp            as tp, but what comes in are latents instead of h: bs (n-1) / n of their widths
     attention, context parallel     bs (n-1) / n of the width of all keys and values, (2/m) bsh (n-1) / n where heads
                                     have equal widths; of that of the latents where keys and values are made of them
+    the same between N nodes        that again, and N - 1 times over: each of N n ranks sends the keys and values that
+                                    it has to the ranks with its place in other nodes, bs/(nN) (N-1) of the width of
+                                    all keys and values; then, if attention is context-parallel in the node too, N
+                                    times as much to the n - 1 ranks of its node
 """
 
 from __future__ import annotations
@@ -148,6 +152,37 @@ def test_context_parallel_attention(n: int, kv_heads: int, phase: Phase) -> None
 
 
 @pytest.mark.parametrize("phase", BOTH)
+@pytest.mark.parametrize(("nodes", "n"), [(2, 1), (2, 2), (4, 2), (2, 4)])
+@pytest.mark.parametrize("attention", ["sp", "tp", "cp"])
+def test_keys_travel_between_nodes(attention: str, nodes: int, n: int, phase: Phase) -> None:
+    """Each slice passes the link between nodes once for each node that needs it, whatever attention is in a node."""
+    c, m = replace(CONFIG, kv_heads=4), 2
+    found = declared(c, strategy(c, Mesh(cp=nodes, node=n, ep=n), attention=attention))
+    bsh = ROWS * c.sequence_length * c.hidden
+    between = 4 * 2 / m * bsh / (nodes * n) * (nodes - 1)
+    if attention == "cp" and n > 1:
+        assert found["gather_keys_of_nodes", phase] == between
+        assert found["gather_keys", phase] == 4 * 2 / m * bsh * (n - 1) / n
+    else:
+        assert found["gather_keys", phase] == between
+        assert ("gather_keys_of_nodes", phase) not in found
+    if attention == "sp" and n > 1:  # of a node's share of the tokens
+        elements = (found["scatter_heads", phase] + found["gather_heads", phase]) / 4
+        assert elements == pytest.approx((2 + 2 / m) * bsh / nodes * (n - 1) / n**2, rel=1e-12)
+
+
+def test_routing_of_whole_sequences_travels_where_balance_or_capacity_ask_for_it() -> None:
+    """8 bytes an assignment to all ranks that share a sequence, once; nothing of it where the experts' ranks do."""
+    tokens, sent = ROWS * CONFIG.sequence_length // 4, ("gather_sequences", Phase.F)
+    for c in (replace(CONFIG, balance_loss=0.1), replace(CONFIG, z_loss=0.1), replace(CONFIG, capacity_factor=1.5)):
+        found = declared(c, strategy(c, Mesh(cp=2, node=2, ep=2)))
+        assert found[sent] == 8 * CONFIG.top_k * tokens * 3
+        assert found["gather_routing", Phase.F] == 8 * CONFIG.top_k * tokens
+        assert sent not in declared(c, strategy(c, Mesh(cp=2, node=2, ep=4)))
+    assert sent not in declared(CONFIG, strategy(CONFIG, Mesh(cp=2, node=2, ep=2)))
+
+
+@pytest.mark.parametrize("phase", BOTH)
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_context_parallel_latent_attention(n: int, phase: Phase) -> None:
     """One message of 20 + 4 numbers a token."""
@@ -272,6 +307,9 @@ TP, CP, SHARDED = {"attention": "tp"}, {"attention": "cp"}, {"vocabulary": "shar
     (CONFIG, Mesh(dp=2, node=2, etp=2), "auto", {"ffn": "tp"}),
     (CONFIG, Mesh(node=4, ep=4), "all_to_all", {**CP, **SHARDED}),
     (WIDE, Mesh(dp=2, node=2, ep=2), "all_gather", CP),
+    (WIDE, Mesh(cp=2, node=2, ep=2), "all_gather", CP),
+    (CONFIG, Mesh(cp=2, node=2, ep=4), "all_to_all", {**TP, **SHARDED}),
+    (replace(CONFIG, kv_heads=1, balance_loss=0.1), Mesh(cp=2, node=2, ep=2), "all_to_all", {}),
 ])  # fmt: skip
 def test_bytes_of_strategies_that_travel_are_those_declared(
     c: ModelConfig, mesh: Mesh, dispatch: str, strategies: dict[str, str]

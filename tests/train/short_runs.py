@@ -67,7 +67,7 @@ def config_of(model: ModelConfig = MODEL, train: TrainConfig = TRAIN, **parallel
 def mesh_for(config: Config) -> Mesh:
     """As the command line makes it."""
     p = config.parallel
-    return mesh_of(p, config.model, p.pp * p.dp * p.node)
+    return mesh_of(p, config.model, p.pp * p.dp * p.cp * p.node)
 
 
 def rows_of(model: ModelConfig, count: int, seed: int) -> list[TokenRow]:
@@ -93,7 +93,7 @@ def trainer_of(config: Config) -> Trainer:
 def own(rows: Sequence[TokenRow], trainer: Trainer) -> list[TokenRow]:
     """The share of the rank's data-parallel place."""
     mesh = trainer.mesh
-    place = (dist.get_rank() if mesh.world > 1 else 0) % mesh.stage // mesh.node
+    place = mesh.replica(dist.get_rank() if mesh.world > 1 else 0)
     share = len(rows) // mesh.dp
     return list(rows[place * share : (place + 1) * share])
 

@@ -70,7 +70,7 @@ def trained(config: Config, steps: int) -> tuple[Course, Trainer]:
     trainer = Trainer(config, mesh, connect(mesh), torch.device("cpu"))
     trainer.initialise()
     generator = torch.Generator().manual_seed(0)
-    place, share = dist.get_rank() % mesh.stage // mesh.node, 4 // mesh.dp
+    place, share = mesh.replica(dist.get_rank()), 4 // mesh.dp
     found = Course()
     for step in range(1, steps + 1):
         rows = torch.randint(0, 64, (4, 16), generator=generator)[place * share : (place + 1) * share]

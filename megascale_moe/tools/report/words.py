@@ -77,7 +77,9 @@ def layout(config: Config, mesh: Mesh) -> str:
         virtual = f", {parallel.virtual_stages} stages per rank" if parallel.virtual_stages > 1 else ""
         parts.append(f"{mesh.pp} pipeline stages ({parallel.schedule.replace('_', '-')}{virtual})")
     if mesh.dp > 1:
-        parts.append(f"{mesh.dp} data-parallel nodes")
+        parts.append(f"{mesh.dp} data-parallel {'nodes' if mesh.cp == 1 else 'groups of nodes'}")
+    if mesh.cp > 1:
+        parts.append(f"{mesh.cp} nodes that share each sequence")
     if mesh.node > 1:
         attention = registry.named(registry.ATTENTION, parallel.attention, "parallel.attention")
         parts.append(f"{mesh.node} ranks per node with {attention.title}")

@@ -66,7 +66,7 @@ def _rank_count(config: Config, nproc: int | None, only: bool) -> int:
     p, gpus = config.parallel, torch.cuda.device_count() if config.train.device != "cpu" else 0
     if nproc:
         ranks = nproc
-    elif only and (p.dp or p.node or p.ep or p.etp > 1 or p.pp > 1):
+    elif only and (p.dp or p.node or p.ep or max(p.etp, p.pp, p.cp) > 1):
         ranks = local_rank_count(config)
     else:
         ranks = gpus if gpus > 1 or config.train.device == "cuda" else CPU_RANKS

@@ -162,7 +162,8 @@ class Comparison:
         if gradient and part.shard.copied_columns:  # [T, h, ...] at their places among all columns, [T, H, ...]
             assert part.columns is not None
             value = torch.zeros(len(value), *whole.shape[1:]).index_add_(1, part.columns, value)
-            wanted, axis = whole.index_select(0, part.rows), "node"
+            value = all_reduce_sum(value, self.run.axes["node"])
+            wanted = whole.index_select(0, part.rows)
         if axis:
             value = all_reduce_sum(value.clone(), self.run.axes[axis])
         least = 1e-3 * float(whole.float().norm()) * math.sqrt(wanted.numel() / max(whole.numel(), 1))

@@ -7,7 +7,10 @@ The full product would be a few hundred. Attention, FFN and dispatch decide wher
 dp, node, ep, etp over how many ranks: all combinations of these are run. Vocabulary and schedule touch a layer only at
 its ends: embedding, head and the order of whole micro-batches. `covering` therefore deals them out such that each
 vocabulary and each schedule meets each strategy (attention, ffn, dispatch) wherever one fits the other, and each
-schedule meets each vocabulary; few extra layouts are needed for that.
+schedule meets each vocabulary; few extra layouts are needed for that. Sequences that several nodes share are one more
+such thing: what it adds stands in front of attention and behind the router, whatever the sizes. So cp meets each
+strategy, vocabulary and schedule, and each attention, in nodes of one rank and of several, with experts on fewer ranks
+than a sequence, on as many and on more.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from megascale_moe.tools.verify.scale import scaled_down, with_layers
 ROWS_PER_RANK = 2
 SCHEDULES = (("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2))
 KEYS = (
-    "pp", "dp", "node", "attention", "ffn", "ep", "etp", "dispatch", "vocabulary", "schedule", "virtual_stages",
+    "pp", "dp", "cp", "node", "attention", "ffn", "ep", "etp", "dispatch", "vocabulary", "schedule", "virtual_stages",
 )  # fmt: skip
 """The keys of the section [parallel] that tell layouts apart."""
 
@@ -76,16 +79,15 @@ class Case:
 
     def rows_of(self, rank: int, micro: int) -> slice:
         """Return the rows of the global batch that are a rank's micro-batch."""
-        replica = rank % self.mesh.stage // self.mesh.node
-        first = (replica * self.micros + micro) * self.rows
+        first = (self.mesh.replica(rank) * self.micros + micro) * self.rows
         return slice(first, first + self.rows)
 
     def tokens_of(self, rank: int, micro: int) -> Tensor:
         """Return which tokens of the global batch a rank holds of its micro-batch, in its order; int64 [tokens]."""
         rows, length = self.rows_of(rank, micro), self.model.sequence_length
-        attention = registry.named(registry.ATTENTION, self.parallel.attention, "parallel.attention")
-        slices = attention.slices(self.rows, length, self.mesh.node)
-        return slices.take(torch.arange(rows.start * length, rows.stop * length), rank % self.mesh.node)
+        axes, attention = axes_of(self.mesh, 0), self.parallel.attention
+        slices = registry.slices_of(Layout(self.rows, length, axes, attention=attention))
+        return slices.take(torch.arange(rows.start * length, rows.stop * length), rank % self.mesh.sequence)
 
 
 def case_of(parallel: ParallelConfig, config: Config, ranks: int) -> Case:
@@ -134,13 +136,14 @@ def possible(config: Config, ranks: int) -> Iterator[Case]:
     kinds = (registry.ATTENTION, registry.FFN, registry.DISPATCH, registry.VOCABULARY)
     strategies = list(product(*map(registry.names, kinds), SCHEDULES))
     choices = registry.choices()
-    for pp, dp, ep, etp in product(sizes, repeat=4):
-        if ranks % (pp * dp):
+    for pp, dp, cp, ep, etp in product(sizes, repeat=5):
+        if ranks % (pp * dp * cp):
             continue
         for attention, ffn, dispatch, vocabulary, (name, virtual) in strategies:
             try:
                 parallel = ParallelConfig(
-                    pp=pp, dp=dp, node=ranks // (pp * dp), attention=attention, ffn=ffn, ep=ep, etp=etp,  # type: ignore[arg-type]
+                    pp=pp, dp=dp, cp=cp, node=ranks // (pp * dp * cp), attention=attention, ffn=ffn,  # type: ignore[arg-type]
+                    ep=ep, etp=etp,
                     dispatch=dispatch, vocabulary=vocabulary, schedule=name, virtual_stages=virtual,  # type: ignore[arg-type]
                 )  # fmt: skip
                 parallel.check(choices)
@@ -187,26 +190,30 @@ def covering(cases: Sequence[Case], first: Case | None = None) -> list[Case]:
         return sum(not met[pair] for pair in pairs), -sum(met[pair] for pair in pairs)
 
     bases: dict[Hashable, list[Case]] = {}
-    for case in cases:
+    for case in (case for case in cases if case.mesh.cp == 1):
         bases.setdefault((case.mesh, case.strategy), []).append(case)
     if first:
         choose(first)
         bases.pop((first.mesh, first.strategy), None)
     for alike in bases.values():
         choose(max(alike, key=rarity))
-    for case in cases:
-        if rarity(case)[0]:
-            choose(case)
+    while left := [case for case in cases if rarity(case)[0]]:
+        choose(max(left, key=rarity))
+        cases = left
     return chosen
 
 
 def _pairs(case: Case) -> set[Hashable]:
-    """Return the meetings of a vocabulary or a schedule with a strategy, and of both with each other."""
-    p = case.parallel
-    vocabulary = p.vocabulary if case.mesh.node > 1 else ""
+    """Return the meetings of a vocabulary, a schedule or cp with a strategy, and of these with each other."""
+    p, mesh = case.parallel, case.mesh
+    vocabulary, name = p.vocabulary if mesh.node > 1 else "", p.schedule if mesh.pp > 1 else ""
     pairs: set[Hashable] = {(case.strategy, vocabulary)} if vocabulary else set()
-    if case.mesh.pp > 1:
-        pairs |= {(case.strategy, p.schedule), (p.schedule, vocabulary)}
+    if name:
+        pairs |= {(case.strategy, name), (name, vocabulary)}
+    if mesh.cp > 1:
+        experts = (mesh.ffn > mesh.sequence) - (mesh.ffn < mesh.sequence)  # on more ranks than a sequence, or fewer
+        inside, sizes = (p.attention, mesh.node > 1, experts), (mesh.cp, mesh.dp > 1, mesh.etp > 1)
+        pairs |= {("cp", meeting) for meeting in (case.strategy, vocabulary, name, inside, sizes)}
     return pairs
 
 
