@@ -158,7 +158,8 @@ class Runner:
 
     def row(self) -> dict[str, Any]:
         """Return the results."""
-        tokens = self.plan.rows * self.plan.micros * self.plan.model.sequence_length * self.axes["tensor_data"].size
+        shares = self.axes["data"].size // self.axes["sequence"].size
+        tokens = self.plan.rows * self.plan.micros * self.plan.model.sequence_length * shares
         medians, seconds = {name: median(values) for name, values in self.measured.items()}, self.measured["seconds"]
         row = {
             "variant": self.variant.name, "median": medians["seconds"], "spread": spread(seconds), "unit": "s",
@@ -203,7 +204,7 @@ def bench_overlap(
                 name: initial(name, placement, config.model, config.train.seed).to(runner.plan.dtype)
                 for name, placement in placed.items()
             }
-        runner.prepare(shared[key], seed=runner.axes["tensor_data"].index)
+        runner.prepare(shared[key], seed=runner.axes["tensor_data"].index // runner.axes["cp"].size)
         runners.append(runner)
     for done in range(rounds):
         for turn in range(len(runners)):

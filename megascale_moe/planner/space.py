@@ -20,11 +20,14 @@ from megascale_moe.strategies import registry
 from megascale_moe.strategies.fit import mesh_of
 
 TOKENS = 2**15
-"""Most tokens of a micro-batch, unless one sequence has more: beyond it activations grow and products get no faster."""
+"""Most tokens of a micro-batch, unless one sequence has more: beyond it activations grow and products get no faster.
+Sequences are shared by nodes that have no fewer each, or as the config says: with fewer a node would do better with
+sequences of its own.
+"""
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8, 10, 12)
 LAYOUT = (
-    "parallel.pp", "parallel.dp", "parallel.node", "parallel.attention", "parallel.ffn", "parallel.ep", "parallel.etp",
-    "parallel.dispatch", "parallel.schedule", "parallel.virtual_stages", "train.micro_batch",
+    "parallel.pp", "parallel.dp", "parallel.cp", "parallel.node", "parallel.attention", "parallel.ffn", "parallel.ep",
+    "parallel.etp", "parallel.dispatch", "parallel.schedule", "parallel.virtual_stages", "train.micro_batch",
 )  # fmt: skip
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "overlap.order": ("scheduled",),  # which is the fastest of all three, whatever makes it
@@ -63,13 +66,13 @@ class CandidateLayout(NamedTuple):
     def placement(self) -> tuple[Any, ...]:
         """Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
         p = self.parallel
-        return p.pp, p.dp, p.node, p.attention, p.ffn, p.ep, p.etp
+        return p.pp, p.dp, p.cp, p.node, p.attention, p.ffn, p.ep, p.etp
 
     @property
     def inside(self) -> tuple[Any, ...]:
         """What the lists of a layer depend on: layouts that agree in it differ between stages or between nodes."""
         p, mesh = self.parallel, self.mesh
-        return mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn, p.dispatch, self.rows
+        return mesh.cp, mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn, p.dispatch, self.rows
 
     def of(self, config: Config) -> Config:
         """Return a config with this layout."""
@@ -116,10 +119,17 @@ class Space:
                 continue
             stage = self.gpus // pp
             for node in self.options("parallel.node", [n for n in _divisors(self.node) if stage % n == 0]):
-                # On one rank all are the same.
-                attentions = self.options("parallel.attention", names[:1] if node == 1 else names)
-                for attention, ffn in product(attentions, self._ffn(node, stage)):
-                    yield from self._placed(pp, node, attention, ffn)
+                for cp in self.options("parallel.cp", self._cp(stage // node)):
+                    # On one rank all are the same.
+                    attentions = self.options("parallel.attention", names[:1] if cp * node == 1 else names)
+                    for attention, ffn in product(attentions, self._ffn(node, stage)):
+                        yield from self._placed(pp, attention, {"cp": cp, "node": node, **ffn})
+
+    def _cp(self, nodes: int) -> list[int]:
+        """Return how many of a stage's nodes may share a sequence."""
+        most = min(self.config.model.sequence_length // TOKENS, nodes)
+        powers = {2**n for n in range(most.bit_length())} or {1}
+        return sorted(n for n in {*powers, self.config.parallel.cp} if nodes % n == 0)
 
     def _ffn(self, node: int, stage: int) -> Iterator[dict[str, Any]]:
         """Return the strategies of the experts with their sizes."""
@@ -137,11 +147,11 @@ class Space:
                     for dispatch in self.options("parallel.dispatch", forms):
                         yield {"ffn": name, "ep": ep, "etp": etp, "dispatch": dispatch}
 
-    def _placed(self, pp: int, node: int, attention: str, ffn: dict[str, Any]) -> Iterator[CandidateLayout]:
+    def _placed(self, pp: int, attention: str, sizes: dict[str, Any]) -> Iterator[CandidateLayout]:
         """Return one way to place weights, with each micro-batch and schedule, if it fits."""
         config, p = self.config, self.config.parallel
         parallel = replace(
-            p, pp=pp, dp=0, node=node, attention=attention, **ffn,  # type: ignore[arg-type]
+            p, pp=pp, dp=0, attention=attention, **sizes,  # type: ignore[arg-type]
             schedule="1f1b", virtual_stages=1,
             stage_layers=p.stage_layers if "parallel.pp" in self.kept else (),
         )  # fmt: skip
@@ -179,4 +189,5 @@ def parallel_words(parallel: ParallelConfig) -> str:
     experts = registry.named(registry.FFN, p.ffn, "parallel.ffn").words(p)
     schedule = "" if p.pp == 1 else f", {p.schedule}" + (f" x {p.virtual_stages}" if p.virtual_stages > 1 else "")
     dispatch = "" if p.dispatch == registry.AUTO else f" {p.dispatch}"
-    return f"pp {p.pp} x dp {p.dp} x node {p.node}, {p.attention} + {experts}{dispatch}{schedule}"
+    cp = f" x cp {p.cp}" if p.cp > 1 else ""
+    return f"pp {p.pp} x dp {p.dp}{cp} x node {p.node}, {p.attention} + {experts}{dispatch}{schedule}"

@@ -15,6 +15,7 @@ from megascale_moe.planner.cluster import load
 from megascale_moe.planner.explain import SHARES, WORDS, explain
 from megascale_moe.planner.search import SearchResult, capacity, planned, search
 from megascale_moe.planner.space import KEYS, Space, changed, parallel_words, value
+from megascale_moe.planner.stages import StageKind
 from megascale_moe.planner.step import Pricer, memory, price
 from megascale_moe.presets import PRESETS
 from megascale_moe.strategies.fit import mesh_of
@@ -46,6 +47,33 @@ def test_every_layout_of_a_space_is_one_and_there_once(gpus: int) -> None:
         assert {each.ffn for each in p} == {"ep", "tp", "ep+tp"}
         assert {each.schedule for each in p} == {"1f1b", "interleaved", "zero_bubble"}
         assert {config.train.micro_batch for config in made} == {1, 2, 4, 8, 16}
+
+
+def test_nodes_share_sequences_that_are_long_enough() -> None:
+    """Two, where each has 32,768 tokens of a sequence or more; or as many as the config says."""
+
+    def shared(length: int, *kept: str, cp: int = 1) -> set[int]:
+        parallel = ParallelConfig(node=2, cp=cp)
+        long = replace(WHOLE, model=replace(MODEL, sequence_length=length), parallel=parallel)
+        return {layout.mesh.cp for layout in space(8, "parallel.node", *kept, config=long).layouts()}
+
+    assert shared(2**15) == {1}
+    assert shared(2**16) == {1, 2}
+    assert shared(2**20) == {1, 2, 4}
+    assert shared(2**13, cp=2) == {1, 2}
+    assert shared(2**20, "parallel.cp", cp=2) == {2}
+
+
+def test_the_link_between_nodes_that_share_sequences_is_where_they_are() -> None:
+    """Two such nodes may stand in one that the cluster calls so."""
+    for machine, stream in ((8, Stream.INTRA), (2, Stream.INTER)):
+        config = replace(WHOLE, parallel=ParallelConfig(cp=2, node=2, ep=4))
+        found = Pricer(replace(H800, node=machine)).layout(config, 4)
+        forward = found.stages.lists(StageKind((1,), first=False, last=False)).forward
+        gather = next(op for op in forward if op.cost.axis == "cp")
+        assert gather.stream == stream
+        assert parallel_words(config.parallel) == "pp 1 x dp 0 x cp 2 x node 2, sp + ep 4"
+        assert found.price.seconds > 0
 
 
 def test_what_is_kept_stays() -> None:

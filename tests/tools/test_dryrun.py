@@ -149,6 +149,8 @@ LAYOUTS = {
     "pipeline": ParallelConfig(pp=2, node=2, schedule="zero_bubble"),
     "interleaved": ParallelConfig(pp=2, dp=2, node=1, ep=1, schedule="interleaved", virtual_stages=2),
     "ep x etp": ParallelConfig(node=4, ffn="ep+tp", ep=2, etp=2),
+    "cp": ParallelConfig(cp=2, node=2, ep=2),
+    "cp + cp": ParallelConfig(cp=2, node=2, ep=2, attention="cp", vocabulary="sharded"),
 }
 
 
@@ -267,6 +269,16 @@ def test_all_ranks_agree_on_every_message_of_the_paper_layout() -> None:
     found = check_messages(config, mesh)
     assert (found.ranks, found.disagreement) == (1440, "")
     assert found.messages > 1440 * 50
+
+
+@pytest.mark.parametrize("attention", ["sp", "tp", "cp"])
+def test_all_ranks_agree_where_nodes_share_sequences(attention: str) -> None:
+    """Experts on fewer ranks than a sequence, on as many and on more; in a pipeline."""
+    for ep in (2, 4, 8):
+        parallel = ParallelConfig(pp=2, dp=2, cp=2, node=2, ep=ep, attention=attention)  # type: ignore[arg-type]
+        config = replace(config_of(parallel), model=replace(MODEL, experts=8, sequence_length=32))
+        found = check_messages(config, mesh_of(parallel, config.model, 16))
+        assert (found.ranks, found.disagreement) == (16, "")
 
 
 def test_a_rank_that_thinks_of_another_layout_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

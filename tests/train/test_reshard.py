@@ -57,6 +57,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "E": {"node": 4, "ffn": "ep+tp", "ep": 2, "etp": 2, "dispatch": "all_to_all"},
     "F": {**INTERLEAVED, "node": 2, "attention": "tp", "ep": 2},
     "G": {"dp": 2, "node": 2, "ep": 4},
+    "I": {"cp": 2, "node": 2, "attention": "cp", "ep": 2, "vocabulary": "sharded"},
     "H": {"pp": 2, "stage_layers": (1, 3), "schedule": "zero_bubble", "node": 2, "vocabulary": "sharded", "ep": 2},
 }
 SOURCES = tuple(MORE)

@@ -33,10 +33,10 @@ THIRTY = ("--train.steps=30", "--train.eval_every=15")
 ROUTING = {"dropless": (), "capacity": ("--model.capacity_factor=1", "--model.device_groups=4")}
 
 
-def layout(node: int, dp: int, ep: int = 0, dispatch: str = "auto") -> tuple[str, ...]:
+def layout(node: int, dp: int, ep: int = 0, dispatch: str = "auto", cp: int = 1) -> tuple[str, ...]:
     return (
-        f"--nproc={node * dp}", f"--parallel.node={node}", f"--parallel.dp={dp}", f"--parallel.ep={ep or node}",
-        f"--parallel.dispatch={dispatch}",
+        f"--nproc={node * cp * dp}", f"--parallel.node={node}", f"--parallel.cp={cp}", f"--parallel.dp={dp}",
+        f"--parallel.ep={ep or node}", f"--parallel.dispatch={dispatch}",
     )  # fmt: skip
 
 
@@ -86,6 +86,15 @@ def test_thirty_steps_on_any_layout_have_the_losses_of_one_rank(
         assert errors[-1 - FLIPS] < LOSS
         assert errors[-1] < DROPPED
         assert evaluation < DROPPED
+
+
+def test_nodes_that_share_sequences_have_the_losses_of_one_rank(shared: Place, alone: dict[str, Finished]) -> None:
+    """Experts in a node; packed documents, a sharded vocabulary, evaluation and a sample."""
+    nodes = ("--parallel.vocabulary=sharded", *layout(2, 1, cp=2)[1:])  # as many ranks as the layout says
+    finished = shared.train("--json", *THIRTY, *nodes, run="cp")
+    assert worst(shared.losses("cp"), shared.losses("dropless")) < LOSS
+    assert worst(evaluations(shared, "cp"), evaluations(shared, "dropless")) < EVALUATION
+    assert finished.document["sample"] == alone["dropless"].document["sample"]
 
 
 def test_training_learns(shared: Place) -> None:
