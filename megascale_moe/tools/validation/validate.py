@@ -231,7 +231,8 @@ def _batches(row: PublishedRow, gpus: int, parallel: ParallelConfig) -> TrainCon
         batch = int(micros[1]) * micro * max(gpus // (parallel.pp * parallel.node), 1)
     else:
         raise Unpredictable("the source states no batch size")
-    return TrainConfig(dtype="bf16", global_batch=batch, micro_batch=micro)
+    optimizer: Literal["adamw", "muon"] = "muon" if "muon" in row.text("model").lower() else "adamw"
+    return TrainConfig(dtype="bf16", global_batch=batch, micro_batch=micro, optimizer=optimizer)
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------
