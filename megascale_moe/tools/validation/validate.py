@@ -160,7 +160,7 @@ def case_of(row: PublishedRow) -> PricedRow:
     parallel = _parallel(row, stack, model)
     train = _batches(row, gpus, parallel)
     if parallel.schedule == "interleaved" and not row.text("virtual_stages"):
-        micros = train.global_batch // max(gpus // (parallel.pp * parallel.node), 1) // train.micro_batch
+        micros = train.global_batch // max(gpus // (parallel.pp * parallel.cp * parallel.node), 1) // train.micro_batch
         if micros % parallel.pp:  # it takes pp micro-batches at a time; where they do not divide, nobody ran one
             parallel = replace(parallel, schedule="1f1b", virtual_stages=1)
     overlap = OverlapConfig(order=stack.order, split=stack.split, remat=remat, micro_batches=stack.micro_batches)
@@ -195,7 +195,7 @@ def model_of(row: PublishedRow) -> ModelConfig:
 
 
 def _parallel(row: PublishedRow, stack: Stack, model: ModelConfig) -> ParallelConfig:
-    tp, sp, ep, pp = (row.count(column) for column in ("tp", "sp", "ep", "pp"))
+    tp, sp, cp, ep, pp = (row.count(column) for column in ("tp", "sp", "cp", "ep", "pp"))
     sequence = sp > 1 and tp == 1
     node = max(tp, sp)
     dense = all(spec.dense for spec in model.layer_kinds)
@@ -211,7 +211,7 @@ def _parallel(row: PublishedRow, stack: Stack, model: ModelConfig) -> ParallelCo
     most = max(model.layers // pp, 1) if pp > 1 else 1
     stages = min(row.count("virtual_stages", stack.virtual_stages or most), most)
     return ParallelConfig(
-        pp=pp, node=node, attention="sp" if sequence or node == 1 else "tp", ffn=ffn, ep=ep, etp=etp,
+        pp=pp, cp=cp, node=node, attention="sp" if sequence or node == 1 else "tp", ffn=ffn, ep=ep, etp=etp,
         vocabulary="sharded" if node > 1 and model.vocab % node == 0 else "replicated",
         dispatch="auto" if ffn == "tp" or ep == 1 else stack.dispatch,
         schedule="interleaved" if stages > 1 else "1f1b", virtual_stages=stages,
@@ -228,7 +228,7 @@ def _batches(row: PublishedRow, gpus: int, parallel: ParallelConfig) -> TrainCon
     elif row.text("global_batch"):
         batch = row.count("global_batch")
     elif micros := re.search(r"microbatches\s*=\s*(\d+)", text):
-        batch = int(micros[1]) * micro * max(gpus // (parallel.pp * parallel.node), 1)
+        batch = int(micros[1]) * micro * max(gpus // (parallel.pp * parallel.cp * parallel.node), 1)
     else:
         raise Unpredictable("the source states no batch size")
     optimizer: Literal["adamw", "muon"] = "muon" if "muon" in row.text("model").lower() else "adamw"
