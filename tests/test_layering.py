@@ -42,7 +42,7 @@ FILE_LINES = 500
 PARAMETERS = 8
 """Of a function, beside self. Triton's kernels have no structures to pass."""
 ROOM_SHARE = 0.2
-PACKAGE_TOKENS = 180_400
+PACKAGE_TOKENS = 180_000
 """Of Python, without comments and line breaks, so that packing lines gains nothing. To be lowered when code goes."""
 
 
@@ -191,7 +191,7 @@ def test_the_package_and_its_rooms_stay_small() -> None:
     for path in ROOT.rglob("*.py"):
         sizes[path.relative_to(ROOT).parts[0]] += tokens(path.read_text(encoding="utf-8"))
     assert sizes.total() <= PACKAGE_TOKENS
-    assert {room: size for room, size in sizes.items() if size > ROOM_SHARE * PACKAGE_TOKENS} == {}
+    assert {room: size for room, size in sizes.items() if size > ROOM_SHARE * sizes.total()} == {}
 
 
 def tokens(source: str) -> int:

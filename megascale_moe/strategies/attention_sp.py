@@ -22,6 +22,7 @@ from torch import Tensor
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.comm.traffic import as_rows
 from megascale_moe.config import ModelConfig, ParallelConfig
+from megascale_moe.config.refusals import divides
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import Cost, Op, hang_backward, product
@@ -32,7 +33,6 @@ from megascale_moe.strategies.exchange import Exchange, communication, in_pieces
 from megascale_moe.strategies.heads import Chosen, pack, select, width_of, within
 from megascale_moe.strategies.layer import SEQUENCES, Layer, Piece, pieces_of
 from megascale_moe.strategies.projection import Heads, deal, fused_columns, heads, shared
-from megascale_moe.strategies.refusals import divides
 from megascale_moe.strategies.strategy import AttentionStrategy
 
 

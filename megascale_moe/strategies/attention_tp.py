@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, require
+from megascale_moe.config.refusals import divides
 from megascale_moe.engine.names import parse
 from megascale_moe.engine.op import Op, Phase
 from megascale_moe.engine.value import Keep, Shard, Value
@@ -21,7 +22,6 @@ from megascale_moe.strategies.layer import SEQUENCES, Layer, Piece, pieces_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import tensor_rules
 from megascale_moe.strategies.projection import heads, shared
-from megascale_moe.strategies.refusals import divides
 from megascale_moe.strategies.strategy import AttentionStrategy, Rules
 
 

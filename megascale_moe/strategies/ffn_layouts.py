@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, require
+from megascale_moe.config.refusals import divides, divisors
 from megascale_moe.model.weights import Weight
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Box, Placement, rows, share, stacked_shares, tensor_rules
-from megascale_moe.strategies.refusals import divides, divisors
 from megascale_moe.strategies.strategy import FFNStrategy, Rules
 
 EXPERTS = ("", "expert_data")

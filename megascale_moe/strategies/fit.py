@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig, require
+from megascale_moe.config.refusals import divides, divisors
 from megascale_moe.strategies import registry
-from megascale_moe.strategies.refusals import divides, divisors
 
 
 def mesh_of(parallel: ParallelConfig, model: ModelConfig, world: int) -> Mesh:

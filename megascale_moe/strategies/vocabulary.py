@@ -17,6 +17,7 @@ from torch import Tensor
 from megascale_moe.comm.collectives import Pending, all_gather, tag_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import ModelConfig, ParallelConfig
+from megascale_moe.config.refusals import divides
 from megascale_moe.engine.gradient import Gradient
 from megascale_moe.engine.names import grad
 from megascale_moe.engine.op import FREE, Cost, Op, product
@@ -33,7 +34,6 @@ from megascale_moe.strategies.collective import gather_tokens, scatter_sums
 from megascale_moe.strategies.layer import pieces_of
 from megascale_moe.strategies.layout import Layout
 from megascale_moe.strategies.placement import Placement, rows, share
-from megascale_moe.strategies.refusals import divides
 from megascale_moe.strategies.strategy import Head, Rules, VocabularyStrategy
 
 TABLE = ("embedding.weight",)

@@ -13,6 +13,7 @@ from megascale_moe.cli import main
 from megascale_moe.comm.axis import axes_of
 from megascale_moe.comm.mesh import Mesh
 from megascale_moe.config import Config, ConfigError, ModelConfig, ParallelConfig
+from megascale_moe.config.refusals import divides
 from megascale_moe.engine.op import Op
 from megascale_moe.engine.value import Value
 from megascale_moe.optim import registry as optimizers
@@ -21,7 +22,6 @@ from megascale_moe.strategies.attention_sp import sequence_parallel_attention
 from megascale_moe.strategies.fit import mesh_of
 from megascale_moe.strategies.layer import Layer
 from megascale_moe.strategies.layout import Layout
-from megascale_moe.strategies.refusals import divides
 from megascale_moe.strategies.strategy import AttentionStrategy
 from megascale_moe.tools.verify.layouts import all_cases
 from tests.optim.toys import CUBED

@@ -92,10 +92,10 @@ def test_fixed_is_the_config_and_compare_is_two(
 
 def test_validate_prints_rows_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     published = (Path(__file__).parents[2] / "benchmarks" / "planner" / "validation.csv").read_text().splitlines()
-    some = [line for line in published if line.split(",")[0] in ("id", "SMX-DeepSeek-V2-EP4-8", "MB-24")]
+    some = [line for line in published if line.split(",")[0] in ("id", "SMX-DeepSeek-V2-EP4-8", "MB-25")]
     (tmp_path / "rows.csv").write_text("\n".join(some) + "\n")
     found = printed(capsys, "plan", "--validate", tmp_path / "rows.csv")
-    assert [row["id"] for row in found["rows"]] == ["MB-24", "SMX-DeepSeek-V2-EP4-8"]
+    assert [row["id"] for row in found["rows"]] == ["MB-25", "SMX-DeepSeek-V2-EP4-8"]
     assert {"id", "predicted", "reference", "unit", "error"} <= set(found["rows"][0])
     assert found["mean_error"] == found["worst_error"] == abs(found["rows"][1]["error"]) < 0.15
     assert main(["plan", "--validate", str(tmp_path / "rows.csv")]) == 0

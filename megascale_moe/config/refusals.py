@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from megascale_moe.config import require
+from megascale_moe.config.fields import require
 
 
 def divides(what: str, size: int, axis: str, parts: int, otherwise: str = "") -> None:
