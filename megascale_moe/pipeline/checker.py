@@ -72,7 +72,7 @@ class Transfer(NamedTuple):
 
     @property
     def what(self) -> str:
-        """What it carries, as operators are named."""
+        """Return the word for the tensor that it carries, as in names of operators."""
         return "gradient" if self.backward else "hidden"
 
     def crosses(self, pp: int) -> bool:

@@ -79,14 +79,14 @@ class StepPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where a micro-batch lies on the mesh."""
+        """Return how a micro-batch lies on the mesh."""
         length = self.model.sequence_length
         layout = Layout.of(self.parallel, self.rows, length, self.axes, self.dtype, self.pieces)
         return replace(layout, gates_last=self.wire.gates_last)
 
     @property
     def pieces(self) -> int:
-        """How many pieces communications are cut into; evaluation is not cut, nor is "auto" without measured times."""
+        """Return the pieces of a communication: one in evaluation, and for "auto" until times are measured."""
         split = self.overlap.split
         if split == "auto":
             return self.profile.pieces

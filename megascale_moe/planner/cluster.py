@@ -131,7 +131,7 @@ class Cluster:
 
     @cached_property
     def interference(self) -> Interference:
-        """How computation and communication slow each other down on this cluster."""
+        """Return how computation and communication slow each other down on this cluster."""
         late = {stream: link.beside for stream, link in self.links.items() if link.beside}
         return Interference(self.contention, late)
 

@@ -64,13 +64,13 @@ class CandidateLayout(NamedTuple):
 
     @property
     def placement(self) -> tuple[Any, ...]:
-        """Where weights lie. A table tells layouts apart by it, and shows the fastest of what else differs."""
+        """Return where weights lie: a table has one row for each, the fastest of its layouts."""
         p = self.parallel
         return p.pp, p.dp, p.cp, p.node, p.attention, p.ffn, p.ep, p.etp
 
     @property
     def inside(self) -> tuple[Any, ...]:
-        """What the lists of a layer depend on: layouts that agree in it differ between stages or between nodes."""
+        """Return the key on which the lists of a layer depend; layouts with equal keys differ elsewhere."""
         p, mesh = self.parallel, self.mesh
         return mesh.cp, mesh.node, mesh.ep, mesh.etp, p.attention, p.ffn, p.dispatch, self.rows
 

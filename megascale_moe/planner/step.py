@@ -156,7 +156,7 @@ class PricedLayout:
 
     @cached_property
     def kinds(self) -> list[StageKind]:
-        """What each stage of the pipeline consists of."""
+        """Return what each stage of the pipeline consists of."""
         return [StageKind.of(part, self.config.model) for part in self.plan.parts]
 
     def kinds_of(self, place: int) -> list[StageKind]:

@@ -51,8 +51,8 @@ def attended_output(layer: Layer, found: Heads) -> tuple[list[Op], Value]:
 def attend(
     layer: Layer, heads: Sequence[Value], sizes: tuple[int, int, int], y: Value, own: slice = slice(None)
 ) -> list[Op]:
-    """As `core`, of q, k, v, or of all of them side by side, with what it takes to have keys and values of whole
-    sequences if they are those of this rank's or its node's tokens.
+    """Return `core`, preceded by the gathers that complete keys and values of a rank's or a node's tokens to those of
+    whole sequences. Heads are q, k, v, or all of them side by side.
     """
     tokens = heads[-1].shape[0]
     if tokens == layer.whole_tokens:

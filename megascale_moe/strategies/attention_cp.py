@@ -123,7 +123,7 @@ def _keys_of_latents(layer: Layer, latents: Value) -> tuple[list[Op], Value, Val
 
 
 def _partial(tensor: str) -> Shard:
-    """Of whole sequences; its gradient is what this rank's queries add to it."""
+    """Return the shard of a tensor of whole sequences, whose gradient is the share of this rank's queries."""
     return Shard((tensor,), WHOLE_SEQUENCES, partial_gradient="sequence")
 
 

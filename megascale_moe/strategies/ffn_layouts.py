@@ -21,7 +21,7 @@ EXPERTS = ("", "expert_data")
 
 
 class _Experts(FFNStrategy):
-    """What all of them have in common."""
+    """The common part of the expert layouts."""
 
     width_key = "parallel.etp"
     group_keys = "ep"

@@ -44,7 +44,7 @@ class Layout:
     def of(
         cls, parallel: ParallelConfig, rows: int, length: int, axes: Axes, dtype: torch.dtype, pieces: int = 1
     ) -> Layout:
-        """As a config says."""
+        """Return the layout that a config names."""
         p = parallel
         return cls(rows, length, axes, dtype, p.dispatch, p.attention, p.ffn, p.vocabulary, pieces)
 

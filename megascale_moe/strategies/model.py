@@ -125,7 +125,7 @@ def local_inputs(
     device, strategies, slices = tokens.device, strategies_of(layout, config), slices_of(layout)
 
     def of(axis: str, x: Tensor) -> Tensor:
-        """Of all tokens those of this rank, of its node in their order, or of all ranks that share a sequence."""
+        """Return the tokens of this rank, of its node in order, or of all ranks that share a sequence."""
         if axis == "sequence":
             return x
         return slices.between.take(x, layout.cp.index) if axis == "node" else slices.take(x, layout.sequence.index)

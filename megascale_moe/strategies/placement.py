@@ -76,7 +76,7 @@ class Placement:
 
     @property
     def matrix_parts(self) -> list[MatrixPart]:
-        """What this rank holds of each matrix that it holds something of, in the order of the flattened part."""
+        """Return the parts of matrices that this rank holds, in the order of its flattened elements."""
         found, width = [], self.whole[-1]
         for (offset, size), start, _ in self.ranges if self.matrices else ():
             rows, columns = size[-2:]

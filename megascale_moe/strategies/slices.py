@@ -43,12 +43,12 @@ class Slices:
 
     @property
     def between(self) -> Slices:
-        """How rows are shared out over nodes."""
+        """Return how rows are divided among nodes."""
         return Slices(self.rows, self.length, self.nodes, self.nodes > 1)
 
     @property
     def within(self) -> Slices:
-        """How a node's share of the rows is shared out over its ranks."""
+        """Return how a node's share of the rows is divided among its ranks."""
         rows = self.rows * (self.nodes if self.crossed else 1)
         return Slices(rows, self.length // self.nodes, self.parts, self.zigzag)
 
