@@ -187,6 +187,7 @@ def test_the_files_rows_are_predicted_within_what_the_document_says() -> None:
     assert 0.3 <= predict(ROWS["MPF5-65536"]).error <= 0.4  # type: ignore[operator]
     assert 0.5 <= predict(ROWS["MB-21"]).error <= 0.6  # type: ignore[operator]
     assert abs(predict(ROWS["MB-27"]).error) <= 0.1  # type: ignore[arg-type]
+    assert abs(predict(ROWS["MB-24"]).error) <= 0.1  # type: ignore[arg-type]
 
 
 def write(path: Path, cells: dict[str, str]) -> Path:
